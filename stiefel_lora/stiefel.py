@@ -1,0 +1,285 @@
+"""Geometry of the Stiefel manifold St(n, r) = {X in R^(n x r) : X^T X = I}.
+
+Pure functions on tensors of shape (..., n, r) with n >= r; leading dimensions are a batch of independent points.
+Nothing larger than the given n x r tensors is built: every r x r matrix below is a Gram matrix of them.
+
+References:
+    [AMS] Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds", Princeton 2008.
+    [EAS] Edelman, Arias, Smith, "The geometry of algorithms with orthogonality constraints", SIAM J. Matrix Anal. 1998.
+    [WY] Wen, Yin, "A feasible method for optimization with orthogonality constraints", Math. Program. 2013.
+    [CHKL] Cheng, Higham, Kenney, Laub, "Approximating the logarithm of a matrix ...", SIAM J. Matrix Anal. 2001.
+    [RV] Roy, Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from stiefel_lora._types import Metric, Retraction
+from stiefel_lora.errors import InputError
+
+# Iterations of the product Denman-Beavers recursion in `_inverse_sqrt`. After its scaling the eigenvalues of I + U^T U
+# lie in [k^-1/2, k^1/2] with k = 1 + |U|^2; 4 ** 7 covers k = 1e8, and 5 quadratic steps reach float64 rounding.
+_DENMAN_BEAVERS_STEPS = 12
+
+
+def sym(z: Tensor) -> Tensor:
+    """Return the symmetric part (Z + Z^T)/2 of square matrices, shape (..., r, r)."""
+    return (z + z.mT) / 2
+
+
+def _eye_like(z: Tensor) -> Tensor:
+    return torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+
+
+def project(x: Tensor, g: Tensor) -> Tensor:
+    """Project ambient vectors onto the tangent space at ``x``: P_X(G) = G - X sym(X^T G).
+
+    The projection is orthogonal under the Euclidean and the canonical metric alike. It is the Riemannian gradient of
+    a function with Euclidean gradient ``g`` under the Euclidean metric, and the vector transport used throughout.
+
+    Args:
+        x: Points with orthonormal columns, shape (..., n, r).
+        g: Ambient vectors, same shape.
+
+    Returns:
+        Tangent vectors U at ``x``, shape (..., n, r): X^T U + U^T X = 0.
+
+    Reference: [AMS], example 3.6.2.
+    """
+    _check_pair(x, g)
+    return g - x @ sym(x.mT @ g)
+
+
+def riemannian_gradient(x: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
+    """Turn a Euclidean gradient into the Riemannian gradient at ``x``.
+
+    Args:
+        x: Points with orthonormal columns, shape (..., n, r).
+        g: Euclidean gradients, same shape.
+        metric: "euclidean" (G - X sym(X^T G)) or "canonical" (G - X G^T X, [EAS] equation 2.53).
+
+    Returns:
+        Tangent vectors at ``x``, shape (..., n, r).
+
+    Raises:
+        InputError: If the shapes differ or the metric is unknown.
+    """
+    check_choice("metric", metric, ("euclidean", "canonical"))
+    if metric == "euclidean":
+        return project(x, g)
+    _check_pair(x, g)
+    return g - x @ (g.mT @ x)
+
+
+def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
+    """Move from ``x`` along the tangent vector ``u`` and return to the Stiefel manifold.
+
+    Args:
+        x: Points with orthonormal columns, shape (..., n, r), n >= r.
+        u: Tangent vectors at ``x``, same shape, dtype and device; a step, so already scaled by the learning rate.
+        method: A key of ``RETRACTIONS``. All agree with x + u to first order; "polar" and "exp" to second.
+            "qr": the Q factor of x + u with a positive diagonal of R. "polar": the nearest point to x + u.
+            "cayley": the Cayley transform of the skew n x n matrix W with W x = u, applied to x. "exp": the geodesic
+            of the Euclidean metric.
+
+    Returns:
+        New points, shape (..., n, r). |X^T X - I|_F is a few eps * sqrt(r) for steps of up to about a quarter turn and
+        grows like eps * |u|_2^2 beyond; an error of ``x`` itself is corrected, not carried on.
+
+    Raises:
+        InputError: If the shapes differ, n < r, or the method is unknown.
+
+    Reference: [AMS], section 4.1; for "cayley" [WY], for "exp" [EAS] equation 2.42 (due to R. Lippert).
+    """
+    _check_pair(x, u)
+    return retraction(method)(x, u)
+
+
+def retraction(method: Retraction) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function (x, u) -> new point behind a retraction's name; it checks no shapes."""
+    check_choice("retraction", method, tuple(RETRACTIONS))
+    return RETRACTIONS[method]
+
+
+def _qr(x: Tensor, u: Tensor) -> Tensor:
+    # CholeskyQR. Y^T Y = I + U^T U >= I, so its condition is 1 + |U|^2 and one pass is enough. Y^T Y is measured, not
+    # assumed, so an error of x is removed here instead of piling up.
+    y = x + u
+    chol, _ = torch.linalg.cholesky_ex(y.mT @ y)
+    return y @ torch.linalg.solve_triangular(chol, _eye_like(chol), upper=False).mT
+
+
+def _polar(x: Tensor, u: Tensor) -> Tensor:
+    y = x + u
+    return y @ _inverse_sqrt(y.mT @ y)
+
+
+def _cayley(x: Tensor, u: Tensor) -> Tensor:
+    # (I - W/2)^-1 (I + W/2) X = X (I - Q B / 2) + U B with S = X^T U, Q = U^T (I - X X^T) U and
+    # B = (I - S/2 + Q/4)^-1. The symmetric part of B^-1 is I + Q/4 >= I: never singular, however long the step.
+    x = x @ _newton_schulz(x)
+    s = x.mT @ u
+    s = (s - s.mT) / 2
+    q = u.mT @ u + s @ s
+    b = _inverse(_eye_like(s) - s / 2 + q / 4)
+    return x @ (_eye_like(s) - q @ b / 2) + u @ b
+
+
+def _exp(x: Tensor, u: Tensor) -> Tensor:
+    # [X U] expm([[S, -U^T U], [I, S]]) [expm(-S); 0]. U / t in place of U is a similarity of the 2r x 2r matrix
+    # that brings its norm from |U|^2 down to |U|.
+    x = x @ _newton_schulz(x)
+    s = x.mT @ u
+    s = (s - s.mT) / 2
+    n = u.mT @ u
+    t = torch.linalg.matrix_norm(u, keepdim=True).clamp_min(1)
+    top = torch.cat((s, -n / t), dim=-1)
+    bottom = torch.cat((t * _eye_like(s), s), dim=-1)
+    flow = torch.linalg.matrix_exp(torch.cat((top, bottom), dim=-2))[..., : s.shape[-1]] @ torch.linalg.matrix_exp(-s)
+    c1, c2 = flow.split(s.shape[-1], dim=-2)
+    new = x @ c1 + u @ (c2 / t)
+    return new @ _newton_schulz(new)
+
+
+RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "qr": _qr,
+    "cayley": _cayley,
+    "polar": _polar,
+    "exp": _exp,
+}
+
+
+def _newton_schulz(x: Tensor) -> Tensor:
+    """Return (3 I - X^T X)/2: x times it has the square of the orthogonality error of ``x``."""
+    gram = x.mT @ x
+    return (3 * _eye_like(gram) - gram) / 2
+
+
+def _inverse(z: Tensor) -> Tensor:
+    # inv_ex does not look at its own error code, so it does not wait for the device.
+    return torch.linalg.inv_ex(z).inverse
+
+
+def _inverse_sqrt(a: Tensor) -> Tensor:
+    """Return A^(-1/2) of symmetric positive definite matrices, shape (..., r, r).
+
+    The product form of the Denman-Beavers iteration ([CHKL], equation 3.1): a fixed number of r x r inversions, where
+    an eigendecomposition would wait for the device.
+    """
+    eye = _eye_like(a)
+    scale = torch.linalg.matrix_norm(a, keepdim=True).sqrt()
+    m = a / scale
+    root = eye.expand_as(a)
+    for _ in range(_DENMAN_BEAVERS_STEPS):
+        inverse = sym(_inverse(m))
+        root = root @ (eye + inverse) / 2
+        m = (2 * eye + m + inverse) / 4
+    return root / scale.sqrt()
+
+
+def project_point(x: Tensor) -> Tensor:
+    """Return the point of the Stiefel manifold nearest to ``x``: the orthonormal polar factor of its SVD.
+
+    Args:
+        x: Matrices of full column rank, shape (..., n, r), n >= r.
+
+    Returns:
+        Points with orthonormal columns, same shape, dtype and device; bf16 and fp16 are computed in float32.
+
+    Raises:
+        InputError: If n < r, or ``x`` has a NaN or infinity, or is rank deficient (no nearest point is unique then).
+    """
+    check_tall(x)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if not wide.isfinite().all():
+        raise InputError(f"cannot project a matrix of shape {tuple(x.shape)} with NaN or infinite entries")
+    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    if (s[..., -1] <= s[..., 0] * torch.finfo(wide.dtype).eps * x.shape[-2]).any():
+        raise InputError(f"cannot project a rank-deficient matrix of shape {tuple(x.shape)}: its columns are dependent")
+    return (u @ vh).to(x.dtype)
+
+
+def random_point(
+    n: int,
+    r: int,
+    *,
+    batch: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw points uniformly (Haar measure) from St(n, r).
+
+    Args:
+        n: Number of rows.
+        r: Number of columns, at most ``n``.
+        batch: Leading dimensions.
+        dtype: Floating dtype, default torch's; bf16 and fp16 are drawn in float32 and rounded.
+        device: Where the points live.
+        generator: Source of randomness.
+
+    Returns:
+        Points, shape (*batch, n, r).
+
+    Raises:
+        InputError: If not 1 <= r <= n.
+    """
+    if not 1 <= r <= n:
+        raise InputError(f"r must be in [1, n] for points of St(n, r), got n={n}, r={r}")
+    dtype = dtype or torch.get_default_dtype()
+    wide = torch.promote_types(dtype, torch.float32)
+    gauss = torch.randn(*batch, n, r, dtype=wide, device=device, generator=generator)
+    q, upper = torch.linalg.qr(gauss)
+    # Without the signs LAPACK's Q is not Haar distributed (Mezzadri, Notices of the AMS 2007).
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(wide)
+    return (q * signs.unsqueeze(-2)).to(dtype)
+
+
+def orthogonality_error(x: Tensor) -> Tensor:
+    """Return |X^T X - I|_F for each matrix, shape x.shape[:-2]; bf16 and fp16 are measured in float32."""
+    check_tall(x)
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    gram = wide.mT @ wide
+    return torch.linalg.matrix_norm(gram - _eye_like(gram))
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """Return the effective rank of matrices: the exponential of the entropy of their normalised singular values.
+
+    Between 1 (rank one) and min(m, n) (all singular values equal); 0 for a zero matrix.
+
+    Args:
+        x: Matrices, shape (..., m, n); bf16 and fp16 are measured in float32.
+
+    Returns:
+        Effective ranks, shape x.shape[:-2].
+
+    Reference: [RV].
+    """
+    s = torch.linalg.svdvals(x.detach().to(torch.promote_types(x.dtype, torch.float32)))
+    total = s.sum(-1, keepdim=True)
+    p = s / torch.where(total > 0, total, 1)
+    return torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise InputError unless ``value`` is one of the allowed strings."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_tall(x: Tensor) -> None:
+    """Raise InputError unless the last two dimensions (n, r) of ``x`` have n >= r >= 1."""
+    if x.dim() < 2 or not 1 <= x.shape[-1] <= x.shape[-2]:
+        raise InputError(
+            f"a point of the Stiefel manifold is tall, shape (..., n, r) with n >= r >= 1, got {tuple(x.shape)}"
+            + ("; transpose it" if x.dim() >= 2 and x.shape[-1] > x.shape[-2] >= 1 else "")
+        )
+
+
+def _check_pair(x: Tensor, u: Tensor) -> None:
+    check_tall(x)
+    if x.shape != u.shape:
+        raise InputError(f"a point and its vectors have one shape, got {tuple(x.shape)} and {tuple(u.shape)}")
