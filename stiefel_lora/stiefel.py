@@ -52,6 +52,11 @@ def project(x: Tensor, g: Tensor) -> Tensor:
     return g - x @ sym(x.mT @ g)
 
 
+def project_(x: Tensor, g: Tensor) -> Tensor:
+    """Project ``g`` in place, as ``project`` does out of place; both of shape (k, n, r). Returns ``g``."""
+    return g.baddbmm_(x, sym(x.mT @ g), alpha=-1)
+
+
 def riemannian_gradient(x: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
     """Turn a Euclidean gradient into the Riemannian gradient at ``x``.
 
@@ -119,28 +124,26 @@ def _polar(x: Tensor, u: Tensor) -> Tensor:
 def _cayley(x: Tensor, u: Tensor) -> Tensor:
     # (I - W/2)^-1 (I + W/2) X = X (I - Q B / 2) + U B with S = X^T U, Q = U^T (I - X X^T) U and
     # B = (I - S/2 + Q/4)^-1. The symmetric part of B^-1 is I + Q/4 >= I: never singular, however long the step.
-    x = x @ _newton_schulz(x)
-    s = x.mT @ u
-    s = (s - s.mT) / 2
+    repair = _newton_schulz(x)
+    s = _skew(repair @ (x.mT @ u))
+    eye = _eye_like(s)
     q = u.mT @ u + s @ s
-    b = _inverse(_eye_like(s) - s / 2 + q / 4)
-    return x @ (_eye_like(s) - q @ b / 2) + u @ b
+    b = _inverse(eye - s / 2 + q / 4)
+    return x @ (repair @ (eye - q @ b / 2)) + u @ b
 
 
 def _exp(x: Tensor, u: Tensor) -> Tensor:
     # [X U] expm([[S, -U^T U], [I, S]]) [expm(-S); 0]. U / t in place of U is a similarity of the 2r x 2r matrix
     # that brings its norm from |U|^2 down to |U|.
-    x = x @ _newton_schulz(x)
-    s = x.mT @ u
-    s = (s - s.mT) / 2
-    n = u.mT @ u
+    r = x.shape[-1]
+    repair = _newton_schulz(x)
+    s = _skew(repair @ (x.mT @ u))
     t = torch.linalg.matrix_norm(u, keepdim=True).clamp_min(1)
-    top = torch.cat((s, -n / t), dim=-1)
+    top = torch.cat((s, u.mT @ u / -t), dim=-1)
     bottom = torch.cat((t * _eye_like(s), s), dim=-1)
-    flow = torch.linalg.matrix_exp(torch.cat((top, bottom), dim=-2))[..., : s.shape[-1]] @ torch.linalg.matrix_exp(-s)
-    c1, c2 = flow.split(s.shape[-1], dim=-2)
-    new = x @ c1 + u @ (c2 / t)
-    return new @ _newton_schulz(new)
+    flow = torch.linalg.matrix_exp(torch.cat((top, bottom), dim=-2))[..., :r] @ torch.linalg.matrix_exp(-s)
+    c1, c2 = flow.split(r, dim=-2)
+    return x @ (repair @ c1) + u @ (c2 / t)
 
 
 RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -149,6 +152,10 @@ RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "polar": _polar,
     "exp": _exp,
 }
+
+
+def _skew(z: Tensor) -> Tensor:
+    return (z - z.mT) / 2
 
 
 def _newton_schulz(x: Tensor) -> Tensor:
