@@ -1,0 +1,356 @@
+"""A linear layer with a low-rank update whose factors may be constrained to the Stiefel manifold."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias, cast
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from stiefel_lora._models import is_conv1d, is_linear, linear_shape
+from stiefel_lora.errors import InputError, ManifoldError
+from stiefel_lora.stiefel import check_choice, orthogonality_error, project_point, random_point
+
+Orthonormal: TypeAlias = Literal["A", "B", "both"]
+Init: TypeAlias = Literal["random", "svd"] | Tensor | tuple[Tensor, Tensor]
+
+# The factors that lie on the manifold, by the value of `orthonormal`.
+_CONSTRAINED: dict[str, tuple[str, ...]] = {"A": ("lora_A",), "B": ("lora_B",), "both": ("lora_A", "lora_B")}
+
+# A user's orthonormal factor may come from a bf16 file: eps is 4e-3, and the error of X^T X adds up over r columns.
+_INIT_TOLERANCE = 0.05
+
+
+class StiefelLoRALinear(nn.Module):
+    """A frozen linear layer plus a low-rank update: ``y = base(x) + scaling * (x @ A) @ B^T``.
+
+    One factor has orthonormal columns and is a ``geoopt.ManifoldParameter`` on ``geoopt.EuclideanStiefel``; the factor
+    that is free starts at zero, so the layer starts as its base, exactly. The factors are kept in float32 (float64 over
+    a float64 base): ``half()``, ``bfloat16()`` and ``to(dtype)`` convert the base, not the factors. Outside autocast
+    the update is computed in the factors' dtype, under autocast in autocast's; the output has the base output's dtype.
+
+    Args:
+        base: ``nn.Linear``, transformers' ``Conv1D``, or a quantised linear: any leaf module with ``in_features`` and
+            ``out_features``. It is kept as the child ``base``, and its parameters are frozen.
+        rank: Width r of the factors, in [1, min(in_features, out_features)].
+        alpha: Numerator of the scaling, finite and positive (default: 2 * rank).
+        dropout: Probability in [0, 1) of dropping an entry of the update's input while training.
+        rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
+        orthonormal: Which factor is orthonormal. "A" (in_features, rank), "B" (out_features, rank), or "both", where
+            the update is ``scaling * B @ S @ A^T`` with a free (rank, rank) matrix ``lora_S`` that starts at zero.
+        init: The orthonormal factor at the start. "random": uniform on the manifold. "svd": leading singular vectors of
+            the base weight. Or a tensor of the factor's shape, within 0.05 of orthonormal in the Frobenius norm; a pair
+            (A, B) of them for "both".
+        generator: CPU source of randomness for "random"; the draw does not depend on the base's device.
+
+    Raises:
+        InputError: If a value is outside its range, or an initial factor has another shape or is not orthonormal.
+        TypeError: If ``base`` is not a linear layer or ``rank`` is not an int.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_S: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        orthonormal: Orthonormal = "A",
+        init: Init = "random",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = _checked_shape(base)
+        _check_options(base, rank, self.in_features, self.out_features, alpha, dropout, orthonormal)
+        self.rank = rank
+        self.alpha = float(2 * rank if alpha is None else alpha)
+        self.rslora = bool(rslora)
+        self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
+        self.orthonormal: Orthonormal = orthonormal
+        self.enabled = True
+        # Holds the base's own weight while another, merged one is in its place. A tuple hides it from nn.Module, which
+        # would list it in parameters() and state_dict().
+        self._base_weight: tuple[nn.Parameter, ...] = ()
+        self.base = base.requires_grad_(False)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self._create_factors(_initial_factors(self, init, generator))
+
+    def _create_factors(self, points: dict[str, Tensor]) -> None:
+        example = next(_tensors(self.base))
+        dtype = torch.promote_types(example.dtype, torch.float32) if example.is_floating_point() else torch.float32
+        shapes = {"lora_A": (self.in_features, self.rank), "lora_B": (self.out_features, self.rank)}
+        if self.orthonormal == "both":
+            shapes["lora_S"] = (self.rank, self.rank)
+        for name, shape in shapes.items():
+            if name in points:
+                factor = _manifold_parameter(points[name].to(device=example.device, dtype=dtype))
+            else:
+                factor = nn.Parameter(torch.zeros(shape, dtype=dtype, device=example.device))
+            self.register_parameter(name, factor)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is in the base weight at present."""
+        return bool(self._base_weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that looks at a linear's weight, its dtype or its device."""
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return cast("Tensor | None", self.base.bias)
+
+    def manifold_parameters(self) -> dict[str, Tensor]:
+        """Return the factors that are constrained to have orthonormal columns, by name."""
+        return {name: getattr(self, name) for name in _CONSTRAINED[self.orthonormal]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` of shape (..., in_features); the result is (..., out_features)."""
+        out = self.base(x)
+        if self.merged or not self.enabled:
+            return out
+        return out + self._update(x).to(out.dtype)
+
+    def _update(self, x: Tensor) -> Tensor:
+        if not _under_autocast(x.device.type):
+            x = x.to(self.lora_A.dtype)
+        hidden = self.dropout(x) @ self.lora_A
+        if self.orthonormal == "both":
+            hidden = hidden @ self.lora_S.T
+        return (hidden * self.scaling) @ self.lora_B.T
+
+    def delta_weight(self) -> Tensor:
+        """Return the update of the weight, ``scaling * B @ A^T``, shape (out_features, in_features).
+
+        It is differentiable, in the factors' dtype, and (out, in) for a ``Conv1D`` base as well.
+        """
+        left = self.lora_B @ self.lora_S if self.orthonormal == "both" else self.lora_B
+        return (self.scaling * left) @ self.lora_A.T
+
+    @torch.no_grad()
+    def merge(self) -> float:
+        """Put the update into the base weight, so that the forward pass is the base's alone.
+
+        The sum is taken in the factors' dtype and rounded once to the weight's. The base gets a new weight parameter
+        and the original one is kept, at the cost of its memory, so `unmerge` is exact. A state dict taken meanwhile has
+        the original weight. Does nothing if merged already.
+
+        Returns:
+            The rounding error, |merged - (W + update)|_F / |update|_F: what part of the update is lost. 0 if the update
+            is zero or was merged already.
+
+        Raises:
+            InputError: If the base is quantised, or the merged weight has a NaN or infinity; nothing is changed then.
+        """
+        if self.merged:
+            return 0.0
+        original = _plain_weight(self.base)
+        update = self.delta_weight()
+        if is_conv1d(self.base):
+            update = update.T
+        exact = original.to(update.dtype) + update
+        merged = exact.to(original.dtype)
+        if not merged.isfinite().all():
+            raise InputError(f"the merged weight of shape {tuple(merged.shape)} overflows {original.dtype}; not merged")
+        self._base_weight = (original,)
+        self.base.weight = nn.Parameter(merged, requires_grad=False)
+        size = torch.linalg.norm(update)
+        return float(torch.linalg.norm(merged.to(exact.dtype) - exact) / size) if size > 0 else 0.0
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original weight parameter back into the base, bit for bit. Does nothing if not merged."""
+        if not self.merged:
+            return
+        (original,) = self._base_weight
+        # The model may have been moved or converted in between.
+        original.data = original.data.to(self.weight)
+        self.base.weight = original
+        self._base_weight = ()
+
+    @contextmanager
+    def original_weight(self) -> Iterator[None]:
+        """Within the context the base holds its own weight, even if the layer is merged."""
+        if not self.merged:
+            yield
+            return
+        merged, self.base.weight = self.base.weight, self._base_weight[0]
+        try:
+            yield
+        finally:
+            self.base.weight = merged
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the module's state; the base's weight in it is always the original one, merged or not."""
+        with self.original_weight():
+            return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # args: local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        if self.merged:
+            args[-1].append(f"{prefix.rstrip('.') or 'the layer'} is merged; call unmerge() before loading a state")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._keep_manifold()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StiefelLoRALinear":
+        def keep_precision(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            return out if _is_wide(out) else tensor.to(out.device)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        before = self.lora_A.dtype
+        super()._apply(keep_precision, recurse=False)
+        self._keep_manifold(polish=self.lora_A.dtype != before)
+        return self
+
+    def _keep_manifold(self, *, polish: bool = False) -> None:
+        """Undo what ``load_state_dict(assign=True)`` and conversions do: plain, narrow or inexact factors."""
+        for name, factor in self.manifold_parameters().items():
+            narrow = not _is_wide(factor)
+            if narrow or not isinstance(factor, geoopt.ManifoldParameter):
+                factor = _manifold_parameter(factor.data.float() if narrow else factor.data, factor.requires_grad)
+                self.register_parameter(name, cast(nn.Parameter, factor))
+            if (narrow or polish) and not factor.is_meta:
+                factor.data = project_point(factor.data)
+
+    def extra_repr(self) -> str:
+        """Return the options shown by ``repr``."""
+        merged = ", merged=True" if self.merged else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"alpha={self.alpha:g}, rslora={self.rslora}, orthonormal={self.orthonormal!r}{merged}"
+        )
+
+
+def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the leading right and left singular vectors of a matrix.
+
+    They come from an eigendecomposition of the smaller Gram matrix, several times cheaper than an SVD of a weight.
+
+    Args:
+        matrix: Shape (out, in), finite.
+        rank: How many, at most min(out, in).
+
+    Returns:
+        Orthonormal columns (in, rank) and (out, rank), in the promoted type of the matrix and float32. Where the matrix
+        has a rank below ``rank``, the rest completes the basis.
+
+    Raises:
+        InputError: If the matrix has a NaN or infinity.
+    """
+    wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+    if not wide.isfinite().all():
+        raise InputError(f"cannot take singular vectors of a matrix of shape {tuple(wide.shape)} with NaN or infinity")
+    if wide.shape[0] < wide.shape[1]:
+        left, right = leading_singular_vectors(wide.T, rank)
+        return right, left
+    right = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(-1)[:, :rank]
+    # W v = s u. QR normalises, keeps the order, and completes the basis where s is zero.
+    left, upper = torch.linalg.qr(wide @ right)
+    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(left)
+    return right.contiguous(), left * signs
+
+
+def _checked_shape(base: nn.Module) -> tuple[int, int]:
+    if isinstance(base, nn.Module) and is_linear(base):
+        shape = linear_shape(base)
+        if min(shape) > 0 and next(_tensors(base), None) is not None:
+            return shape
+        raise TypeError(f"the base {type(base).__name__} has no weights yet; run a forward pass or initialise it first")
+    raise TypeError(
+        "the base must be a linear layer (nn.Linear, transformers' Conv1D, or a quantised linear with in_features and "
+        f"out_features), got {type(base).__name__}"
+    )
+
+
+def _check_options(
+    base: nn.Module, rank: int, n_in: int, n_out: int, alpha: float | None, dropout: float, orthonormal: str
+) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"rank must be an int, got {type(rank).__name__}")
+    limit = min(n_in, n_out)
+    if not 1 <= rank <= limit:
+        raise InputError(
+            f"rank must be in [1, {limit}] for a {type(base).__name__} of {n_in} inputs and {n_out} outputs, got {rank}"
+        )
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise InputError(f"alpha must be positive and finite, got {alpha}")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout must be in [0, 1), got {dropout}")
+    check_choice("orthonormal", orthonormal, tuple(_CONSTRAINED))
+
+
+def _initial_factors(layer: StiefelLoRALinear, init: Init, generator: torch.Generator | None) -> dict[str, Tensor]:
+    sizes = {"lora_A": layer.in_features, "lora_B": layer.out_features}
+    names = _CONSTRAINED[layer.orthonormal]
+    if isinstance(init, str):
+        check_choice("init", init, ("random", "svd"))
+        if next(_tensors(layer.base)).is_meta:
+            return {name: torch.empty(sizes[name], layer.rank, device="meta") for name in names}
+        if init == "random":
+            dtype = torch.promote_types(next(_tensors(layer.base)).dtype, torch.float32)
+            return {name: random_point(sizes[name], layer.rank, dtype=dtype, generator=generator) for name in names}
+        weight = _plain_weight(layer.base)
+        vectors = leading_singular_vectors(weight.T if is_conv1d(layer.base) else weight, layer.rank)
+        return {name: vector for name, vector in zip(sizes, vectors, strict=True) if name in names}
+    points = (init,) if isinstance(init, Tensor) else tuple(init)
+    if len(points) != len(names):
+        raise InputError(f"init must hold {len(names)} tensor(s), {' and '.join(names)}, got {len(points)}")
+    return {n: _orthonormal(n, p, (sizes[n], layer.rank)) for n, p in zip(names, points, strict=True)}
+
+
+def _orthonormal(name: str, point: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the nearest point of the manifold to a user's factor, or say why it is not one."""
+    if tuple(point.shape) != shape:
+        raise InputError(f"init of {name} must have shape {shape}, got {tuple(point.shape)}")
+    error = float(orthogonality_error(point))
+    if not error <= _INIT_TOLERANCE:
+        raise ManifoldError(
+            f"init of {name} must have orthonormal columns: |X^T X - I|_F is {error:.2g}, at most {_INIT_TOLERANCE} is "
+            "taken for rounding; use its Q factor from torch.linalg.qr"
+        )
+    return project_point(point.detach().to(torch.promote_types(point.dtype, torch.float32)))
+
+
+def _manifold_parameter(data: Tensor, requires_grad: bool = True) -> geoopt.ManifoldParameter:
+    # Contiguous: factors are saved, and stacked by the optimizer.
+    return geoopt.ManifoldParameter(data.contiguous(), manifold=geoopt.EuclideanStiefel(), requires_grad=requires_grad)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _plain_weight(base: nn.Module) -> nn.Parameter:
+    """Return the weight if it is an ordinary floating-point matrix, or say why nothing can be merged into it."""
+    weight = getattr(base, "weight", None)
+    # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
+    if type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.is_floating_point():
+        if weight.dim() == 2 and weight.numel() == math.prod(linear_shape(base)):
+            return weight
+    kind = f"a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+    raise InputError(
+        f"the weight of {type(base).__name__} is {kind}, not a plain floating-point matrix (it is quantised); "
+        "dequantise the base model to merge into it or to start from its singular vectors"
+    )
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    return torch.finfo(tensor.dtype).bits >= 32
+
+
+def _under_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
