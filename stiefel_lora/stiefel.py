@@ -99,29 +99,28 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
     Reference: [AMS], section 4.1; for "cayley" [WY], for "exp" [EAS] equation 2.42 (due to R. Lippert).
     """
     _check_pair(x, u)
-    return retraction(method)(x, u)
-
-
-def retraction(method: Retraction) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function (x, u) -> new point behind a retraction's name; it checks no shapes."""
     check_choice("retraction", method, tuple(RETRACTIONS))
-    return RETRACTIONS[method]
+    return RETRACTIONS[method](x, u, None)
 
 
-def _qr(x: Tensor, u: Tensor) -> Tensor:
+# Each retraction below is a function (x, u, into) -> new point. With ``into`` given, all three of shape (k, n, r), it
+# writes the new point there and may overwrite u; without, it allocates and can be differentiated.
+
+
+def _qr(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
     # CholeskyQR. Y^T Y = I + U^T U >= I, so its condition is 1 + |U|^2 and one pass is enough. Y^T Y is measured, not
     # assumed, so an error of x is removed here instead of piling up.
-    y = x + u
+    y = _sum(x, u, into)
     chol, _ = torch.linalg.cholesky_ex(y.mT @ y)
-    return y @ torch.linalg.solve_triangular(chol, _eye_like(chol), upper=False).mT
+    return torch.matmul(y, torch.linalg.solve_triangular(chol, _eye_like(chol), upper=False).mT, out=into)
 
 
-def _polar(x: Tensor, u: Tensor) -> Tensor:
-    y = x + u
-    return y @ _inverse_sqrt(y.mT @ y)
+def _polar(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
+    y = _sum(x, u, into)
+    return torch.matmul(y, _inverse_sqrt(y.mT @ y), out=into)
 
 
-def _cayley(x: Tensor, u: Tensor) -> Tensor:
+def _cayley(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
     # (I - W/2)^-1 (I + W/2) X = X (I - Q B / 2) + U B with S = X^T U, Q = U^T (I - X X^T) U and
     # B = (I - S/2 + Q/4)^-1. The symmetric part of B^-1 is I + Q/4 >= I: never singular, however long the step.
     repair = _newton_schulz(x)
@@ -129,10 +128,10 @@ def _cayley(x: Tensor, u: Tensor) -> Tensor:
     eye = _eye_like(s)
     q = u.mT @ u + s @ s
     b = _inverse(eye - s / 2 + q / 4)
-    return x @ (repair @ (eye - q @ b / 2)) + u @ b
+    return _combine(x, repair @ (eye - q @ b / 2), u, b, into)
 
 
-def _exp(x: Tensor, u: Tensor) -> Tensor:
+def _exp(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
     # [X U] expm([[S, -U^T U], [I, S]]) [expm(-S); 0]. U / t in place of U is a similarity of the 2r x 2r matrix
     # that brings its norm from |U|^2 down to |U|.
     r = x.shape[-1]
@@ -143,15 +142,24 @@ def _exp(x: Tensor, u: Tensor) -> Tensor:
     bottom = torch.cat((t * _eye_like(s), s), dim=-1)
     flow = torch.linalg.matrix_exp(torch.cat((top, bottom), dim=-2))[..., :r] @ torch.linalg.matrix_exp(-s)
     c1, c2 = flow.split(r, dim=-2)
-    return x @ (repair @ c1) + u @ (c2 / t)
+    return _combine(x, repair @ c1, u, c2 / t, into)
 
 
-RETRACTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "qr": _qr,
     "cayley": _cayley,
     "polar": _polar,
     "exp": _exp,
 }
+
+
+def _sum(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
+    return x + u if into is None else u.add_(x)
+
+
+def _combine(x: Tensor, c1: Tensor, u: Tensor, c2: Tensor, into: Tensor | None) -> Tensor:
+    """Return X C1 + U C2."""
+    return x @ c1 + u @ c2 if into is None else torch.bmm(x, c1, out=into).baddbmm_(u, c2)
 
 
 def _skew(z: Tensor) -> Tensor:
@@ -205,7 +213,7 @@ def project_point(x: Tensor) -> Tensor:
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
     if (s[..., -1] <= s[..., 0] * torch.finfo(wide.dtype).eps * x.shape[-2]).any():
         raise InputError(f"cannot project a rank-deficient matrix of shape {tuple(x.shape)}: its columns are dependent")
-    return (u @ vh).to(x.dtype)
+    return (u @ vh).to(x.dtype).contiguous()
 
 
 def random_point(
@@ -241,7 +249,8 @@ def random_point(
     q, upper = torch.linalg.qr(gauss)
     # Without the signs LAPACK's Q is not Haar distributed (Mezzadri, Notices of the AMS 2007).
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(wide)
-    return (q * signs.unsqueeze(-2)).to(dtype)
+    # LAPACK's Q is column-major; every other tensor a point meets is row-major.
+    return (q * signs.unsqueeze(-2)).to(dtype).contiguous()
 
 
 def orthogonality_error(x: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""Riemannian Adam."""
+
+from typing import ClassVar
+
+import torch
+from geoopt import ManifoldTensor
+from torch import Tensor
+
+from stiefel_lora._types import Metric, Params, Retraction, SecondMoment
+from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_step
+from stiefel_lora.optim._batch import Piece, StateSpec
+from stiefel_lora.stiefel import check_choice, project_
+
+
+class RiemannianAdam(RiemannianOptimizer):
+    """Adam on the Stiefel manifold, and torch's AdamW on everything else, in one optimizer.
+
+    For a point X of shape (..., n, r) with Riemannian gradient R, each matrix by itself:
+
+        M <- beta1 M + (1 - beta1) R,    v <- beta2 v + (1 - beta2) mean(R^2),
+        U = -lr * (M / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps),
+        X <- retract(X, U),    M <- P_X(M)  (vector transport to the new point by projection).
+
+    The second moment is one number a matrix, so that the step is tangent and does not depend on the basis of the
+    columns (X -> X Q gives U -> U Q); as a mean square it gives a step the root mean square lr that AdamW gives
+    an ordinary parameter, so one learning rate serves both. A step is at most a quarter turn (root mean square over
+    the columns).
+
+    Args:
+        params: Parameters or groups. A ``geoopt.ManifoldParameter`` on a Stiefel manifold, shape (..., n, r) with
+            n >= r, gets the update above; one on another manifold the update of geoopt's Riemannian Adam through
+            geoopt's own interface; the others exactly that of ``torch.optim.AdamW``.
+        lr: Learning rate, a float or a tensor; per step, in units of the parameter.
+        betas: Decay rates of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled, for ordinary parameters. It has no tangent part on a Stiefel manifold (|X| is
+            constant), so nothing is done there; on other manifolds it is added to the gradient, as in geoopt.
+        amsgrad: Divide by the largest second moment so far.
+        retraction: "qr", "cayley", "polar" or "exp"; see ``stiefel_lora.stiefel.retract``. "exp" waits for the device
+            on CUDA, inside ``torch.linalg.matrix_exp``.
+        metric: "euclidean" or "canonical": which Riemannian gradient a Stiefel parameter follows.
+        second_moment: "mean" as above; "norm" takes |R|^2 for mean(R^2), which makes steps of Frobenius norm lr (the
+            scale of geoopt, for settings tuned there); "element" keeps one second moment an entry and projects the
+            quotient (the form of StelLA, arXiv:2510.01938), which adapts to single rows but depends on the basis.
+        maximize: Ascend instead of descend.
+        foreach, fused: Handed to AdamW for the ordinary parameters.
+        capturable, differentiable: Refused when True, with the reason.
+        stabilize: Every how many steps a parameter on another manifold is projected back, as in geoopt. Stiefel
+            parameters do not drift and need none.
+        project: Move a Stiefel parameter that is off its manifold to the nearest point instead of refusing it.
+        error_if_nonfinite: Raise if a manifold parameter's gradient has a NaN or infinity; this waits for the device.
+            By default such a matrix keeps its value and state for that step, and ``skipped_updates`` counts it.
+
+    Raises:
+        InputError: For an option that is not allowed, a wide matrix, or a point off the manifold.
+
+    Reference: Kingma, Ba (2015); Becigneul, Ganea (2019) for Adam on manifolds; Loshchilov, Hutter (2019) for AdamW.
+    """
+
+    _ordinary_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        amsgrad: bool = False,
+        retraction: Retraction = "qr",
+        metric: Metric = "euclidean",
+        second_moment: SecondMoment = "mean",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        stabilize: int | None = None,
+        project: bool = False,
+        error_if_nonfinite: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "maximize": maximize,
+                "foreach": foreach,
+                "capturable": capturable,
+                "differentiable": differentiable,
+                "fused": fused,
+            },
+            retraction=retraction,
+            metric=metric,
+            second_moment=second_moment,
+            stabilize=stabilize,
+            project=project,
+            error_if_nonfinite=error_if_nonfinite,
+        )
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_choice("second_moment", group["second_moment"], ("mean", "norm", "element"))
+
+    def _state_spec(self, group: Group) -> dict[str, StateSpec]:
+        second = StateSpec("matrix" if group["second_moment"] == "element" else "scalar")
+        spec = {"step": StateSpec("scalar", torch.float32), "exp_avg": StateSpec("matrix"), "exp_avg_sq": second}
+        return {**spec, "max_exp_avg_sq": second} if group["amsgrad"] else spec
+
+    def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
+        return state.get("exp_avg")
+
+    def _stiefel_step(self, piece: Piece, rgrad: Tensor, finite: Tensor, group: Group) -> Tensor:
+        return adam_step(
+            piece.point,
+            rgrad,
+            finite,
+            **{key: value for key, value in piece.state.items() if key != "skipped"},
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            second_moment=group["second_moment"],
+        )
+
+    def _geoopt_step(self, p: ManifoldTensor, rgrad: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
+        state = self.state[p]
+        beta1, beta2 = group["betas"]
+        step = state.get("step", torch.zeros((), device=p.device)) + 1
+        exp_avg = state.get("exp_avg", torch.zeros_like(p)) * beta1 + rgrad * (1 - beta1)
+        square = p.manifold.component_inner(p, rgrad)
+        exp_avg_sq = state.get("exp_avg_sq", torch.zeros_like(p)) * beta2 + square * (1 - beta2)
+        new_state = {"step": step, "exp_avg_sq": exp_avg_sq}
+        if group["amsgrad"]:
+            exp_avg_sq = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(p)), exp_avg_sq)
+            new_state["max_exp_avg_sq"] = exp_avg_sq
+        denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + group["eps"]
+        direction = exp_avg / (1 - beta1**step) / denominator
+        new, new_state["exp_avg"] = p.manifold.retr_transp(p, -group["lr"] * direction, exp_avg)
+        return new, new_state
+
+
+def adam_step(
+    x: Tensor,
+    rgrad: Tensor,
+    finite: Tensor,
+    *,
+    step: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None = None,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    second_moment: SecondMoment,
+) -> Tensor:
+    """Update the moments of k matrices in place and return their tangent steps, which take the place of ``rgrad``.
+
+    Args:
+        x: Points, shape (k, n, r).
+        rgrad: Riemannian gradients, same shape.
+        finite: 1.0, or 0.0 for a matrix whose moments are to stay and whose step is zero, shape (k,).
+        step: Number of updates so far, shape (k,).
+        exp_avg: First moment, tangent at ``x``, shape (k, n, r).
+        exp_avg_sq: Second moment, shape (k,); (k, n, r) with "element".
+        max_exp_avg_sq: The largest ``exp_avg_sq`` so far (AMSGrad), same shape, or None.
+        lr: Learning rate.
+        betas: Decay rates.
+        eps: Added to the root of the second moment.
+        second_moment: "mean", "norm" or "element".
+
+    Returns:
+        Steps U, shape (k, n, r).
+    """
+    beta1, beta2 = betas
+    step += finite
+    exp_avg.lerp_(rgrad, ((1 - beta1) * finite)[:, None, None])
+    exp_avg_sq.lerp_(_square(rgrad, second_moment), _like_state((1 - beta2) * finite, exp_avg_sq))
+    if max_exp_avg_sq is not None:
+        exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+    # A matrix that has only been skipped has t = 0: its corrections are 0/0, and its step zero.
+    t = step.clamp_min(1)
+    root = (exp_avg_sq / _like_state(1 - beta2**t, exp_avg_sq)).sqrt_().add_(eps)
+    # eps = 0 with a gradient of zeros must not make 0/0 of a point.
+    root.clamp_min_(torch.finfo(root.dtype).tiny ** 0.75)
+    size = lr * finite / (1 - beta1**t)
+    if second_moment == "element":
+        return bounded_step(project_(x, torch.div(exp_avg, root, out=rgrad)), size, rgrad)
+    return bounded_step(exp_avg, size / root, rgrad)
+
+
+def _square(rgrad: Tensor, second_moment: SecondMoment) -> Tensor:
+    if second_moment == "element":
+        return rgrad.square()
+    square = torch.linalg.matrix_norm(rgrad).square()
+    return square if second_moment == "norm" else square / rgrad.shape[-2:].numel()
+
+
+def _like_state(scalar: Tensor, state: Tensor) -> Tensor:
+    """Shape one number a matrix, (k,), so that it broadcasts against state of shape (k,) or (k, n, r)."""
+    return scalar.view(-1, *[1] * (state.dim() - 1))

@@ -1,0 +1,376 @@
+"""What both Riemannian optimizers share: kinds of parameters, validation, state and the order of a step."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from geoopt import Euclidean, ManifoldTensor
+from geoopt import Stiefel as GeooptStiefel
+from torch import Tensor
+
+from stiefel_lora._types import Params
+from stiefel_lora.errors import InputError, ManifoldError
+from stiefel_lora.optim._batch import Bucket, Piece, StateSpec, Workspace, compute_dtype
+from stiefel_lora.stiefel import (
+    RETRACTIONS,
+    check_choice,
+    check_tall,
+    orthogonality_error,
+    project,
+    project_,
+    project_point,
+)
+
+Group: TypeAlias = dict[str, Any]
+
+# The longest step, as the root mean square over the columns of a matrix, in radians to first order: a quarter turn.
+# Every retraction is local, so a longer step is a direction and no more; and the Gram matrices of a step keep their
+# precision only while eps * |U|^2 is small (float32 loses the manifold from |U| of about 1e3).
+_LONGEST_STEP = torch.pi / 2
+
+
+def is_stiefel(p: Tensor) -> bool:
+    """Tell whether a parameter is declared to lie on a Stiefel manifold of geoopt (any metric)."""
+    return isinstance(p, ManifoldTensor) and isinstance(p.manifold, GeooptStiefel)
+
+
+def is_ordinary(p: Tensor) -> bool:
+    """Tell whether a parameter lies in plain Euclidean space."""
+    return not isinstance(p, ManifoldTensor) or type(p.manifold) is Euclidean
+
+
+def is_other_manifold(p: Tensor) -> bool:
+    """Tell whether a parameter lies on a manifold that is left to geoopt."""
+    return not is_ordinary(p) and not is_stiefel(p)
+
+
+def manifold_name(p: Tensor) -> str | None:
+    """Return the name of the class of a parameter's manifold, None for an ordinary parameter."""
+    return None if is_ordinary(p) else type(p.manifold).__name__  # type: ignore[attr-defined]
+
+
+def bounded_step(direction: Tensor, size: Tensor, out: Tensor) -> Tensor:
+    """Write -size * direction into ``out``, shortened where it is longer than a quarter turn a column, and return it.
+
+    Args:
+        direction: Tangent vectors, shape (k, n, r).
+        size: Step sizes, shape (k,), zero for a matrix that is to stay.
+        out: Where the steps go, shape (k, n, r); may be ``direction``.
+    """
+    limit = _LONGEST_STEP * direction.shape[-1] ** 0.5
+    length = size.abs() * torch.linalg.matrix_norm(direction)
+    size = size * (limit / length.clamp_min(limit))
+    return torch.mul(direction, -size[:, None, None], out=out)
+
+
+class RiemannianOptimizer(torch.optim.Optimizer):
+    """Base of the Riemannian optimizers; see ``RiemannianAdam`` and ``RiemannianSGD``.
+
+    A parameter on a Stiefel manifold is updated with the geometry of ``stiefel_lora.stiefel``, together with all others
+    of its shape, dtype and device; one on any other geoopt manifold through geoopt's own interface; every other one
+    by torch's optimizer, an instance of which works on this optimizer's groups and state.
+    """
+
+    _ordinary_class: ClassVar[type[torch.optim.Optimizer]]
+
+    def __init__(
+        self,
+        params: Params,
+        ordinary_options: dict[str, Any],
+        *,
+        retraction: str,
+        metric: str,
+        stabilize: int | None,
+        project: bool,
+        error_if_nonfinite: bool,
+        **own_options: Any,
+    ) -> None:
+        # torch's own constructor checks the options that it knows.
+        self._ordinary = self._ordinary_class([_placeholder()], **ordinary_options)
+        self._buckets: dict[int, list[Bucket]] = {}
+        self._workspace = Workspace()
+        defaults = {
+            **self._ordinary.defaults,
+            **own_options,
+            "retraction": retraction,
+            "metric": metric,
+            "stabilize": stabilize,
+            "project": project,
+            "error_if_nonfinite": error_if_nonfinite,
+        }
+        super().__init__(params, defaults)
+
+    # -- what a subclass says ----------------------------------------------------------------------
+
+    def _state_spec(self, group: Group) -> dict[str, StateSpec]:
+        """Return the state that the update of a Stiefel parameter in this group keeps."""
+        raise NotImplementedError
+
+    def _stiefel_step(self, piece: Piece, rgrad: Tensor, finite: Tensor, group: Group) -> Tensor:
+        """Update a piece's state in place and return the tangent step.
+
+        Args:
+            piece: The matrices and their state.
+            rgrad: Riemannian gradients, shape (k, n, r), without NaN or infinity; may be overwritten.
+            finite: 1.0, or 0.0 for a matrix that is to keep its value and state, shape (k,).
+            group: The options.
+
+        Returns:
+            The step U, shape (k, n, r), zero where ``finite`` is.
+        """
+        raise NotImplementedError
+
+    def _geoopt_step(self, p: ManifoldTensor, rgrad: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the next point of a parameter on another manifold of geoopt and its next state; change nothing."""
+        raise NotImplementedError
+
+    def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
+        """Return the tangent vectors in a state that move along with the point, None if there are none."""
+        raise NotImplementedError
+
+    # -- torch.optim's contract --------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; its own options override the defaults.
+
+        Raises:
+            InputError: If an option is not allowed, or a Stiefel parameter is wide, not of a floating dtype, or off
+                the manifold by more than rounding (unless ``project=True``, which moves it to the nearest point).
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            for i, p in enumerate(group["params"]):
+                if is_stiefel(p):
+                    _check_point(p, i, project=group["project"])
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        group["manifolds"] = [manifold_name(p) for p in group["params"]]
+        self._buckets.clear()
+
+    def _check_group(self, group: Group) -> None:
+        check_choice("retraction", group["retraction"], tuple(RETRACTIONS))
+        check_choice("metric", group["metric"], ("euclidean", "canonical"))
+        if group.get("differentiable"):
+            raise InputError("differentiable=True is not supported: the step on the manifold works in place")
+        if group.get("capturable"):
+            raise InputError(
+                "capturable=True is not supported: the batched factorizations of the step have not been shown to be "
+                "safe inside a CUDA graph; leave it False"
+            )
+        stabilize = group["stabilize"]
+        if stabilize is not None and (not isinstance(stabilize, int) or stabilize < 1):
+            raise InputError(f"stabilize must be None or a positive number of steps, got {stabilize!r}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Pickling and deepcopy keep the groups and the state only; the rest follows from them.
+        self._ordinary = self._ordinary_class([_placeholder()], lr=1e-3)  # type: ignore[call-arg]
+        self._buckets = {}
+        self._workspace = Workspace()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by ``state_dict()``, onto any device and dtype.
+
+        Raises:
+            ManifoldError: If a parameter was on a manifold when the state was saved and is not now, or the reverse.
+            ValueError: If groups or their sizes differ.
+        """
+        self._check_manifolds(state_dict)
+        super().load_state_dict(state_dict)
+        # torch has cast every tensor to its parameter's dtype; what we keep in float32 must not pass through bf16.
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if not is_ordinary(p) and i in state_dict["state"]:
+                wide = compute_dtype(p)
+                self.state[p] = {key: _onto(value, p.device, wide) for key, value in state_dict["state"][i].items()}
+        self._buckets.clear()
+
+    def _check_manifolds(self, state_dict: dict[str, Any]) -> None:
+        for g, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
+            then, now = saved.get("manifolds"), [manifold_name(p) for p in group["params"]]
+            if then is None or len(then) != len(now):
+                continue
+            for i, (old, new) in enumerate(zip(then, now, strict=True)):
+                if old is not None and new is None:
+                    raise ManifoldError(
+                        f"{_place(group, g, i)} was on manifold {old} when this state was saved and is an ordinary one "
+                        "now; re-attach it, module.weight = geoopt.ManifoldParameter(module.weight.data, "
+                        "manifold=geoopt.EuclideanStiefel()), and make the optimizer anew"
+                    )
+                if old is None and new is not None:
+                    raise ManifoldError(
+                        f"{_place(group, g, i)} was an ordinary one when this state was saved and is on {new} now"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; ``p.grad`` is only read.
+
+        Args:
+            closure: Re-evaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            InputError: Before anything is changed, if ``error_if_nonfinite`` is set and a gradient of a manifold
+                parameter has a NaN or infinity.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._raise_if_nonfinite()
+        self._step_ordinary()
+        for index, group in enumerate(self.param_groups):
+            for bucket in self._group_buckets(index):
+                for piece in bucket.pieces(self._workspace):
+                    self._step_piece(piece, group)
+            for p in group["params"]:
+                if is_other_manifold(p) and p.grad is not None:
+                    self._step_geoopt(p, p.grad, group)
+        return loss
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    def _step_ordinary(self) -> None:
+        ordinary = self._ordinary
+        ordinary.state = self.state
+        ordinary.param_groups = [
+            {**group, "params": params}
+            for group in self.param_groups
+            if (params := [p for p in group["params"] if is_ordinary(p)])
+        ]
+        ordinary.step()
+
+    def _step_piece(self, piece: Piece, group: Group) -> None:
+        x = piece.point
+        rgrad = piece.grad.neg_() if group["maximize"] else piece.grad
+        if group["metric"] == "canonical":
+            rgrad.baddbmm_(x, rgrad.mT @ x, alpha=-1)
+        else:
+            project_(x, rgrad)
+        # A matrix whose gradient has a NaN, an infinity or a norm that overflows stays where it is: from here on its
+        # gradient is finite and all that is done with it is multiplied by zero.
+        finite = torch.linalg.matrix_norm(rgrad).square().isfinite().to(x.dtype)
+        rgrad.nan_to_num_(0, 0, 0)
+        piece.state["skipped"] += 1 - finite.to(torch.int64)
+        u = self._stiefel_step(piece, rgrad, finite, group)
+        x.lerp_(RETRACTIONS[group["retraction"]](x, u, piece.spare), finite[:, None, None])
+        momentum = self._momentum(piece.state)
+        if momentum is not None:
+            project_(x, momentum)
+        piece.write(x)
+
+    def _step_geoopt(self, p: ManifoldTensor, grad: Tensor, group: Group) -> None:
+        grad = -grad if group["maximize"] else grad
+        if group["weight_decay"] != 0:
+            grad = grad.add(p, alpha=group["weight_decay"])
+        state = self.state[p]
+        new, new_state = self._geoopt_step(p, p.manifold.egrad2rgrad(p, grad), group)
+        finite = grad.isfinite().all()
+        p.copy_(torch.where(finite, new, p))
+        for key, value in new_state.items():
+            state[key] = torch.where(finite, value, state[key]) if key in state else value * finite
+        state["skipped"] = state.get("skipped", 0) + (~finite).to(torch.int64)
+        if group["stabilize"] is not None:
+            due = state["steps_taken"] = state.get("steps_taken", 0) + 1
+            if due % group["stabilize"] == 0:
+                self._stabilize_parameter(p)
+
+    def _group_buckets(self, index: int) -> list[Bucket]:
+        group = self.param_groups[index]
+        spec = {**self._state_spec(group), "skipped": StateSpec("scalar", torch.int64)}
+        buckets = self._buckets.get(index)
+        if buckets is None or not all(bucket.is_current(spec, self.state) for bucket in buckets):
+            alike: dict[Any, list[Tensor]] = {}
+            for p in group["params"]:
+                if is_stiefel(p):
+                    alike.setdefault((p.shape[-2:], p.dtype, p.device), []).append(p)
+            buckets = self._buckets[index] = [Bucket(params, spec, self.state) for params in alike.values()]
+        return buckets
+
+    # -- gradients that are not finite -------------------------------------------------------------
+
+    @property
+    def skipped_updates(self) -> int:
+        """How many updates of single matrices were left out because of a NaN or infinity; waits for the device."""
+        return sum(int(state["skipped"].sum()) for state in self.state.values() if "skipped" in state)
+
+    def _raise_if_nonfinite(self) -> None:
+        for g, group in enumerate(self.param_groups):
+            if not group["error_if_nonfinite"]:
+                continue
+            for i, p in enumerate(group["params"]):
+                if not is_ordinary(p) and p.grad is not None and not p.grad.isfinite().all():
+                    raise InputError(
+                        f"the gradient of {_place(group, g, i)}, shape {tuple(p.shape)}, has a NaN or infinity"
+                    )
+
+    # -- geoopt's interface ------------------------------------------------------------------------
+
+    def stabilize(self) -> None:
+        """Put every parameter on a manifold, and its momentum, back on it (geoopt's method of this name)."""
+        for group in self.param_groups:
+            self.stabilize_group(group)
+
+    def stabilize_group(self, group: Group) -> None:
+        """Put the parameters of one group that are on a manifold of geoopt, and their momenta, back on it.
+
+        Stiefel parameters need it only if something other than this optimizer has written to them.
+        """
+        for p in group["params"]:
+            if not is_ordinary(p):
+                self._stabilize_parameter(p)
+
+    @torch.no_grad()
+    def _stabilize_parameter(self, p: ManifoldTensor) -> None:
+        p.copy_(project_point(p) if is_stiefel(p) else p.manifold.projx(p))
+        momentum = self._momentum(self.state[p]) if p in self.state else None
+        if momentum is not None:
+            point = p.to(momentum.dtype)
+            momentum.copy_(project(point, momentum) if is_stiefel(p) else p.manifold.proju(point, momentum))
+
+
+def _place(group: Group, g: int, i: int) -> str:
+    name = f" ({group['param_names'][i]})" if "param_names" in group else ""
+    return f"parameter {i}{name} of group {g}"
+
+
+def _placeholder() -> Tensor:
+    # torch's optimizers refuse an empty list; the groups they work on are handed to them at each step.
+    return torch.nn.Parameter(torch.empty(0))
+
+
+def _onto(value: Any, device: torch.device, wide: torch.dtype) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device=device, dtype=wide if value.is_floating_point() else value.dtype)
+
+
+def _check_point(p: Tensor, index: int, *, project: bool) -> None:
+    """Raise unless a Stiefel parameter is tall, real and on its manifold up to rounding."""
+    try:
+        check_tall(p)
+    except InputError as error:
+        raise InputError(f"parameter {index}: {error}") from None
+    if not p.is_floating_point():
+        raise InputError(f"parameter {index}: a Stiefel parameter must be real floating, got {p.dtype}")
+    if p.is_meta:
+        return
+    # Half the digits of the dtype: far above what rounding leaves, far below what any real mistake makes.
+    tolerance = (torch.finfo(p.dtype).eps * p.shape[-1]) ** 0.5
+    measured = float(orthogonality_error(p).max())
+    if measured <= tolerance:
+        return
+    if not project:
+        raise ManifoldError(
+            f"parameter {index} of shape {tuple(p.shape)} is off the Stiefel manifold: |X^T X - I|_F = {measured:.3g}, "
+            f"allowed {tolerance:.3g}; pass project=True to move it to the nearest point"
+        )
+    with torch.no_grad():
+        p.copy_(project_point(p))

@@ -1,0 +1,181 @@
+"""Matrices of one shape, dtype and device as one batch, with their optimizer state in stacked buffers."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stiefel_lora.errors import InputError
+
+# Matrices are updated in pieces of about this size, so that on a CPU the handful of passes over a piece stay in its
+# cache and everywhere the scratch memory is a few pieces instead of a few copies of the whole group.
+_PIECE_BYTES = {"cpu": 2 << 20}
+_PIECE_BYTES_ACCELERATOR = 32 << 20
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor of optimizer state: "matrix" for shape (n, r) a matrix, "scalar" for one number a matrix."""
+
+    kind: str
+    dtype: torch.dtype | None = None  # None: the dtype that the update is computed in
+
+
+@dataclass
+class Piece:
+    """A run of k matrices that are updated together.
+
+    Attributes:
+        params: The parameters they belong to.
+        point: The matrices in the compute dtype, shape (k, n, r); scratch memory.
+        grad: Their Euclidean gradients, same shape and dtype; scratch memory.
+        spare: Scratch memory of the same shape and dtype.
+        state: Views of the state buffers, shape (k, n, r) or (k,), to be changed in place.
+        master: The float32 copies of low-precision matrices, or None.
+    """
+
+    params: list[Tensor]
+    point: Tensor
+    grad: Tensor
+    spare: Tensor
+    state: dict[str, Tensor]
+    master: Tensor | None
+
+    def write(self, new: Tensor) -> None:
+        """Store new points, shape (k, n, r), in the parameters."""
+        if self.master is not None:
+            self.master.copy_(new)
+        rows = new.view(-1, new.shape[-1]).split([p.shape[:-1].numel() for p in self.params])
+        torch._foreach_copy_(
+            self.params, [r if p.dim() == 2 else r.view(p.shape) for r, p in zip(rows, self.params, strict=True)]
+        )
+
+
+class Workspace:
+    """Scratch memory that is kept from step to step.
+
+    On a CPU, fresh memory of some megabytes costs more (page faults) than the arithmetic that is done in it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, count: int, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterable[Tensor]:
+        """Return tensors of the given size with arbitrary content, valid until the next call."""
+        needed = count * math.prod(size)
+        memory = self._memory.get((dtype, device))
+        if memory is None or memory.numel() < needed:
+            memory = self._memory[dtype, device] = torch.empty(needed, dtype=dtype, device=device)
+        return memory[:needed].view(count, *size).unbind()
+
+
+def compute_dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype in which a parameter is updated: float32 for bf16 and fp16, else its own."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+class Bucket:
+    """The parameters of one group that share (n, r), dtype and device.
+
+    The state of all of them lies in one buffer a key; what ``optimizer.state[p]`` holds are views of these buffers,
+    so that a step neither gathers nor scatters state.
+
+    Args:
+        params: Parameters of shape (..., n, r), equal but for the leading dimensions.
+        spec: The state that the update keeps.
+        state: The optimizer's state; existing entries are taken over, missing ones start at zero.
+    """
+
+    def __init__(self, params: list[Tensor], spec: dict[str, StateSpec], state: dict[Tensor, Any]) -> None:
+        self.params = params
+        self._spec = spec
+        self._placement = (params[0].dtype, params[0].device)
+        self.dtype = compute_dtype(params[0])
+        self.ends = torch.tensor([p.shape[:-2].numel() for p in params]).cumsum(0).tolist()
+        self.starts = [0, *self.ends[:-1]]
+        if self.dtype != params[0].dtype:
+            spec = {**spec, "master": StateSpec("matrix")}
+        self.buffers = {key: self._gather_state(key, entry, state) for key, entry in spec.items()}
+        self._views = []
+        for p, start, end in zip(params, self.starts, self.ends, strict=True):
+            views = {
+                key: buffer[start:end].view(p.shape[:-2] + buffer.shape[1:]) for key, buffer in self.buffers.items()
+            }
+            state[p] = views
+            self._views.append(views)
+
+    def is_current(self, spec: dict[str, StateSpec], state: dict[Tensor, Any]) -> bool:
+        """Tell whether the optimizer still wants this state and still holds this bucket's buffers.
+
+        Not so after loading a state, clearing it, changing an option that adds a buffer, or moving the model.
+        """
+        return spec == self._spec and all(
+            state.get(p) is views and (p.dtype, p.device) == self._placement
+            for p, views in zip(self.params, self._views, strict=True)
+        )
+
+    def _gather_state(self, key: str, entry: StateSpec, state: dict[Tensor, Any]) -> Tensor:
+        first = self.params[0]
+        tail = first.shape[-2:] if entry.kind == "matrix" else torch.Size()
+        buffer = torch.zeros((self.ends[-1], *tail), dtype=entry.dtype or self.dtype, device=first.device)
+        for p, start, end in zip(self.params, self.starts, self.ends, strict=True):
+            saved = state.get(p, {}).get(key)
+            if saved is None:
+                if key == "master":
+                    buffer[start:end].copy_(p.reshape(-1, *tail))
+                continue
+            expected = p.shape[:-2] + tail
+            # A step counter may come as one number for all matrices of a parameter.
+            saved = torch.as_tensor(saved)
+            if saved.shape != expected and saved.dim() > 0:
+                raise InputError(
+                    f"state {key!r} of a parameter of shape {tuple(p.shape)} has shape {tuple(saved.shape)}, expected "
+                    f"{tuple(expected)}; was it saved by another optimizer or with other options?"
+                )
+            buffer[start:end].view(expected).copy_(saved)
+        return buffer
+
+    def pieces(self, workspace: Workspace) -> Iterator[Piece]:
+        """Yield the parameters that have a gradient, in runs of neighbours of bounded size."""
+        first = self.params[0]
+        size = first.shape[-2:].numel() * self.dtype.itemsize
+        limit = max(1, _PIECE_BYTES.get(first.device.type, _PIECE_BYTES_ACCELERATOR) // size)
+        run: list[int] = []
+        for i, p in enumerate(self.params):
+            joins = p.grad is not None and (not run or self.ends[i] - self.starts[run[0]] <= limit)
+            if run and not joins:
+                yield self._piece(run, workspace)
+                run = []
+            if p.grad is not None:
+                run.append(i)
+        if run:
+            yield self._piece(run, workspace)
+
+    def _piece(self, run: list[int], workspace: Workspace) -> Piece:
+        params = self.params[run[0] : run[-1] + 1]
+        begin, end = self.starts[run[0]], self.ends[run[-1]]
+        state = {key: buffer[begin:end] for key, buffer in self.buffers.items()}
+        master = state.pop("master", None)
+        size = (end - begin, *params[0].shape[-2:])
+        point, grad, spare = workspace.take(3, size, self.dtype, params[0].device)
+        _stack(params, point)
+        _stack([_dense_grad(p) for p in params], grad)
+        if master is not None:
+            # Where someone else has written to a parameter since the last step, its value wins over the master's.
+            torch.where(master.to(params[0].dtype) == point, master, point, out=point)
+        return Piece(params, point, grad, spare, state, master)
+
+
+def _dense_grad(p: Tensor) -> Tensor:
+    if p.grad is None or p.grad.is_sparse:
+        raise InputError(f"the gradient of a Stiefel parameter of shape {tuple(p.shape)} must be dense")
+    return p.grad
+
+
+def _stack(tensors: list[Tensor], out: Tensor) -> None:
+    """Copy tensors of shape (..., n, r) into one of shape (k, n, r) and perhaps another dtype."""
+    r = out.shape[-1]
+    torch.cat([t if t.dim() == 2 else t.reshape(-1, r) for t in tensors], out=out.view(-1, r))

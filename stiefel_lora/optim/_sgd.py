@@ -1,0 +1,114 @@
+"""Riemannian stochastic gradient descent."""
+
+from typing import ClassVar
+
+import torch
+from geoopt import ManifoldTensor
+from torch import Tensor
+
+from stiefel_lora._types import Metric, Params, Retraction
+from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_step
+from stiefel_lora.optim._batch import Piece, StateSpec
+
+
+class RiemannianSGD(RiemannianOptimizer):
+    """SGD with momentum on the Stiefel manifold, and torch's SGD on everything else, in one optimizer.
+
+    For a point X of shape (..., n, r) with Riemannian gradient R, each matrix by itself:
+
+        M <- R at the first update, then momentum M + (1 - dampening) R,
+        X <- retract(X, -lr M)  (nesterov: -lr (R + momentum M)),    M <- P_X(M).
+
+    The momentum is tangent from the first update on and is transported to each new point by projection. A step is
+    at most a quarter turn (root mean square over the columns).
+
+    Args:
+        params: Parameters or groups; which update each gets, see ``RiemannianAdam`` (torch's SGD for ordinary ones).
+        lr: Learning rate, a float or a tensor.
+        momentum: Momentum factor.
+        dampening: Dampening of the momentum.
+        weight_decay: L2 penalty on ordinary parameters, as in torch's SGD, and on other manifolds; it has no tangent
+            part on a Stiefel manifold.
+        nesterov: Use Nesterov momentum.
+        retraction: "qr", "cayley", "polar" or "exp"; see ``stiefel_lora.stiefel.retract``.
+        metric: "euclidean" or "canonical": which Riemannian gradient a Stiefel parameter follows.
+        maximize: Ascend instead of descend.
+        foreach, fused: Handed to torch's SGD for the ordinary parameters.
+        differentiable: Refused when True, with the reason.
+        stabilize, project, error_if_nonfinite: As in ``RiemannianAdam``.
+
+    Raises:
+        InputError: For an option that is not allowed, a wide matrix, or a point off the manifold.
+
+    Reference: Bonnabel (2013) for SGD on manifolds; Absil, Mahony, Sepulchre (2008), section 8.1.2 for the transport.
+    """
+
+    _ordinary_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        retraction: Retraction = "qr",
+        metric: Metric = "euclidean",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        stabilize: int | None = None,
+        project: bool = False,
+        error_if_nonfinite: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "maximize": maximize,
+                "foreach": foreach,
+                "differentiable": differentiable,
+                "fused": fused,
+            },
+            retraction=retraction,
+            metric=metric,
+            stabilize=stabilize,
+            project=project,
+            error_if_nonfinite=error_if_nonfinite,
+        )
+
+    def _state_spec(self, group: Group) -> dict[str, StateSpec]:
+        if group["momentum"] == 0:
+            return {}
+        return {"step": StateSpec("scalar", torch.float32), "momentum_buffer": StateSpec("matrix")}
+
+    def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
+        return state.get("momentum_buffer")
+
+    def _stiefel_step(self, piece: Piece, rgrad: Tensor, finite: Tensor, group: Group) -> Tensor:
+        size = group["lr"] * finite
+        if group["momentum"] == 0:
+            return bounded_step(rgrad, size, rgrad)
+        momentum, buffer, step = group["momentum"], piece.state["momentum_buffer"], piece.state["step"]
+        fresh = torch.where(step == 0, 1.0, 1 - group["dampening"]).to(rgrad.dtype) * finite
+        # The buffer of a skipped matrix stays: its factor is one and what is added is zero.
+        buffer.mul_((1 - finite * (1 - momentum))[:, None, None]).addcmul_(rgrad, fresh[:, None, None])
+        step += finite
+        direction = rgrad.add_(buffer, alpha=momentum) if group["nesterov"] else buffer
+        return bounded_step(direction, size, rgrad)
+
+    def _geoopt_step(self, p: ManifoldTensor, rgrad: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
+        momentum, buffer = group["momentum"], self.state[p].get("momentum_buffer")
+        if momentum == 0:
+            return p.manifold.retr(p, -group["lr"] * rgrad), {}
+        buffer = rgrad if buffer is None else momentum * buffer + (1 - group["dampening"]) * rgrad
+        direction = rgrad + momentum * buffer if group["nesterov"] else buffer
+        new, buffer = p.manifold.retr_transp(p, -group["lr"] * direction, buffer)
+        return new, {"momentum_buffer": buffer}
