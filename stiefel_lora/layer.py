@@ -81,6 +81,7 @@ class StiefelLoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self._create_factors(_initial_factors(self, init, generator))
+        self.train(base.training)
 
     def _create_factors(self, points: dict[str, Tensor]) -> None:
         example = next(_tensors(self.base))
@@ -101,6 +102,11 @@ class StiefelLoRALinear(nn.Module):
         return bool(self._base_weight)
 
     @property
+    def base_weight(self) -> Tensor:
+        """The base's own weight parameter, also while a merged one is in its place."""
+        return self._base_weight[0] if self._base_weight else self.weight
+
+    @property
     def weight(self) -> Tensor:
         """The base's weight, for code that looks at a linear's weight, its dtype or its device."""
         return cast(Tensor, self.base.weight)
@@ -109,6 +115,22 @@ class StiefelLoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base's bias."""
         return cast("Tensor | None", self.base.bias)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that make another layer of the same form over the same base."""
+        dropout = self.dropout.p if isinstance(self.dropout, nn.Dropout) else 0.0
+        return {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dropout": dropout,
+            "rslora": self.rslora,
+            "orthonormal": self.orthonormal,
+        }
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return all factors by name: lora_A, lora_B, and lora_S if both are orthonormal."""
+        return {name: factor for name, factor in self._parameters.items() if factor is not None}
 
     def manifold_parameters(self) -> dict[str, Tensor]:
         """Return the factors that are constrained to have orthonormal columns, by name."""

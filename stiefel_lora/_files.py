@@ -1,0 +1,39 @@
+"""Write folders so that a reader never sees half of one."""
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stiefel_lora.errors import InputError
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder whose files appear in ``path`` when the context ends without an error.
+
+    A new folder appears whole, by one rename. In a folder that exists, each file is replaced whole and other files are
+    left alone. After an error or a kill the files that were there before are still there, complete.
+
+    Args:
+        path: The folder to write; missing parents are made.
+
+    Raises:
+        InputError: If ``path`` is a file.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file, not a folder; give the name of a folder to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            for file in sorted(temporary.iterdir()):
+                file.replace(path / file.name)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,122 @@
+"""Choose the linears of a model that get adapters: which layers, which names, which ranks."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from torch import nn
+
+from stiefel_lora._models import Layers, find_layers, join, matches, named_linears
+from stiefel_lora.errors import InputError
+from stiefel_lora.layer import StiefelLoRALinear
+
+# The paper's choice is query, key, value, up and down; one line for each way in which architectures name these. The
+# first line of which every name is found in every layer to adapt is taken.
+DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),  # LLaMA, Qwen, Gemma, Mistral
+    ("q_proj", "k_proj", "v_proj", "fc1", "fc2"),  # Phi, OPT, ViT
+    ("qkv_proj", "gate_up_proj", "down_proj"),  # Phi-3
+    ("c_attn", "c_fc", "mlp.c_proj"),  # GPT-2
+    ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
+    ("query", "key", "value", "intermediate.dense", "output.dense"),  # BERT, RoBERTa: attention.output.dense as well
+)
+
+
+def find_targets(
+    model: nn.Module, layers: Sequence[int] | None, targets: Sequence[str] | str | None, path: str | None
+) -> list[str]:
+    """Return the qualified names of the linears to adapt, in the model's order; see `add_adapters`.
+
+    Raises:
+        InputError: If a layer does not exist or a target matches nothing; the message lists what there is.
+        TypeError: If ``targets`` is a string other than "all-linear", or a layer is not an int.
+    """
+    if isinstance(targets, str) and targets != "all-linear":
+        raise TypeError(f"target_modules must be a sequence of names or 'all-linear', got the string {targets!r}")
+    prefix, blocks = find_layers(model, path)
+    chosen = _layer_indices(blocks, layers, prefix)
+    linears = {i: [name for name, _ in wrappable_linears(blocks[i], join(prefix, i))] for i in chosen}
+    if targets == "all-linear":
+        empty = [str(i) for i, names in linears.items() if not names]
+        if empty and layers is not None:
+            raise InputError(f"no linear modules in layer {', '.join(empty)} of {prefix!r}")
+        return _flat(linears)
+    wanted = _default_targets(linears) if targets is None else list(targets)
+    _check_targets(linears, wanted, each=layers is not None)
+    return [name for name in _flat(linears) if any(matches(name, t) for t in wanted)]
+
+
+def _flat(linears: Mapping[int, Sequence[str]]) -> list[str]:
+    return [name for names in linears.values() for name in names]
+
+
+def _layer_indices(blocks: Layers, layers: Sequence[int] | None, prefix: str) -> list[int]:
+    count = len(blocks)
+    if layers is None:
+        return list(range(count))
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+        raise TypeError(f"layers must be a sequence of ints or None, got {layers!r}")
+    bad = [i for i in layers if not -count <= i < count]
+    if bad or not layers:
+        what = f"layer {', '.join(map(str, bad))} does not exist" if bad else "no layer is given"
+        raise InputError(f"{what}: {prefix or type(blocks).__name__} has the layers 0 to {count - 1}")
+    indices = [i % count for i in layers]
+    twice = [str(i) for i, n in Counter(indices).items() if n > 1]
+    if twice:
+        raise InputError(f"layer {', '.join(twice)} is given twice")
+    return sorted(indices)
+
+
+def wrappable_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield (qualified name, linear) for all linears; one that has an adapter goes by the adapter's name."""
+    for name, linear in named_linears(module, prefix):
+        parent = name.removesuffix(".base")
+        inner = parent[len(prefix) + 1 :] if prefix else parent
+        adapted = parent != name and isinstance(module.get_submodule(inner), StiefelLoRALinear)
+        yield parent if adapted else name, linear
+
+
+def _default_targets(linears: Mapping[int, Sequence[str]]) -> list[str]:
+    for targets in DEFAULT_TARGETS:
+        if all(any(matches(name, t) for name in names) for names in linears.values() for t in targets):
+            return list(targets)
+    raise InputError(
+        "no default target modules for this architecture; give target_modules from: "
+        f'{last_names(_flat(linears))}, or "all-linear"'
+    )
+
+
+def _check_targets(linears: Mapping[int, Sequence[str]], targets: Sequence[str], *, each: bool) -> None:
+    """Raise unless every target matches: in each of the layers, or in any of them."""
+    if not targets:
+        raise InputError(f"target_modules is empty; the layers have: {last_names(_flat(linears))}")
+    groups = linears if each else {-1: _flat(linears)}
+    for i, names in groups.items():
+        missing = [t for t in targets if not any(matches(name, t) for name in names)]
+        if missing:
+            where = f"layer {i} has" if each else "the layers have"
+            what = ", ".join(map(repr, missing))
+            raise InputError(f"target module {what} matches nothing: {where} {last_names(names) or 'no linear'}")
+
+
+def last_names(names: Iterable[str]) -> str:
+    """Return what a user can name: the last components of qualified names, each once."""
+    return ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+
+
+def module_ranks(targets: Sequence[str], rank: int, pattern: Mapping[str, int]) -> dict[str, int]:
+    """Return the rank of each target: that of the longest key of ``pattern`` that matches its name, or ``rank``.
+
+    Raises:
+        InputError: If a key matches none of the targets.
+    """
+    unused = [key for key in pattern if not any(matches(target, key) for target in targets)]
+    if unused:
+        raise InputError(f"rank_pattern {', '.join(unused)} matches none of the adapted linears: {listed(targets)}")
+    best = {target: max((k for k in pattern if matches(target, k)), key=len, default=None) for target in targets}
+    return {target: rank if key is None else pattern[key] for target, key in best.items()}
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """Return the first names and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

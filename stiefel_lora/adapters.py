@@ -1,0 +1,397 @@
+"""Put adapters into a model, switch them, merge them, and take them out again.
+
+One set of adapters is in the model at a time: its layers stand where the linears were. Other named sets wait in a
+registry on the model object, off its parameters and its state, so optimizers, ``state_dict`` and every other tool see a
+model with one adapter.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+from warnings import warn
+
+import torch
+from torch import nn
+
+from stiefel_lora._models import named_linears
+from stiefel_lora._targets import find_targets, last_names, listed, module_ranks
+from stiefel_lora.errors import InputError
+from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear
+
+logger = logging.getLogger("stiefel_lora")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+DEFAULT_NAME = "default"
+
+
+@dataclass
+class _Registry:
+    """What a model's adapters need to know beyond the layers themselves."""
+
+    active: str = DEFAULT_NAME
+    stored: dict[str, dict[str, StiefelLoRALinear]] = field(default_factory=dict)
+    trainable: tuple[str, ...] = ()  # parameters that required gradients before the first adapter came
+
+
+def add_adapters(
+    model: nn.Module,
+    *,
+    layers: Sequence[int] | None,
+    rank: int,
+    alpha: float | None = None,
+    target_modules: Sequence[str] | Literal["all-linear"] | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    orthonormal: Orthonormal = "A",
+    init: Literal["random", "svd"] | Mapping[str, Init] = "random",
+    rank_pattern: Mapping[str, int] | None = None,
+    layers_path: str | None = None,
+    generator: torch.Generator | None = None,
+    name: str = DEFAULT_NAME,
+) -> list[str]:
+    """Freeze a model and put adapters on the named linears of the given layers, in place.
+
+    Calling it again adds to the adapters that are there, so that different layers can have different targets or ranks.
+    With another ``name`` it starts another set and puts the present one aside; see `use_adapter`.
+
+    Args:
+        model: Any module that stacks layers.
+        layers: Positions in the list of layers, negative ones counted from the end; None for all.
+        rank: Rank of the updates.
+        alpha: Numerator of the scaling (default: twice the module's rank).
+        target_modules: Names such as "q_proj" or "mlp.down_proj", matched against the end of the qualified name by
+            whole components; "all-linear" for every linear in the layers (which the output head is not). By default the
+            query, key, value, up and down projections: ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj") in
+            LLaMA-like models, the names of the same maps in others.
+        dropout: Probability of dropping an entry of the update's input while training.
+        rslora: Scale by alpha / sqrt(rank).
+        orthonormal: Which factor is orthonormal: "A", "B" or "both"; see `StiefelLoRALinear`.
+        init: Start of the orthonormal factors: "random", "svd", or for each qualified name a tensor (a pair for
+            "both"), such as `gradient_init` returns.
+        rank_pattern: Ranks that differ, by names matched like targets; the longest match counts.
+        layers_path: Qualified name of the list of layers, where the longest is not the one meant.
+        generator: CPU source of randomness for "random".
+        name: Name of this set of adapters.
+
+    Returns:
+        The qualified names of the adapted linears, in the model's order.
+
+    Raises:
+        InputError: If a target matches nothing in one of the layers (with ``layers=None``: in any), a layer does not
+            exist, a rank is too large for a target, or a linear has an adapter already. The model is left as it was.
+    """
+    model = unwrap(model, adding=True)
+    targets = find_targets(model, layers, target_modules, layers_path)
+    ranks = module_ranks(targets, rank, rank_pattern or {})
+    if not isinstance(init, str) and set(init) != set(targets):
+        raise InputError(f"init must name the adapted linears, {listed(targets)}; got {listed(init)}")
+    common = {"dropout": dropout, "rslora": rslora, "orthonormal": orthonormal, "generator": generator}
+    options = {
+        target: {
+            **common,
+            "rank": ranks[target],
+            "alpha": alpha,
+            "init": init if isinstance(init, str) else init[target],
+        }
+        for target in targets
+    }
+    return insert_adapters(model, options, name=name)
+
+
+def insert_adapters(
+    model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, name: str = DEFAULT_NAME
+) -> list[str]:
+    """Put adapters on linears given by qualified name; what `add_adapters` does once it knows the names.
+
+    Args:
+        model: Any module.
+        options: For each qualified name the arguments of `StiefelLoRALinear` after ``base``.
+        name: Name of the set of adapters to add to or start.
+
+    Returns:
+        The names.
+
+    Raises:
+        InputError: If a name is not a linear of the model, has an adapter already, or an option is out of range. The
+            model is left as it was.
+    """
+    model = unwrap(model, adding=True)
+    registry = getattr(model, "_stiefel_adapters", None) or _Registry(active=name)
+    if name in registry.stored:
+        raise InputError(f"the adapter {name!r} exists already; switch to it with use_adapter, or remove it")
+    present = adapter_layers(model) if registry.active == name else {}
+    bases = _bases(model, options, present)
+    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    try:
+        new = {key: _wrap(key, base, options[key]) for key, base in bases.items()}
+    except BaseException:
+        for parameter in trainable.values():
+            parameter.requires_grad_(True)
+        raise
+    if not adapter_layers(model) and not registry.stored:
+        registry.trainable = tuple(trainable)
+    if registry.active != name:
+        _take_out(model, registry)
+        registry.active = name
+    model._stiefel_adapters = registry  # type: ignore[assignment]
+    model.requires_grad_(False)
+    _put_in(model, {**present, **new})
+    for layer in present.values():
+        for factor in layer.parameters(recurse=False):
+            factor.requires_grad_(True)
+    return list(new)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
+    """Return the adapters that are in the model, by the qualified names of the linears they stand for."""
+    found = unwrap(model).named_modules()
+    return {name: module for name, module in found if isinstance(module, StiefelLoRALinear)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of the model's sets of adapters, the one in use first; empty without adapters."""
+    registry = _registry(model)
+    return ([registry.active] if adapter_layers(model) else []) + list(registry.stored)
+
+
+def use_adapter(model: nn.Module, name: str) -> None:
+    """Put the named set of adapters into the model, and the one in use aside; a merged one is unmerged first.
+
+    Raises:
+        InputError: If the model has no such set.
+    """
+    model, registry = unwrap(model), _registry(model)
+    if name not in adapter_names(model):
+        raise InputError(f"no adapter is named {name!r}; the model has: {', '.join(adapter_names(model)) or 'none'}")
+    if name != registry.active:
+        _take_out(model, registry)
+        _put_in(model, registry.stored.pop(name))
+        registry.active = name
+
+
+def merge_adapters(model: Model, *, keep: bool = False) -> Model:
+    """Merge the adapters in use into the base weights and return the plain model, in place.
+
+    The sums are taken in float32 and rounded once to the base's dtype. Where that is a low precision, the part of the
+    updates that is lost is logged as a warning. The output head is untied from the embedding if it had an adapter.
+
+    Args:
+        model: A model with adapters.
+        keep: Keep the adapters, merged, so that `unmerge_adapters` can restore the exact base.
+
+    Returns:
+        The model given, unwrapped from DataParallel and the like: with its original classes (unless ``keep``), for
+        ``save_pretrained``, tracing or export.
+
+    Raises:
+        InputError: If there are no adapters, a base is quantised, a merged weight overflows, or other named sets of
+            adapters would be lost. The model is left as it was.
+    """
+    bare = unwrap(model)
+    layers = _required_layers(bare)
+    if not keep and _registry(bare).stored:
+        others = ", ".join(_registry(bare).stored)
+        raise InputError(f"the model holds other adapters ({others}); remove them first, or merge with keep=True")
+    fresh = [layer for layer in layers.values() if not layer.merged]
+    try:
+        errors = {name: layer.merge() for name, layer in layers.items()}
+    except BaseException:
+        for layer in fresh:
+            layer.unmerge()
+        raise
+    _log_rounding(errors, layers)
+    if not keep:
+        config = getattr(bare, "config", None)
+        if config is not None and _tied(bare, layers):
+            config.tie_word_embeddings = False
+        for name, layer in layers.items():
+            _replace(bare, name, layer.base)
+        _forget(bare)
+    return bare  # type: ignore[return-value]
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Take merged updates out of the base weights, bit for bit."""
+    for layer in adapter_layers(model).values():
+        layer.unmerge()
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the context the model computes as its base does, exactly, whether the adapters are merged or not."""
+    with ExitStack() as stack:
+        for layer in adapter_layers(model).values():
+            stack.enter_context(layer.original_weight())
+            stack.callback(setattr, layer, "enabled", layer.enabled)
+            layer.enabled = False
+        yield
+
+
+def remove_adapters(model: Model, name: str | None = None) -> Model:
+    """Take adapters out: the very base modules come back, unmerged.
+
+    When the last adapter goes, parameters are trainable again as they were before the first one came.
+
+    Args:
+        model: A model with adapters.
+        name: The set to remove (default: all). If it is in use, the model is left as its base, the others aside.
+
+    Returns:
+        The model given.
+
+    Raises:
+        InputError: If the model has no adapters, or none of that name.
+    """
+    bare, registry = unwrap(model), _registry(model)
+    names = adapter_names(bare)
+    if not names or (name is not None and name not in names):
+        raise InputError(f"no adapter {'' if name is None else repr(name) + ' '}to remove; the model has: {names}")
+    if name is None or name == registry.active:
+        _take_out(bare, registry)
+    for gone in names if name is None else [name]:
+        del registry.stored[gone]
+    if not registry.stored and not adapter_layers(bare):
+        _forget(bare)
+    return model
+
+
+def unwrap(model: nn.Module, *, adding: bool = False) -> nn.Module:
+    """Return the model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+        InputError: If parameters are to be added under DistributedDataParallel, which would not synchronise them.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel) and adding:
+        raise InputError(
+            "DistributedDataParallel synchronises only the parameters it was made with: "
+            "add the adapters to model.module and wrap it again"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrap(model.module, adding=adding)
+    inner = getattr(model, "_orig_mod", None)
+    return unwrap(inner, adding=adding) if isinstance(inner, nn.Module) else model
+
+
+def _bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Return the modules to wrap, in the model's order, or list what is wrong with the names."""
+    everything = dict(model.named_modules())
+    missing = [name for name in names if name not in everything]
+    if missing or not names:
+        linears = last_names(n for n, _ in named_linears(model))
+        raise InputError(
+            f"the model has no module {listed(missing) or '(none given)'}; its linears are named {linears}"
+        )
+    again = [name for name in names if name in present]
+    if again:
+        raise InputError(f"{listed(again)} has an adapter already; remove it first or choose another name=")
+    for name in names:
+        _check_parent(name, everything[name.rpartition(".")[0]])
+    bases = {name: module for name, module in everything.items() if name in names}
+    bases = {name: m.base if isinstance(m, StiefelLoRALinear) else m for name, m in bases.items()}
+    tied = _tied(model, bases)
+    if tied:
+        warn(
+            f"the weight of {listed(tied)} is shared with another module, which the adapter does not change; "
+            "merging will untie them",
+            stacklevel=4,
+        )
+    return bases
+
+
+def _wrap(name: str, base: nn.Module, options: Mapping[str, Any]) -> StiefelLoRALinear:
+    try:
+        return StiefelLoRALinear(base, **options)
+    except (InputError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _check_parent(name: str, parent: nn.Module) -> None:
+    """Refuse linears whose weights are read by their parent, past the ``forward`` of an adapter."""
+    if isinstance(parent, nn.MultiheadAttention):
+        raise InputError(f"{name} cannot have an adapter: nn.MultiheadAttention reads its weight and never calls it")
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise InputError(
+            f"{name} cannot have an adapter while nn.TransformerEncoderLayer has its fast path: it skips adapters in "
+            "inference; call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+
+
+def _tied(model: nn.Module, names: Mapping[str, nn.Module]) -> list[str]:
+    """Return those names whose own weight is a parameter of another module too."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(module)
+    tied = []
+    for name, module in names.items():
+        adapted = isinstance(module, StiefelLoRALinear)
+        base = module.base if adapted else module
+        weight = module.base_weight if adapted else module._parameters.get("weight")
+        if weight is not None and any(owner is not base for owner in owners.get(id(weight), ())):
+            tied.append(name)
+    return tied
+
+
+def _registry(model: nn.Module) -> _Registry:
+    return getattr(unwrap(model), "_stiefel_adapters", None) or _Registry()
+
+
+def _forget(model: nn.Module) -> None:
+    """Drop the registry and let train what trained before."""
+    parameters = dict(model.named_parameters())
+    for name in _registry(model).trainable:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+    if hasattr(model, "_stiefel_adapters"):
+        del model._stiefel_adapters
+
+
+def _required_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
+    layers = adapter_layers(model)
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no adapters; call add_adapters or load_adapter first")
+    return layers
+
+
+def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
+    for name, layer in layers.items():
+        # The model may have moved, or changed mode, while the layer was aside.
+        device = next(layer.base.parameters()).device
+        for factor in layer.parameters(recurse=False):
+            factor.data = factor.data.to(device)
+        layer.train(layer.base.training)
+        _replace(model, name, layer)
+
+
+def _take_out(model: nn.Module, registry: _Registry) -> None:
+    layers = adapter_layers(model)
+    for name, layer in layers.items():
+        layer.unmerge()
+        _replace(model, name, layer.base)
+    if layers:
+        registry.stored[registry.active] = layers
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _log_rounding(errors: Mapping[str, float], layers: Mapping[str, StiefelLoRALinear]) -> None:
+    low = {name: e for name, e in errors.items() if torch.finfo(layers[name].weight.dtype).bits < 32}
+    if low:
+        worst = max(low, key=low.__getitem__)
+        logger.warning(
+            "merging into %s rounds the updates: a share of %.2g of an update is lost on average, %.2g in %s; "
+            "merge a float32 copy of the base to keep it",
+            layers[worst].weight.dtype,
+            sum(low.values()) / len(low),
+            low[worst],
+            worst,
+        )

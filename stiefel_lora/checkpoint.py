@@ -1,0 +1,293 @@
+"""Save a model's adapters to a folder and load them: a safetensors file and a JSON configuration, never a pickle."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stiefel_lora._files import atomic_folder
+from stiefel_lora._models import linear_shape
+from stiefel_lora._targets import listed, wrappable_linears
+from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, insert_adapters, unwrap
+from stiefel_lora.errors import InputError, ManifoldError
+from stiefel_lora.layer import StiefelLoRALinear
+from stiefel_lora.stiefel import orthogonality_error
+
+CONFIG_FILE = "adapter.json"
+WEIGHTS_FILE = "adapter.safetensors"
+FORMAT = "stiefel_lora"
+FORMAT_VERSION = 1
+
+# float32 training keeps |X^T X - I|_F at about 1e-6; a factor that was rounded to bf16 on the way has 1e-2 or more.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter folder holds.
+
+    Attributes:
+        base_model: What is known of the base: its "class", "model_type" and "name_or_path".
+        modules: For each adapted linear, by qualified name, the options of its `StiefelLoRALinear` and its
+            "in_features" and "out_features".
+        factors: For each adapted linear its factors by parameter name.
+    """
+
+    base_model: dict[str, str]
+    modules: dict[str, dict[str, Any]]
+    factors: dict[str, dict[str, Tensor]]
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write the adapters in use to a folder, atomically; other files in the folder are left alone.
+
+    Args:
+        model: A model with adapters, merged or not.
+        path: The folder; its parents are made.
+
+    Raises:
+        InputError: If the model has no adapters, a factor has a NaN or infinity, or ``path`` is a file.
+    """
+    from safetensors.torch import save_file
+
+    model = unwrap(model)
+    layers = adapter_layers(model)
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no adapters to save")
+    tensors = {f"{name}.{key}": f.detach() for name, layer in layers.items() for key, f in layer.factors().items()}
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model": describe_base(model),
+        "modules": {name: _module_config(layer) for name, layer in layers.items()},
+    }
+    with atomic_folder(path) as folder:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: nn.Module, path: str | Path, *, name: str = DEFAULT_NAME) -> list[str]:
+    """Put saved adapters into a model, in place: onto the bare base, or into adapters of the same form.
+
+    Args:
+        model: The base model; or one whose adapters in use have this name, the same modules and the same options, as
+            when training is resumed: then the factors are copied into the parameters that are there.
+        path: A folder written by `save_adapter`.
+        name: Name of the set of adapters; see `stiefel_lora.adapters.use_adapter`.
+
+    Returns:
+        The qualified names of the adapted linears.
+
+    Raises:
+        InputError: If the folder is missing, damaged, of another kind or of a newer version, holds a factor that is not
+            on the manifold, or does not fit the model (names or shapes are listed). The model is left as it was.
+    """
+    saved = read_adapter(path)
+    model = unwrap(model)
+    present = adapter_layers(model)
+    if present and adapter_names(model)[0] == name:
+        _check_same(saved, present)
+        for layer in present.values():
+            layer.unmerge()
+    else:
+        check_fits(model, saved.modules, f"the adapter in {path}", saved.base_model)
+        insert_adapters(model, {key: _start(saved, key) for key in saved.modules}, name=name)
+    layers = adapter_layers(model)
+    with torch.no_grad():
+        for key, factors in saved.factors.items():
+            for factor, tensor in factors.items():
+                layers[key].factors()[factor].copy_(tensor)
+    return list(layers)
+
+
+def read_adapter(path: str | Path) -> AdapterFile:
+    """Read and check an adapter folder without a model.
+
+    Raises:
+        InputError: As `load_adapter`.
+    """
+    path = Path(path)
+    config = _read_config(path)
+    tensors = read_safetensors(path / WEIGHTS_FILE)
+    modules = config["modules"]
+    factors: dict[str, dict[str, Tensor]] = {}
+    for name, options in modules.items():
+        factors[name] = {}
+        for key, shape in _factor_shapes(options).items():
+            tensor = tensors.pop(f"{name}.{key}", None)
+            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
+                found = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise InputError(f"{path / WEIGHTS_FILE}: {name}.{key} {found}; it should be float32 of shape {shape}")
+            factors[name][key] = tensor
+    if tensors:
+        raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
+    _check_factors(path / WEIGHTS_FILE, modules, factors)
+    return AdapterFile(config["base_model"], modules, factors)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file.
+
+    Raises:
+        InputError: If it is missing, truncated or something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: If the file is missing or not a JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds a JSON {type(config).__name__}, not an object")
+    return config
+
+
+def check_fits(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], what: str, base: Mapping[str, str]) -> None:
+    """Raise InputError unless the model has the named linears with the given shapes; the message lists what differs."""
+    linears = dict(wrappable_linears(model))
+    missing = [name for name in modules if name not in linears]
+    what = f"{what} does not fit {type(model).__name__}"
+    made_for = f"it was made for {base.get('name_or_path') or base.get('class') or 'another model'}"
+    if missing:
+        raise InputError(
+            f"{what} does not fit {type(model).__name__}, which has no linear {listed(missing)}; {made_for}"
+        )
+    wrong = []
+    for name, options in modules.items():
+        want, have = (options["in_features"], options["out_features"]), linear_shape(linears[name])
+        if want != have:
+            wrong.append(f"{name} is {have[0]} -> {have[1]}, not {want[0]} -> {want[1]}")
+    if wrong:
+        raise InputError(f"{what}: {listed(wrong)}; {made_for}")
+
+
+def describe_base(model: nn.Module) -> dict[str, str]:
+    """Return what can be said of the base model, for people and for error messages."""
+    config = getattr(model, "config", None)
+    known = {
+        "class": type(model).__name__,
+        "model_type": getattr(config, "model_type", None),
+        "name_or_path": getattr(config, "_name_or_path", None),
+    }
+    return {key: value for key, value in known.items() if isinstance(value, str) and value}
+
+
+def _module_config(layer: StiefelLoRALinear) -> dict[str, Any]:
+    return {**layer.options, "in_features": layer.in_features, "out_features": layer.out_features}
+
+
+_OPTION_TYPES: dict[str, tuple[type, ...]] = {
+    "rank": (int,),
+    "alpha": (int, float),
+    "dropout": (int, float),
+    "rslora": (bool,),
+    "orthonormal": (str,),
+    "in_features": (int,),
+    "out_features": (int,),
+}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    if not path.is_dir():
+        raise InputError(f"no adapter folder at {path}")
+    if not file.is_file():
+        peft = " (this is a PEFT adapter: use import_peft)" if (path / "adapter_config.json").is_file() else ""
+        raise InputError(f"{path} holds no {CONFIG_FILE}{peft}")
+    config = read_json(file)
+    if config.get("format") != FORMAT:
+        raise InputError(f"{file} is not a {FORMAT} adapter: its format is {config.get('format')!r}")
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise InputError(
+            f"{file} has format version {version!r}, this {FORMAT} reads up to {FORMAT_VERSION}; upgrade {FORMAT}"
+        )
+    modules = config.get("modules")
+    if not isinstance(modules, dict) or not modules or not isinstance(config.get("base_model"), dict):
+        raise InputError(f"{file} is damaged: it names no modules or no base model")
+    for name, options in modules.items():
+        _check_module_config(file, name, options)
+    return config
+
+
+def _check_module_config(file: Path, name: str, options: Any) -> None:
+    if not isinstance(options, dict) or set(options) != set(_OPTION_TYPES):
+        raise InputError(f"{file} is damaged: {name} should have the entries {', '.join(_OPTION_TYPES)}")
+    for key, types in _OPTION_TYPES.items():
+        # bool is an int to Python.
+        if not isinstance(options[key], types) or (types != (bool,) and isinstance(options[key], bool)):
+            raise InputError(f"{file} is damaged: {key} of {name} is {options[key]!r}")
+    in_range = (
+        1 <= options["rank"] <= min(options["in_features"], options["out_features"])
+        and 0 < options["alpha"] < math.inf
+        and 0 <= options["dropout"] < 1
+        and options["orthonormal"] in ("A", "B", "both")
+    )
+    if not in_range:
+        raise InputError(f"{file} is damaged: an option of {name} is out of range: {options}")
+
+
+def _factor_shapes(options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    rank = options["rank"]
+    shapes = {"lora_A": (options["in_features"], rank), "lora_B": (options["out_features"], rank)}
+    return {**shapes, "lora_S": (rank, rank)} if options["orthonormal"] == "both" else shapes
+
+
+def _orthonormal_names(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("lora_A", "lora_B") if options["orthonormal"] == "both" else (f"lora_{options['orthonormal']}",)
+
+
+def _check_factors(file: Path, modules: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, tensors in factors.items():
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{file}: {name}.{key} has NaN or infinite entries")
+        for key in _orthonormal_names(modules[name]):
+            error = float(orthogonality_error(tensors[key]))
+            if error > _TOLERANCE:
+                raise ManifoldError(
+                    f"{file}: {name}.{key} is not orthonormal, |X^T X - I|_F is {error:.2g} (at most {_TOLERANCE}); "
+                    "it was changed after it was saved"
+                )
+
+
+def _start(saved: AdapterFile, name: str) -> dict[str, Any]:
+    """Return the arguments of a layer that starts at the saved point, so that loading draws no random numbers."""
+    options = {key: value for key, value in saved.modules[name].items() if not key.endswith("_features")}
+    points = tuple(saved.factors[name][key] for key in _orthonormal_names(options))
+    return {**options, "init": points if len(points) > 1 else points[0]}
+
+
+def _check_same(saved: AdapterFile, present: Mapping[str, StiefelLoRALinear]) -> None:
+    have = {name: _module_config(layer) for name, layer in present.items()}
+    differ = sorted({n for n in (*saved.modules, *have) if saved.modules.get(n) != have.get(n)})
+    if differ:
+        raise InputError(
+            f"the model has other adapters in use: {listed(differ)} differ(s) from the file; remove them first "
+            "(remove_adapters), or load under another name="
+        )

@@ -1,0 +1,479 @@
+"""Adapters over whole models: what is chosen, and that taking them out, merging and switching are exact."""
+
+import copy
+import io
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import geoopt
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from stiefel_lora.adapters import (
+    adapter_layers,
+    adapter_names,
+    add_adapters,
+    disable_adapters,
+    insert_adapters,
+    merge_adapters,
+    remove_adapters,
+    unmerge_adapters,
+    unwrap,
+    use_adapter,
+)
+from stiefel_lora.errors import InputError
+from stiefel_lora.layer import StiefelLoRALinear
+from stiefel_lora.stiefel import random_point
+from tests.models import FAMILIES
+from tests.test_layer import QuantisedLinear
+
+LLAMA = FAMILIES["llama"]
+BATCH = LLAMA.batch(2, 7)
+DEFAULTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def train(model: nn.Module, seed: int = 5) -> None:
+    """Give the free factors values, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in adapter_layers(model).values():
+        for name, factor in layer.factors().items():
+            if name not in layer.manifold_parameters():
+                nn.init.normal_(factor, generator=generator)
+
+
+def adapted(**options: Any) -> nn.Module:
+    model = LLAMA.build()
+    add_adapters(model, **{"layers": [0, 2], "rank": 4, **options})
+    train(model)
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**BATCH).logits
+
+
+def names(layers: list[int], targets: tuple[str, ...] = DEFAULTS) -> list[str]:
+    return [f"model.layers.{i}.{target}" for i in layers for target in targets]
+
+
+# Adding
+
+
+def test_defaults_wrap_the_papers_targets_and_freeze_the_rest() -> None:
+    model = LLAMA.build()
+    before = logits(model)
+    assert add_adapters(model, layers=[2, 0], rank=4) == names([0, 2])
+    assert list(adapter_layers(model)) == names([0, 2])
+    assert torch.equal(logits(model), before)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {f"{name}.{factor}" for name in names([0, 2]) for factor in ("lora_A", "lora_B")}
+    assert all(layer.alpha == 8 for layer in adapter_layers(model).values())
+
+
+def test_explicit_targets_by_suffix_or_full_name() -> None:
+    assert add_adapters(LLAMA.build(), layers=[1], rank=2, target_modules=["o_proj", "mlp.gate_proj"]) == names(
+        [1], ("self_attn.o_proj", "mlp.gate_proj")
+    )
+    one = names([1], ("self_attn.o_proj",))
+    assert add_adapters(LLAMA.build(), layers=None, rank=2, target_modules=one) == one
+
+
+@pytest.mark.parametrize("layers", [None, [-1, 0]])
+def test_all_linear_takes_every_linear_but_the_head(layers: list[int] | None) -> None:
+    model = LLAMA.build()
+    got = add_adapters(model, layers=layers, rank=2, target_modules="all-linear")
+    expected = [n for n, m in LLAMA.build().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    assert got == [n for n in expected if layers is None or "layers.1." not in n]
+
+
+def test_rank_pattern_takes_the_longest_match() -> None:
+    pattern = {"q_proj": 2, "layers.2.self_attn.q_proj": 3}
+    model = adapted(rank_pattern=pattern)
+    ranks = {name: layer.rank for name, layer in adapter_layers(model).items()}
+    assert ranks == {
+        name: 3 if name.endswith("2.self_attn.q_proj") else 2 if name.endswith("q_proj") else 4 for name in ranks
+    }
+    assert all(layer.alpha == 2 * layer.rank for layer in adapter_layers(model).values())
+    with pytest.raises(InputError, match=r"rank_pattern o_proj matches none of .* and 4 more"):
+        add_adapters(LLAMA.build(), layers=[0, 2], rank=4, rank_pattern={"o_proj": 2})
+
+
+def test_initial_factors_by_name() -> None:
+    model = LLAMA.build()
+    points = {name: random_point(32, 2) for name in names([1], ("self_attn.q_proj", "self_attn.k_proj"))}
+    add_adapters(model, layers=[1], rank=2, target_modules=["q_proj", "k_proj"], init=points)
+    for name, layer in adapter_layers(model).items():
+        torch.testing.assert_close(layer.lora_A.data, points[name], rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="init must name the adapted linears, .*k_proj; got model"):
+        add_adapters(LLAMA.build(), layers=[1], rank=2, target_modules=["k_proj"], init=points)
+
+
+def test_adding_again_extends_the_set_and_keeps_it_trainable() -> None:
+    model = adapted(layers=[0])
+    before = logits(model)
+    assert add_adapters(model, layers=[0, 1], rank=2, target_modules=["o_proj"]) == names([0, 1], ("self_attn.o_proj",))
+    assert len(adapter_layers(model)) == 7
+    assert all(f.requires_grad for layer in adapter_layers(model).values() for f in layer.factors().values())
+    assert torch.equal(logits(model), before)
+    with pytest.raises(InputError, match="q_proj has an adapter already"):
+        add_adapters(model, layers=[0], rank=2, target_modules=["q_proj"])
+
+
+def test_the_mode_of_the_base_is_kept() -> None:
+    for mode in (True, False):
+        model = LLAMA.build().train(mode)
+        add_adapters(model, layers=[0], rank=2, dropout=0.1)
+        assert all(m.training == mode for m in model.modules())
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "target": (
+        {"target_modules": ["q_proj", "query"]},
+        InputError,
+        "'query' matches nothing: layer 0 has q_proj, k_proj",
+    ),
+    "no target": ({"target_modules": []}, InputError, "target_modules is empty; the layers have: q_proj"),
+    "string": ({"target_modules": "q_proj"}, TypeError, "sequence of names or 'all-linear', got the string 'q_proj'"),
+    "layer": ({"layers": [0, 3, -4]}, InputError, "layer 3, -4 does not exist: model.layers has the layers 0 to 2"),
+    "no layer": ({"layers": []}, InputError, "no layer is given: model.layers has the layers 0 to 2"),
+    "twice": ({"layers": [1, -2]}, InputError, "layer 1 is given twice"),
+    "float layer": ({"layers": [0.5]}, TypeError, "layers must be a sequence of ints"),
+    "rank": ({"rank": 17}, InputError, r"layers.0.self_attn.k_proj: rank must be in \[1, 16\].* got 17"),
+    "dropout": ({"dropout": 2.0}, InputError, "dropout must be in"),
+    "path": ({"layers_path": "model.blocks"}, InputError, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_leave_the_model_alone(case: str) -> None:
+    options, error, match = BAD[case]
+    model = LLAMA.build()
+    modules = list(model.modules())
+    with pytest.raises(error, match=match):
+        add_adapters(model, **{"layers": [0, 2], "rank": 4, **options})
+    assert list(model.modules()) == modules
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "_stiefel_adapters")
+
+
+def test_a_target_must_match_in_each_named_layer() -> None:
+    model = LLAMA.build()
+    model.model.layers[1].mlp.up_proj = nn.Identity()
+    with pytest.raises(
+        InputError, match="'up_proj' matches nothing: layer 1 has q_proj, k_proj, v_proj, o_proj, gate_proj"
+    ):
+        add_adapters(model, layers=[0, 1], rank=2, target_modules=["up_proj"])
+    assert add_adapters(model, layers=None, rank=2, target_modules=["up_proj"]) == names([0, 2], ("mlp.up_proj",))
+
+
+def test_modules_that_never_call_their_linears_are_refused() -> None:
+    model = FAMILIES["transformer-encoder"].build()
+    with pytest.raises(InputError, match="linear1 cannot have an adapter .*set_fastpath_enabled"):
+        add_adapters(model, layers=[0], rank=2, target_modules=["linear1"])
+    with pytest.raises(InputError, match="MultiheadAttention reads its weight"):
+        insert_adapters(model, {"net.layers.0.self_attn.out_proj": {"rank": 2}})
+    batch = FAMILIES["transformer-encoder"].batch(2, 7)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        add_adapters(model, layers=[0], rank=2, target_modules=["linear1"])
+        with torch.no_grad():
+            before = model(**batch)["out"]
+            train(model)
+            assert not torch.equal(model(**batch)["out"], before)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_insert_refuses_what_is_not_a_linear() -> None:
+    model = LLAMA.build()
+    with pytest.raises(InputError, match="no module model.layers.7; its linears are named q_proj"):
+        insert_adapters(model, {"model.layers.7": {"rank": 2}})
+    with pytest.raises(TypeError, match="model.embed_tokens: the base must be a linear layer .*, got Embedding"):
+        insert_adapters(model, {"lm_head": {"rank": 2}, "model.embed_tokens": {"rank": 2}})
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        add_adapters("model", layers=[0], rank=2)  # type: ignore[arg-type]
+
+
+# Taking out, disabling, merging
+
+
+def test_remove_brings_back_the_very_modules_and_flags() -> None:
+    model = LLAMA.build()
+    model.model.embed_tokens.requires_grad_(False)
+    modules = dict(model.named_modules())
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = logits(model)
+    add_adapters(model, layers=[0, 2], rank=4)
+    train(model)
+    next(iter(adapter_layers(model).values())).merge()
+    assert remove_adapters(model) is model
+    assert all(module is modules[name] for name, module in model.named_modules())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert torch.equal(logits(model), before)
+    assert not hasattr(model, "_stiefel_adapters")
+    with pytest.raises(InputError, match="no adapter to remove"):
+        remove_adapters(model)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_disabled_is_the_base_exactly(merged: bool) -> None:
+    model = adapted()
+    if merged:
+        merge_adapters(model, keep=True)
+    base, before = logits(LLAMA.build()), logits(model)
+    with disable_adapters(model):
+        assert torch.equal(logits(model), base)
+        with disable_adapters(model):
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), before)
+    with pytest.raises(KeyError), disable_adapters(model):
+        raise KeyError
+    assert torch.equal(logits(model), before)
+
+
+def test_merge_gives_a_plain_model_that_saves_and_loads(tmp_path: Path) -> None:
+    model = adapted()
+    expected = logits(model)
+    assert merge_adapters(model) is model
+    classes = [type(m) for m in LLAMA.build().modules()]
+    assert [type(m) for m in model.modules()] == classes
+    assert all(p.requires_grad for p in model.parameters())
+    # float32 logits of size 1 after three layers: a few hundred eps.
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_merge_with_keep_can_be_undone() -> None:
+    model = adapted()
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    expected = logits(model)
+    merge_adapters(model, keep=True)
+    assert all(layer.merged for layer in adapter_layers(model).values())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    unmerge_adapters(model)
+    assert all(torch.equal(p, base[name]) for name, p in model.named_parameters())
+    assert torch.equal(logits(model), expected)
+
+
+def test_merge_into_low_precision_says_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted().to(torch.bfloat16)
+    with caplog.at_level(logging.WARNING, logger="stiefel_lora"):
+        merge_adapters(model)
+    assert "merging into torch.bfloat16 rounds the updates" in caplog.text
+    assert model.dtype == torch.bfloat16
+    caplog.clear()
+    merge_adapters(adapted())
+    assert not caplog.text
+
+
+def test_merge_is_all_or_nothing() -> None:
+    model = LLAMA.build()
+    model.model.layers[2].mlp.up_proj = QuantisedLinear(nn.Linear(32, 56, bias=False))
+    add_adapters(model, layers=[0, 2], rank=4)
+    train(model)
+    before = logits(model)
+    with pytest.raises(InputError, match="quantised"):
+        merge_adapters(model)
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+    assert torch.equal(logits(model), before)
+    with pytest.raises(InputError, match="LlamaForCausalLM has no adapters"):
+        merge_adapters(LLAMA.build())
+
+
+def test_tied_weights_are_warned_about_and_untied_by_merging(tmp_path: Path) -> None:
+    model = FAMILIES["llama-tied"].build()
+    with pytest.warns(UserWarning, match="weight of lm_head is shared with another module"):
+        insert_adapters(model, {"lm_head": {"rank": 4}})
+    train(model)
+    embedding, expected = model.model.embed_tokens.weight.clone(), logits(model)
+    merge_adapters(model)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_adapters_beside_tied_weights_do_not_warn() -> None:
+    model = FAMILIES["llama-tied"].build()
+    add_adapters(model, layers=[0], rank=4)
+    train(model)
+    assert merge_adapters(model).config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# Several adapters
+
+
+def test_named_adapters_switch_exactly() -> None:
+    model = LLAMA.build()
+    base = logits(model)
+    add_adapters(model, layers=[0], rank=2, name="first")
+    train(model, seed=1)
+    first = logits(model)
+    add_adapters(model, layers=[0, 1], rank=4, orthonormal="B", name="second")
+    assert torch.equal(logits(model), base)
+    train(model, seed=2)
+    second = logits(model)
+    assert adapter_names(model) == ["second", "first"]
+    assert sum(p.requires_grad for p in model.parameters()) == 2 * len(adapter_layers(model))
+
+    use_adapter(model, "first")
+    assert torch.equal(logits(model), first)
+    merge_adapters(model, keep=True)
+    use_adapter(model, "second")
+    assert torch.equal(logits(model), second)
+    clone = copy.deepcopy(model)
+    use_adapter(clone, "first")
+    assert torch.equal(logits(clone), first)
+    assert adapter_names(model) == ["second", "first"]
+
+    with pytest.raises(InputError, match="no adapter is named 'third'; the model has: second, first"):
+        use_adapter(model, "third")
+    with pytest.raises(InputError, match="'first' exists already"):
+        add_adapters(model, layers=[0], rank=2, name="first")
+    with pytest.raises(InputError, match=r"holds other adapters \(first\)"):
+        merge_adapters(model)
+    remove_adapters(model, "second")
+    assert torch.equal(logits(model), base)
+    assert adapter_names(model) == ["first"]
+    assert not all(p.requires_grad for p in model.parameters())
+    use_adapter(model, "first")
+    assert torch.equal(logits(model), first)
+    remove_adapters(model)
+    assert adapter_names(model) == []
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_stored_adapters_follow_the_model() -> None:
+    model = adapted(name="first")
+    expected = logits(model.double())
+    add_adapters(model, layers=[1], rank=2, name="second", dropout=0.5)
+    model.train()
+    use_adapter(model, "first")
+    assert all(m.training for m in model.modules())
+    assert torch.equal(logits(model), expected)
+
+
+# What torch and other tools do to a model
+
+
+def test_copies_and_pickles_of_a_model() -> None:
+    model = adapted()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    clones = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]  # noqa: S301
+    for clone in clones:
+        assert torch.equal(logits(clone), logits(model))
+        for layer in adapter_layers(clone).values():
+            assert isinstance(layer.lora_A, geoopt.ManifoldParameter)
+        remove_adapters(clone)
+        assert torch.equal(logits(clone), logits(LLAMA.build()))
+    assert len(adapter_layers(model)) == 10
+
+
+def test_state_dict_round_trip() -> None:
+    model, other = adapted(), LLAMA.build()
+    add_adapters(other, layers=[0, 2], rank=4)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_wrapped_models() -> None:
+    model = LLAMA.build()
+    parallel = nn.DataParallel(model)
+    assert add_adapters(parallel, layers=[0], rank=2) == names([0])
+    assert list(adapter_layers(parallel)) == names([0])
+    compiled = torch.compile(model, backend="eager")
+    assert unwrap(compiled) is unwrap(parallel) is model
+    assert merge_adapters(compiled) is model
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel() -> None:
+    model = adapted()
+    expected = adapted()
+    for m in (nn.parallel.DistributedDataParallel(model), expected):
+        m(**BATCH).loss.backward()
+    for (name, a), b in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+    with pytest.raises(InputError, match=r"add the adapters to model.module"):
+        add_adapters(nn.parallel.DistributedDataParallel(LLAMA.build()), layers=[0], rank=2)
+
+
+def test_compiled_model_trains_without_graph_breaks_in_adapters() -> None:
+    model, expected = adapted(), adapted()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(**BATCH).loss.backward()
+    expected(**BATCH).loss.backward()
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        if b.grad is not None:
+            # The compiled graph may order float32 sums differently.
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_export_and_tracing_of_a_merged_model() -> None:
+    model = merge_adapters(adapted())
+    ids = BATCH["input_ids"]
+    program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(program.module()(ids, use_cache=False).logits, expected)
+    linear = model.model.layers[0].mlp
+    x = torch.randn(2, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated as a whole
+        traced = torch.jit.trace(linear, (x,))
+    torch.testing.assert_close(traced(x), linear(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model, expected = adapted().train(), adapted().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 renames the method; older 5.x has this one
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for m in (model, expected):
+        m(**BATCH).loss.backward()
+    for name, layer in adapter_layers(model).items():
+        torch.testing.assert_close(layer.lora_A.grad, adapter_layers(expected)[name].lora_A.grad)
+
+
+def test_generation_is_that_of_the_merged_model() -> None:
+    model = adapted()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    ids = BATCH["input_ids"][:1]
+    generated = model.generate(ids, **options)
+    assert torch.equal(generated, merge_adapters(model).generate(ids, **options))
+
+
+def test_quantised_linears_forward_and_train() -> None:
+    model = LLAMA.build()
+    for layer in model.model.layers:
+        layer.mlp.up_proj = QuantisedLinear(layer.mlp.up_proj)
+    before = logits(model)
+    add_adapters(model, layers=[0, 2], rank=4)
+    assert isinstance(adapter_layers(model)["model.layers.0.mlp.up_proj"], StiefelLoRALinear)
+    assert torch.equal(logits(model), before)
+    model(**BATCH).loss.backward()
+    assert all(layer.lora_B.grad.abs().sum() > 0 for layer in adapter_layers(model).values())

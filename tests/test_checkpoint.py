@@ -1,0 +1,229 @@
+"""Saved adapters come back bit for bit; anything else is refused and leaves the model as it was."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stiefel_lora._files import atomic_folder
+from stiefel_lora.adapters import adapter_layers, adapter_names, add_adapters, remove_adapters
+from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
+from stiefel_lora.errors import InputError, ManifoldError
+from tests.models import FAMILIES
+
+LLAMA = FAMILIES["llama"]
+
+
+def trained(**options: Any) -> nn.Module:
+    """A model whose free factors are not zero, as after training."""
+    model = LLAMA.build()
+    add_adapters(model, **{"layers": [0, 2], "rank": 4, **options})
+    torch.manual_seed(5)
+    for layer in adapter_layers(model).values():
+        for name, factor in layer.factors().items():
+            if name not in layer.manifold_parameters():
+                nn.init.normal_(factor)
+    return model
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**LLAMA.batch(2, 7)).logits
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_adapter(trained(), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"orthonormal": "B", "rslora": True, "alpha": 7},
+        {"orthonormal": "both", "rank_pattern": {"q_proj": 2}, "dropout": 0.1},
+        {"layers": None, "target_modules": "all-linear", "init": "svd"},
+    ],
+)
+def test_round_trip_gives_the_same_logits(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = trained(**options)
+    save_adapter(model, tmp_path / "new" / "adapter")
+    fresh = LLAMA.build()
+    state = torch.get_rng_state()
+    names = load_adapter(fresh, tmp_path / "new" / "adapter")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert names == list(adapter_layers(model))
+    assert torch.equal(logits(fresh), logits(model))
+    assert not torch.equal(logits(fresh), logits(LLAMA.build()))
+    for name, layer in adapter_layers(fresh).items():
+        assert layer.options == adapter_layers(model)[name].options
+        assert all(p.requires_grad for p in layer.factors().values())
+    assert sum(p.requires_grad for p in fresh.parameters()) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
+    model = trained()
+    save_adapter(model, tmp_path / "a")
+    for layer in adapter_layers(model).values():
+        layer.merge()
+    save_adapter(model, tmp_path / "b")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_loads_into_adapters_of_the_same_form_in_place(folder: Path) -> None:
+    model = LLAMA.build()
+    add_adapters(model, layers=[0, 2], rank=4)
+    parameters = dict(model.named_parameters())
+    load_adapter(model, folder)
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert torch.equal(logits(model), logits(trained()))
+
+
+def test_other_adapters_in_use_are_refused_or_put_aside(folder: Path) -> None:
+    model = LLAMA.build()
+    add_adapters(model, layers=[0, 1], rank=4)
+    before = logits(model)
+    with pytest.raises(InputError, match=r"other adapters in use: model.layers.1.*and 4 more.*remove_adapters"):
+        load_adapter(model, folder)
+    assert torch.equal(logits(model), before)
+    load_adapter(model, folder, name="second")
+    assert adapter_names(model) == ["second", "default"]
+    assert torch.equal(logits(model), logits(trained()))
+
+
+def test_saving_replaces_an_adapter_and_keeps_other_files(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    save_adapter(trained(rank=2), folder)
+    assert {file.name for file in folder.iterdir()} == {CONFIG_FILE, WEIGHTS_FILE, "notes.txt"}
+    assert all(options["rank"] == 2 for options in read_adapter(folder).modules.values())
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    model = trained()
+    with torch.no_grad():
+        adapter_layers(model)["model.layers.0.self_attn.q_proj"].lora_B[0, 0] = torch.nan
+    with pytest.raises(InputError, match="q_proj.lora_B has NaN"):
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(InputError, match="no adapters to save"):
+        save_adapter(remove_adapters(model), tmp_path / "adapter")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        save_adapter(trained(), tmp_path / "file")
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "other") as temporary:
+        (temporary / "part").touch()
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def _edit_config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        change(config)
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+
+    return damage
+
+
+def _edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        # Copies: the tensors are a map of the file that is written next.
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS_FILE)
+
+    return damage
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / WEIGHTS_FILE
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _pickle(folder: Path) -> None:
+    torch.save({"weight": torch.zeros(3)}, folder / WEIGHTS_FILE)
+
+
+def _peft(folder: Path) -> None:
+    (folder / CONFIG_FILE).rename(folder / "adapter_config.json")
+
+
+Q = "model.layers.0.self_attn.q_proj"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no folder": (shutil.rmtree, "no adapter folder at"),
+    "no configuration": (lambda f: (f / CONFIG_FILE).unlink(), "holds no adapter.json"),
+    "PEFT": (_peft, "use import_peft"),
+    "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), "adapter.safetensors is missing"),
+    "truncated weights": (_truncate, "damaged or not a safetensors file"),
+    "a pickle": (_pickle, "damaged or not a safetensors file"),
+    "empty weights": (lambda f: (f / WEIGHTS_FILE).write_bytes(b""), "damaged or not a safetensors file"),
+    "bad JSON": (lambda f: (f / CONFIG_FILE).write_text('{"format": '), "not valid JSON"),
+    "binary JSON": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
+    "JSON list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "holds a JSON list"),
+    "foreign": (_edit_config(lambda c: c.update(format="other")), "its format is 'other'"),
+    "newer": (_edit_config(lambda c: c.update(format_version=2)), "version 2, .* reads up to 1; upgrade"),
+    "no modules": (_edit_config(lambda c: c.update(modules={})), "names no modules"),
+    "unknown option": (_edit_config(lambda c: c["modules"][Q].update(gate=1)), "should have the entries"),
+    "wrong type": (_edit_config(lambda c: c["modules"][Q].update(rank="4")), "rank of .* is '4'"),
+    "bool rank": (_edit_config(lambda c: c["modules"][Q].update(rank=True)), "rank of .* is True"),
+    "out of range": (_edit_config(lambda c: c["modules"][Q].update(alpha=-1)), "out of range"),
+    "rank differs": (_edit_config(lambda c: c["modules"][Q].update(rank=3)), r"is torch.float32 of shape \(32, 4\)"),
+    "a module less": (_edit_config(lambda c: c["modules"].pop(Q)), "does not name: .*q_proj.lora_A"),
+    "a tensor less": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_B")), "q_proj.lora_B is missing"),
+    "NaN": (_edit_tensors(lambda t: t[f"{Q}.lora_B"].fill_(torch.nan)), "q_proj.lora_B has NaN"),
+    "integers": (_edit_tensors(lambda t: t.update({f"{Q}.lora_B": t[f"{Q}.lora_B"].int()})), "is torch.int32 of"),
+    "off the manifold": (_edit_tensors(lambda t: t[f"{Q}.lora_A"].mul_(1.01)), "not orthonormal, .* is 0.04"),
+    "other names": (
+        _edit_config(lambda c: c["modules"].update({f"{Q}.x": c["modules"].pop(Q)})),
+        "lora_A is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_bad_files_are_refused_and_leave_the_model_alone(case: str, folder: Path) -> None:
+    damage, match = DAMAGE[case]
+    damage(folder)
+    model = LLAMA.build()
+    modules, trainable = list(model.modules()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(InputError, match=match):
+        load_adapter(model, folder)
+    assert list(model.modules()) == modules
+    assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_off_manifold_is_its_own_error(folder: Path) -> None:
+    DAMAGE["off the manifold"][0](folder)
+    with pytest.raises(ManifoldError):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [
+        ("gpt2", r"does not fit GPT2LMHeadModel, which has no linear model.layers.0.* made for LlamaForCausalLM"),
+        ("bert", "which has no linear"),
+    ],
+)
+def test_another_base_is_refused(folder: Path, family: str, match: str) -> None:
+    model = FAMILIES[family].build()
+    with pytest.raises(InputError, match=match):
+        load_adapter(model, folder)
+    assert not adapter_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_another_shape_is_refused(folder: Path) -> None:
+    model = LLAMA.build()
+    model.model.layers[2].mlp.up_proj = nn.Linear(32, 57)
+    with pytest.raises(InputError, match="model.layers.2.mlp.up_proj is 32 -> 57, not 32 -> 56"):
+        load_adapter(model, folder)
+    assert not adapter_layers(model)
