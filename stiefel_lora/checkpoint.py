@@ -28,8 +28,8 @@ _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class AdapterFile:
-    """What an adapter folder holds.
+class AdapterState:
+    """A set of adapters apart from any model, as a folder holds it.
 
     Attributes:
         base_model: What is known of the base: its "class", "model_type" and "name_or_path".
@@ -53,25 +53,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     Raises:
         InputError: If the model has no adapters, a factor has a NaN or infinity, or ``path`` is a file.
     """
-    from safetensors.torch import save_file
-
-    model = unwrap(model)
-    layers = adapter_layers(model)
-    if not layers:
-        raise InputError(f"{type(model).__name__} has no adapters to save")
-    tensors = {f"{name}.{key}": f.detach() for name, layer in layers.items() for key, f in layer.factors().items()}
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
-    config = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "base_model": describe_base(model),
-        "modules": {name: _module_config(layer) for name, layer in layers.items()},
-    }
-    with atomic_folder(path) as folder:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_adapter(adapter_state(model), path)
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, name: str = DEFAULT_NAME) -> list[str]:
@@ -90,25 +72,62 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = DEFAULT_NAME
         InputError: If the folder is missing, damaged, of another kind or of a newer version, holds a factor that is not
             on the manifold, or does not fit the model (names or shapes are listed). The model is left as it was.
     """
-    saved = read_adapter(path)
+    return insert_state(model, read_adapter(path), what=f"the adapter in {path}", name=name)
+
+
+def adapter_state(model: nn.Module) -> AdapterState:
+    """Return the adapters in use, as views of the model's parameters.
+
+    Raises:
+        InputError: If the model has no adapters.
+    """
+    model = unwrap(model)
+    layers = adapter_layers(model)
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no adapters to save; call add_adapters or load_adapter first")
+    factors = {name: {k: f.detach() for k, f in layer.factors().items()} for name, layer in layers.items()}
+    return AdapterState(describe_base(model), {n: _module_config(layer) for n, layer in layers.items()}, factors)
+
+
+def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str = DEFAULT_NAME) -> list[str]:
+    """Put a set of adapters into a model; see `load_adapter`. ``what`` names it in errors."""
     model = unwrap(model)
     present = adapter_layers(model)
     if present and adapter_names(model)[0] == name:
-        _check_same(saved, present)
+        _check_same(state, present)
         for layer in present.values():
             layer.unmerge()
     else:
-        check_fits(model, saved.modules, f"the adapter in {path}", saved.base_model)
-        insert_adapters(model, {key: _start(saved, key) for key in saved.modules}, name=name)
+        _check_fits(model, state, what)
+        insert_adapters(model, {key: _start(state, key) for key in state.modules}, name=name)
     layers = adapter_layers(model)
     with torch.no_grad():
-        for key, factors in saved.factors.items():
+        for key, factors in state.factors.items():
             for factor, tensor in factors.items():
                 layers[key].factors()[factor].copy_(tensor)
     return list(layers)
 
 
-def read_adapter(path: str | Path) -> AdapterFile:
+def write_adapter(state: AdapterState, path: str | Path) -> None:
+    """Write a set of adapters to a folder; see `save_adapter`."""
+    from safetensors.torch import save_file
+
+    tensors = {f"{name}.{key}": t for name, factors in state.factors.items() for key, t in factors.items()}
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model": state.base_model,
+        "modules": state.modules,
+    }
+    with atomic_folder(path) as folder:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def read_adapter(path: str | Path) -> AdapterState:
     """Read and check an adapter folder without a model.
 
     Raises:
@@ -130,7 +149,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     if tensors:
         raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
     _check_factors(path / WEIGHTS_FILE, modules, factors)
-    return AdapterFile(config["base_model"], modules, factors)
+    return AdapterState(config["base_model"], modules, factors)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -167,18 +186,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_fits(model: nn.Module, modules: Mapping[str, Mapping[str, Any]], what: str, base: Mapping[str, str]) -> None:
-    """Raise InputError unless the model has the named linears with the given shapes; the message lists what differs."""
+def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:
+    """Raise unless the model has the named linears with the given shapes; the message lists what differs."""
     linears = dict(wrappable_linears(model))
-    missing = [name for name in modules if name not in linears]
+    missing = [name for name in state.modules if name not in linears]
     what = f"{what} does not fit {type(model).__name__}"
-    made_for = f"it was made for {base.get('name_or_path') or base.get('class') or 'another model'}"
+    made_for = (
+        f"it was made for {state.base_model.get('name_or_path') or state.base_model.get('class', 'another model')}"
+    )
     if missing:
-        raise InputError(
-            f"{what} does not fit {type(model).__name__}, which has no linear {listed(missing)}; {made_for}"
-        )
+        raise InputError(f"{what}, which has no linear {listed(missing)}; {made_for}")
     wrong = []
-    for name, options in modules.items():
+    for name, options in state.modules.items():
         want, have = (options["in_features"], options["out_features"]), linear_shape(linears[name])
         if want != have:
             wrong.append(f"{name} is {have[0]} -> {have[1]}, not {want[0]} -> {want[1]}")
@@ -276,14 +295,14 @@ def _check_factors(file: Path, modules: Mapping[str, Any], factors: Mapping[str,
                 )
 
 
-def _start(saved: AdapterFile, name: str) -> dict[str, Any]:
+def _start(saved: AdapterState, name: str) -> dict[str, Any]:
     """Return the arguments of a layer that starts at the saved point, so that loading draws no random numbers."""
     options = {key: value for key, value in saved.modules[name].items() if not key.endswith("_features")}
     points = tuple(saved.factors[name][key] for key in _orthonormal_names(options))
     return {**options, "init": points if len(points) > 1 else points[0]}
 
 
-def _check_same(saved: AdapterFile, present: Mapping[str, StiefelLoRALinear]) -> None:
+def _check_same(saved: AdapterState, present: Mapping[str, StiefelLoRALinear]) -> None:
     have = {name: _module_config(layer) for name, layer in present.items()}
     differ = sorted({n for n in (*saved.modules, *have) if saved.modules.get(n) != have.get(n)})
     if differ:

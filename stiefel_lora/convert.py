@@ -1,0 +1,356 @@
+"""Stiefel adapters to PEFT's LoRA format and back.
+
+A Stiefel adapter is a plain LoRA adapter: PEFT's ``lora_A.weight`` is A^T (r, in), its ``lora_B.weight`` is B (out, r).
+The other way any LoRA is a Stiefel adapter exactly: with the thin QR A = Q R, B A^T = (B R^T) Q^T. PEFT itself is only
+needed for adapters in memory; its folders are read and written here.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stiefel_lora._files import atomic_folder
+from stiefel_lora._models import is_conv1d
+from stiefel_lora._targets import listed
+from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, remove_adapters, unwrap
+from stiefel_lora.checkpoint import (
+    AdapterState,
+    adapter_state,
+    insert_state,
+    read_json,
+    read_safetensors,
+)
+from stiefel_lora.errors import InputError
+from stiefel_lora.layer import Orthonormal
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PEFT_CONFIG_FILE = "adapter_config.json"
+PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# What a LoraConfig may say without changing the function of the trained adapter beyond A, B and the scaling.
+_UNDERSTOOD = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+    "init_lora_weights", "eva_config", "runtime_config",
+}  # fmt: skip
+
+# Other initialisations subtract the start from the base weights, which this adapter would not find in its base.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+# PEFT may put copies of these weights of the base beside the factors.
+_BASE_WEIGHTS = ("base_layer.weight", "embed_tokens.weight", "lm_head.weight")
+
+
+def export_peft(model: nn.Module, path: str | Path) -> None:
+    """Write the adapters in use as a PEFT LoRA folder that ``PeftModel.from_pretrained`` loads onto the base model.
+
+    Adapted layers are named by ``layers_to_transform`` and ``layers_pattern`` where that means exactly the adapted
+    linears, otherwise by their full names. With both factors orthonormal S is folded into B.
+
+    Args:
+        model: A model with adapters, merged or not.
+        path: The folder; other files in it are left alone.
+
+    Raises:
+        InputError: If the model has no adapters, a factor has a NaN or infinity, or ``path`` is a file.
+    """
+    write_peft(adapter_state(model), path, unwrap(model))
+
+
+def import_peft(
+    model: nn.Module, source: "str | Path | PeftModel", *, orthonormal: Orthonormal = "A", name: str = DEFAULT_NAME
+) -> list[str]:
+    """Put a PEFT LoRA adapter into a base model as a Stiefel adapter: the same function, with orthonormal factors.
+
+    The factorisation is computed in float64. A rank above the smaller dimension of a linear is reduced to it.
+
+    Args:
+        model: The bare base model.
+        source: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, or a PeftModel over another
+            copy of the base (for one over this very base see `from_peft`).
+        orthonormal: Which factor to make orthonormal.
+        name: Name of the set of adapters.
+
+    Returns:
+        The qualified names of the adapted linears.
+
+    Raises:
+        InputError: If the source is missing or damaged, is not a LoRA, uses an option that is more than a low-rank
+            update of linears (it is named), or does not fit the model. The model is left as it was.
+    """
+    what = f"the PEFT adapter in {source}" if isinstance(source, str | Path) else "the PEFT adapter"
+    return insert_state(model, read_peft(source, orthonormal=orthonormal), what=what, name=name)
+
+
+def from_peft(peft_model: "PeftModel", *, adapter_name: str = "default", orthonormal: Orthonormal = "A") -> nn.Module:
+    """Take PEFT's wrappers off a model and put the same update back as a Stiefel adapter, in place.
+
+    Args:
+        peft_model: A PeftModel with a LoRA adapter.
+        adapter_name: Which of its adapters; all are taken off.
+        orthonormal: Which factor to make orthonormal.
+
+    Returns:
+        The base model with the Stiefel adapter.
+
+    Raises:
+        InputError: As `import_peft`.
+    """
+    state = read_peft(peft_model, orthonormal=orthonormal, adapter_name=adapter_name)
+    base: nn.Module = peft_model.unload()
+    insert_state(base, state, what="the PEFT adapter")
+    return base
+
+
+def to_peft(model: nn.Module) -> "PeftModel":
+    """Take the Stiefel adapters off a model and put the same update back as a PEFT adapter, in place.
+
+    Returns:
+        A PeftModel around the base model.
+
+    Raises:
+        InputError: If the model has no adapters.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    state, model = adapter_state(model), unwrap(model)
+    config = _peft_config(state, model)
+    tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
+    remove_adapters(model)
+    peft_model = get_peft_model(model, LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"}))
+    set_peft_model_state_dict(peft_model, tensors)
+    return peft_model
+
+
+def write_peft(state: AdapterState, path: str | Path, model: nn.Module | None = None) -> None:
+    """Write a set of adapters as a PEFT folder; see `export_peft`.
+
+    Args:
+        state: The adapters.
+        path: The folder.
+        model: The model they belong to, for a short description of the targets; without it they have their full names.
+    """
+    from safetensors.torch import save_file
+
+    tensors = _peft_tensors(state)
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise InputError(f"not exported: {listed(bad)} has NaN or infinite entries")
+    with atomic_folder(path) as folder:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / PEFT_WEIGHTS_FILE)
+        text = json.dumps(_peft_config(state, model), indent=2)
+        (folder / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_peft(
+    source: "str | Path | PeftModel", *, orthonormal: Orthonormal = "A", adapter_name: str = "default"
+) -> AdapterState:
+    """Read a PEFT LoRA adapter as a set of Stiefel adapters, without a model; see `import_peft`."""
+    if isinstance(source, str | Path):
+        where, config, tensors = str(source), *_read_peft_folder(Path(source))
+    else:
+        from peft import get_peft_model_state_dict
+
+        if adapter_name not in source.peft_config:
+            raise InputError(f"no PEFT adapter is named {adapter_name!r}; there are: {', '.join(source.peft_config)}")
+        where, config = f"the PEFT adapter {adapter_name!r}", source.peft_config[adapter_name].to_dict()
+        tensors = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+    _check_peft_config(where, config)
+    state = AdapterState({}, {}, {})
+    if config.get("base_model_name_or_path"):
+        state.base_model["name_or_path"] = config["base_model_name_or_path"]
+    dropout = float(config.get("lora_dropout") or 0.0)
+    for name, (a, b) in _pairs(where, tensors).items():
+        factors = state.factors[name] = orthonormal_factors(a, b, orthonormal)
+        options = _scaling(config, name, a.shape[1], factors["lora_A"].shape[1])
+        shape = {"in_features": a.shape[0], "out_features": b.shape[0]}
+        state.modules[name] = {**options, "dropout": dropout, "orthonormal": orthonormal, **shape}
+    return state
+
+
+def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") -> dict[str, Tensor]:
+    """Factor the product B A^T again, with the wanted factors orthonormal; computed in float64.
+
+    Args:
+        a: Shape (in, r), of any rank.
+        b: Shape (out, r).
+        orthonormal: Which factor to make orthonormal.
+
+    Returns:
+        float32 ``lora_A`` (in, k) and ``lora_B`` (out, k), and for "both" ``lora_S`` (k, k), with
+        k = min(r, in, out) and lora_B [lora_S] lora_A^T = B A^T.
+    """
+    left, upper = torch.linalg.qr(a.double())
+    right = b.double() @ upper.T
+    if right.shape[1] > right.shape[0]:
+        inner, lower = torch.linalg.qr(right.T)
+        left, right = left @ inner, lower.T
+    factors = {"lora_A": left, "lora_B": right}
+    if orthonormal != "A":
+        q, upper = torch.linalg.qr(right)
+        factors = (
+            {"lora_A": left @ upper.T, "lora_B": q}
+            if orthonormal == "B"
+            else {"lora_A": left, "lora_B": q, "lora_S": upper}
+        )
+    return {name: factor.float().contiguous() for name, factor in factors.items()}
+
+
+def _read_peft_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_dir():
+        raise InputError(f"no adapter folder at {path}")
+    if not (path / PEFT_CONFIG_FILE).is_file():
+        raise InputError(f"{path} holds no {PEFT_CONFIG_FILE}, so it is not a PEFT adapter")
+    if not (path / PEFT_WEIGHTS_FILE).is_file() and (path / "adapter_model.bin").is_file():
+        raise InputError(f"{path} holds a pickle, adapter_model.bin, which is not read; save it with safetensors")
+    return read_json(path / PEFT_CONFIG_FILE), read_safetensors(path / PEFT_WEIGHTS_FILE)
+
+
+def _check_peft_config(where: str, config: Mapping[str, Any]) -> None:
+    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    if kind != "LORA":
+        raise InputError(f"{where} is of type {kind!r}; only LORA can be imported")
+    more = {
+        key: value for key, value in config.items() if key not in _UNDERSTOOD and value not in (None, False, {}, [])
+    }
+    if more.get("bias") == "none":
+        del more["bias"]
+    if more:
+        listing = ", ".join(f"{key}={value!r}" for key, value in more.items())
+        raise InputError(f"{where} is more than low-rank updates of linears: {listing} cannot be imported")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise InputError(
+            f"{where} has init_lora_weights={start!r}, which changed the base weights; save it in PEFT with "
+            "path_initial_model_for_weight_conversion to make it a plain LoRA"
+        )
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        raise InputError(f"{where} is damaged: r is {config.get('r')!r} and lora_alpha {config.get('lora_alpha')!r}")
+
+
+def _scaling(config: Mapping[str, Any], name: str, peft_rank: int, rank: int) -> dict[str, Any]:
+    """Return the rank and the alpha that gives it the scaling that PEFT gives the module."""
+    alpha = config["lora_alpha"]
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):  # PEFT's rule: the first key that matches
+            alpha = value
+            break
+    rslora = bool(config.get("use_rslora"))
+    reduced = math.sqrt(rank / peft_rank) if rslora else rank / peft_rank
+    return {"rank": rank, "alpha": float(alpha * reduced), "rslora": rslora}
+
+
+def _pairs(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A (in, r) and B (out, r) by module name, or say which tensor is of another kind."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"(?:{re.escape(_PREFIX)})?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        if match is None or tensor.dim() != 2:
+            hint = "; save it in PEFT with save_embedding_layers=False" if key.endswith(_BASE_WEIGHTS) else ""
+            shape = tuple(tensor.shape)
+            raise InputError(f"{where} holds {key} of shape {shape}, which is not a low-rank factor of a linear{hint}")
+        if not tensor.isfinite().all():
+            raise InputError(f"{where}: {key} has NaN or infinite entries")
+        found.setdefault(match[1], {})[match[2]] = tensor
+    pairs = {}
+    for name, factors in found.items():
+        if set(factors) != {"A", "B"} or factors["A"].shape[0] != factors["B"].shape[1]:
+            shapes = {f"lora_{k}": tuple(t.shape) for k, t in factors.items()}
+            raise InputError(f"{where} is damaged: {name} has the factors {shapes}")
+        pairs[name] = (factors["A"].T, factors["B"])
+    if not pairs:
+        raise InputError(f"{where} holds no factors")
+    return pairs
+
+
+def _peft_tensors(state: AdapterState) -> dict[str, Tensor]:
+    tensors = {}
+    for name, factors in state.factors.items():
+        b = factors["lora_B"] @ factors["lora_S"] if "lora_S" in factors else factors["lora_B"]
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors["lora_A"].T
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
+    return tensors
+
+
+def _peft_config(state: AdapterState, model: nn.Module | None) -> dict[str, Any]:
+    modules = state.modules
+    # PEFT has one use_rslora and patterns of alpha that do not go with it everywhere: keep it only where all agree.
+    forms = {(o["rank"], o["alpha"], o["rslora"]) for o in modules.values()}
+    rslora = len(forms) == 1 and next(iter(forms))[2]
+    ranks = {name: o["rank"] for name, o in modules.items()}
+    alphas = {
+        name: o["alpha"] * math.sqrt(o["rank"]) if o["rslora"] and not rslora else o["alpha"]
+        for name, o in modules.items()
+    }
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    causal = state.base_model.get("class", "").endswith(("ForCausalLM", "LMHeadModel"))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "base_model_name_or_path": state.base_model.get("name_or_path"),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": max(o["dropout"] for o in modules.values()),
+        "use_rslora": rslora,
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(layer.base) for layer in _layers_of(model)),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        **_describe_targets(list(modules), model),
+    }
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _layers_of(model: nn.Module | None) -> Iterable[Any]:
+    return adapter_layers(model).values() if model is not None else ()
+
+
+def _describe_targets(names: list[str], model: nn.Module | None) -> dict[str, Any]:
+    """Return target_modules, layers_to_transform and layers_pattern that mean exactly the named linears."""
+    by_name = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
+    if model is None:
+        return by_name
+    adapted = tuple(f"{name}." for name in adapter_layers(model))
+    everything = [name for name, _ in model.named_modules() if not name.startswith(adapted)]
+    # PEFT finds the layer's number only behind a component in front of the list.
+    found = [re.fullmatch(r"(.+?\.(\w+))\.(\d+)\.(.+)", name) for name in names]
+    lists = {match and match[1] for match in found}
+    if len(lists) != 1 or None in lists:
+        return by_name
+    matches = [match for match in found if match]
+    layers = sorted({int(match[3]) for match in matches})
+    some_left_out = len(layers) < len(list(model.get_submodule(matches[0][1]).children()))
+    for shorten in (lambda name: name.rsplit(".", 1)[-1], lambda name: name):
+        short = {
+            "target_modules": sorted({shorten(match[4]) for match in matches}),
+            "layers_to_transform": layers if some_left_out else None,
+            "layers_pattern": matches[0][2] if some_left_out else None,
+        }
+        if [name for name in everything if _peft_would_adapt(short, name)] == names:
+            return short
+    return by_name
+
+
+def _peft_would_adapt(config: Mapping[str, Any], name: str) -> bool:
+    """Follow PEFT's rule for a list of targets (``peft.tuners.tuners_utils.check_target_module_exists``)."""
+    if not any(name == target or name.endswith("." + target) for target in config["target_modules"]):
+        return False
+    if config["layers_to_transform"] is None:
+        return True
+    match = re.match(rf".*?\.{config['layers_pattern']}\.(\d+)\.", name)
+    return match is not None and int(match[1]) in config["layers_to_transform"]

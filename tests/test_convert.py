@@ -1,0 +1,331 @@
+"""Against the real PEFT library: what we write it reads, what it writes we read, with the same function."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stiefel_lora.adapters import adapter_layers, add_adapters, insert_adapters, merge_adapters
+from stiefel_lora.checkpoint import load_adapter, save_adapter, write_adapter
+from stiefel_lora.convert import (
+    PEFT_CONFIG_FILE,
+    PEFT_WEIGHTS_FILE,
+    export_peft,
+    from_peft,
+    import_peft,
+    orthonormal_factors,
+    read_peft,
+    to_peft,
+    write_peft,
+)
+from stiefel_lora.errors import InputError
+from stiefel_lora.stiefel import orthogonality_error
+from tests.models import FAMILIES
+from tests.test_adapters import logits, train
+
+# PEFT 0.21 asks transformers 5.23 for names that the next major version drops.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+
+LLAMA = FAMILIES["llama"]
+
+# The issue's bar for the same logits in float32; logits are of size 1 here.
+SAME = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def adapted(family: str = "llama", **options: Any) -> nn.Module:
+    model = FAMILIES[family].build()
+    add_adapters(model, **{"layers": [0, 2], "rank": 4, **options})
+    train(model)
+    return model
+
+
+def outputs(model: nn.Module, family: str = "llama") -> torch.Tensor:
+    with torch.no_grad():
+        return model(**FAMILIES[family].batch(2, 7)).logits
+
+
+def peft_layers(model: nn.Module) -> dict[str, Any]:
+    found = ((n, m) for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.Linear))
+    return {n.removeprefix("base_model.model."): m for n, m in found}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / PEFT_CONFIG_FILE).read_text())
+
+
+EXPORTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "B": {"orthonormal": "B"},
+    "both": {"orthonormal": "both"},
+    "rslora": {"rslora": True, "alpha": 3},
+    "rslora, ranks": {"rslora": True, "rank_pattern": {"q_proj": 2}},
+    "ranks": {"alpha": 5, "rank_pattern": {"q_proj": 2, "layers.2.mlp.up_proj": 7}},
+    "all": {"layers": None, "target_modules": "all-linear"},
+    "full names": {"layers": None, "target_modules": ["model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj"]},
+}
+
+
+@pytest.mark.parametrize("case", EXPORTS)
+def test_peft_loads_what_we_export(case: str, tmp_path: Path) -> None:
+    model = adapted(**EXPORTS[case])
+    export_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    assert isinstance(loaded, peft.PeftModelForCausalLM)
+    got = [
+        n.removeprefix("base_model.model.") for n, m in loaded.named_modules() if isinstance(m, peft.tuners.lora.Linear)
+    ]
+    assert got == list(adapter_layers(model))
+    expected = outputs(model)
+    torch.testing.assert_close(outputs(loaded), expected, **SAME)
+    torch.testing.assert_close(outputs(loaded.merge_and_unload()), expected, **SAME)
+    torch.testing.assert_close(outputs(merge_adapters(model)), expected, **SAME)
+
+
+def test_layers_are_named_shortly_where_that_is_exact(tmp_path: Path) -> None:
+    def described(**options: Any) -> tuple[Any, ...]:
+        export_peft(adapted(**options), tmp_path)
+        config = config_of(tmp_path)
+        return config["target_modules"], config["layers_to_transform"], config["layers_pattern"]
+
+    short = ["down_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
+    assert described() == (short, [0, 2], "layers")
+    assert described(layers=None) == (short, None, None)
+    assert described(family="gpt2", target_modules=["mlp.c_proj"]) == (["mlp.c_proj"], [0, 2], "h")
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    assert described(layers=None, target_modules=names) == (names, None, None)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "vit", "phi", "gemma3"])
+def test_export_and_import_of_other_families(family: str, tmp_path: Path) -> None:
+    model = adapted(family)
+    export_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(FAMILIES[family].build(), tmp_path)
+    torch.testing.assert_close(outputs(loaded, family), outputs(model, family), **SAME)
+    back = FAMILIES[family].build()
+    assert import_peft(back, tmp_path) == list(adapter_layers(model))
+    torch.testing.assert_close(outputs(back, family), outputs(model, family), **SAME)
+
+
+def _peft_model(**options: Any) -> peft.PeftModel:
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"], **options}
+    model = peft.get_peft_model(LLAMA.build(), peft.LoraConfig(**settings)).eval()
+    torch.manual_seed(6)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    return model
+
+
+IMPORTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.self_attn\.q_proj": 3, "down_proj": 7}},
+    "layers": {"layers_to_transform": [1], "layers_pattern": "layers", "lora_dropout": 0.25},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "rank above a width": {"r": 40, "target_modules": ["k_proj", "up_proj"]},
+    "rank above a width, rslora": {"r": 40, "use_rslora": True, "target_modules": ["k_proj", "v_proj"]},
+    "head": {"target_modules": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+@pytest.mark.parametrize("case", IMPORTS)
+def test_we_load_what_peft_saves(case: str, orthonormal: Any, tmp_path: Path) -> None:
+    source = _peft_model(**IMPORTS[case])
+    source.save_pretrained(tmp_path, save_embedding_layers=False)
+    model = LLAMA.build()
+    names = import_peft(model, tmp_path, orthonormal=orthonormal)
+    assert names == list(peft_layers(source))
+    torch.testing.assert_close(outputs(model), outputs(source), **SAME)
+    for name, layer in adapter_layers(model).items():
+        update = peft_layers(source)[name].get_delta_weight("default")
+        # Entries of the update are up to 30; float32 factors of a float64 factorisation.
+        torch.testing.assert_close(layer.delta_weight(), update, rtol=1e-5, atol=1e-5)
+        assert all(orthogonality_error(factor) < 1e-5 for factor in layer.manifold_parameters().values())
+        assert layer.rank <= min(layer.in_features, layer.out_features)
+        assert layer.options["dropout"] == IMPORTS[case].get("lora_dropout", 0.0)
+        assert layer.orthonormal == orthonormal
+
+
+def test_round_trip_keeps_scaling_options(tmp_path: Path) -> None:
+    _peft_model(use_rslora=True).save_pretrained(tmp_path / "a")
+    model = LLAMA.build()
+    import_peft(model, tmp_path / "a")
+    export_peft(model, tmp_path / "b")
+    before, after = config_of(tmp_path / "a"), config_of(tmp_path / "b")
+    for key in (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "lora_dropout",
+        "layers_to_transform",
+    ):
+        assert before[key] == after[key], key
+    assert sorted(before["target_modules"]) == after["target_modules"]
+
+
+def test_import_into_a_trained_adapters_place(tmp_path: Path) -> None:
+    _peft_model().save_pretrained(tmp_path)
+    model = adapted()
+    with pytest.raises(InputError, match="other adapters in use"):
+        import_peft(model, tmp_path)
+    import_peft(model, tmp_path, name="second")
+    torch.testing.assert_close(outputs(model), outputs(_peft_model()), **SAME)
+
+
+def test_models_in_memory() -> None:
+    source = _peft_model()
+    expected = outputs(source)
+    copy = LLAMA.build()
+    import_peft(copy, source)
+    torch.testing.assert_close(outputs(copy), expected, **SAME)
+    model = from_peft(source, orthonormal="B")
+    assert not any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules())
+    torch.testing.assert_close(outputs(model), expected, **SAME)
+    back = to_peft(model)
+    assert isinstance(back, peft.PeftModelForCausalLM)
+    assert not adapter_layers(back)
+    torch.testing.assert_close(outputs(back), expected, **SAME)
+    with pytest.raises(InputError, match="no PEFT adapter is named 'x'; there are: default"):
+        from_peft(back, adapter_name="x")
+
+
+def test_conversion_without_a_model(tmp_path: Path) -> None:
+    source = _peft_model()
+    source.save_pretrained(tmp_path / "peft")
+    write_adapter(read_peft(tmp_path / "peft"), tmp_path / "ours")
+    model = LLAMA.build()
+    load_adapter(model, tmp_path / "ours")
+    torch.testing.assert_close(outputs(model), outputs(source), **SAME)
+    write_peft(read_peft(tmp_path / "ours" / ".." / "peft"), tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path / "again")
+    torch.testing.assert_close(outputs(again), outputs(source), **SAME)
+
+
+def test_an_untrained_adapter_of_bf16_factors(tmp_path: Path) -> None:
+    source = peft.get_peft_model(LLAMA.build(), peft.LoraConfig(r=4, target_modules=["q_proj"])).to(torch.bfloat16)
+    source.save_pretrained(tmp_path)
+    for orthonormal in ("A", "B", "both"):
+        model = LLAMA.build()
+        import_peft(model, tmp_path, orthonormal=orthonormal)
+        assert torch.equal(outputs(model), outputs(LLAMA.build()))
+
+
+@pytest.mark.parametrize("shape", [(12, 9, 4), (9, 12, 4), (3, 9, 5), (9, 3, 5), (3, 4, 9)])
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_orthonormal_factors_keep_the_product(shape: tuple[int, int, int], orthonormal: Any) -> None:
+    n_in, n_out, rank = shape
+    a, b = torch.randn(n_in, rank), torch.randn(n_out, rank)
+    factors = orthonormal_factors(a, b, orthonormal)
+    k = min(shape)
+    middle = factors.get("lora_S", torch.eye(k))
+    assert factors["lora_A"].shape == (n_in, k) and factors["lora_B"].shape == (n_out, k)
+    product = factors["lora_B"].double() @ middle.double() @ factors["lora_A"].double().T
+    # Three float32 roundings of factors whose product has entries of size 10.
+    torch.testing.assert_close(product, b.double() @ a.double().T, rtol=1e-5, atol=1e-5)
+
+
+def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = config_of(folder)
+        change(config)
+        (folder / PEFT_CONFIG_FILE).write_text(json.dumps(config))
+
+    return damage
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / PEFT_WEIGHTS_FILE).items()}
+        change(tensors)
+        save_file(tensors, folder / PEFT_WEIGHTS_FILE)
+
+    return damage
+
+
+def _to_pickle(folder: Path) -> None:
+    (folder / PEFT_WEIGHTS_FILE).rename(folder / "adapter_model.bin")
+
+
+K = "base_model.model.model.layers.0.self_attn.q_proj"
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "dora": (_edit(lambda c: c.update(use_dora=True)), "use_dora=True cannot be imported"),
+    "bias": (_edit(lambda c: c.update(bias="all")), "bias='all' cannot"),
+    "lora_bias": (_edit(lambda c: c.update(lora_bias=True)), "lora_bias=True cannot"),
+    "modules_to_save": (
+        _edit(lambda c: c.update(modules_to_save=["lm_head"])),
+        r"modules_to_save=.* cannot",
+    ),
+    "layer_replication": (_edit(lambda c: c.update(layer_replication=[[0, 2]])), "layer_replication=.* cannot"),
+    "an option to come": (_edit(lambda c: c.update(use_xlora=3)), "use_xlora=3 cannot"),
+    "pissa": (
+        _edit(lambda c: c.update(init_lora_weights="pissa")),
+        "='pissa', which changed the base",
+    ),
+    "IA3": (_edit(lambda c: c.update(peft_type="IA3")), "of type 'IA3'; only LORA"),
+    "no rank": (_edit(lambda c: c.pop("r")), "r is None"),
+    "no configuration": (lambda f: (f / PEFT_CONFIG_FILE).unlink(), "holds no adapter_config.json"),
+    "pickle": (_to_pickle, "pickle, adapter_model.bin, which is not read"),
+    "damaged": (lambda f: (f / PEFT_WEIGHTS_FILE).write_bytes(b"xx"), "damaged or not a safetensors file"),
+    "embedding": (
+        _tensors(lambda t: t.update({"base_model.model.x.lora_embedding_A": torch.ones(2, 3)})),
+        r"x.lora_embedding_A of shape \(2, 3\), which is not a low-rank factor",
+    ),
+    "convolution": (_tensors(lambda t: t.update({f"{K}.lora_A.weight": torch.ones(4, 3, 1, 1)})), "is not a low-rank"),
+    "base weights": (
+        _tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(97, 32)})),
+        "save_embedding_layers=False",
+    ),
+    "half": (_tensors(lambda t: t.pop(f"{K}.lora_A.weight")), "damaged: model.layers.0.self_attn.q_proj has"),
+    "ranks": (_tensors(lambda t: t.update({f"{K}.lora_A.weight": torch.ones(3, 32)})), "damaged: model.layers.0"),
+    "NaN": (_tensors(lambda t: t[f"{K}.lora_A.weight"].fill_(torch.nan)), "has NaN"),
+    "empty": (_tensors(lambda t: t.clear()), "holds no factors"),
+    "shape": (
+        _tensors(lambda t: t.update({f"{K}.lora_A.weight": torch.ones(4, 33)})),
+        "q_proj is 32 -> 32, not 33 -> 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_imported_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    _peft_model().save_pretrained(tmp_path)
+    damage, match = REFUSED[case]
+    damage(tmp_path)
+    model = LLAMA.build()
+    with pytest.raises(InputError, match=match):
+        import_peft(model, tmp_path)
+    assert not adapter_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_export_refuses_what_cannot_be_written(tmp_path: Path) -> None:
+    model = adapted()
+    with torch.no_grad():
+        next(iter(adapter_layers(model).values())).lora_B[0, 0] = torch.inf
+    with pytest.raises(InputError, match="not exported: .*q_proj.lora_B.weight has NaN"):
+        export_peft(model, tmp_path / "peft")
+    with pytest.raises(InputError, match="no adapters to save"):
+        export_peft(LLAMA.build(), tmp_path / "peft")
+    with pytest.raises(InputError, match="no adapter folder at"):
+        import_peft(LLAMA.build(), tmp_path / "peft")
+    save_adapter(adapted(), tmp_path / "ours")
+    with pytest.raises(InputError, match="so it is not a PEFT adapter"):
+        import_peft(LLAMA.build(), tmp_path / "ours")
+
+
+def test_an_adapter_on_the_head_is_exported(tmp_path: Path) -> None:
+    model = LLAMA.build()
+    insert_adapters(model, {"lm_head": {"rank": 4}})
+    train(model)
+    export_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    torch.testing.assert_close(outputs(loaded), logits(model), **SAME)
