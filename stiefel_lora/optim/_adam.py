@@ -1,5 +1,6 @@
 """Riemannian Adam."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -137,8 +138,9 @@ class RiemannianAdam(RiemannianOptimizer):
         if group["amsgrad"]:
             exp_avg_sq = torch.maximum(state.get("max_exp_avg_sq", torch.zeros_like(p)), exp_avg_sq)
             new_state["max_exp_avg_sq"] = exp_avg_sq
-        denominator = (exp_avg_sq / (1 - beta2**step)).sqrt() + group["eps"]
-        direction = exp_avg / (1 - beta1**step) / denominator
+        t = step.to(p.dtype.to_real())
+        denominator = (exp_avg_sq / _one_minus_power(beta2, t)).sqrt() + group["eps"]
+        direction = exp_avg / _one_minus_power(beta1, t) / denominator
         new, new_state["exp_avg"] = p.manifold.retr_transp(p, -group["lr"] * direction, exp_avg)
         return new, new_state
 
@@ -181,12 +183,12 @@ def adam_step(
     exp_avg_sq.lerp_(_square(rgrad, second_moment), _like_state((1 - beta2) * finite, exp_avg_sq))
     if max_exp_avg_sq is not None:
         exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-    # A matrix that has only been skipped has t = 0: its corrections are 0/0, and its step zero.
-    t = step.clamp_min(1)
-    root = (exp_avg_sq / _like_state(1 - beta2**t, exp_avg_sq)).sqrt_().add_(eps)
+    # A matrix that has only been skipped has t = 0: its corrections would be 0/0, and its step is zero.
+    t = step.clamp_min(1).to(x.dtype)
+    root = (exp_avg_sq / _like_state(_one_minus_power(beta2, t), exp_avg_sq)).sqrt_().add_(eps)
     # eps = 0 with a gradient of zeros must not make 0/0 of a point.
     root.clamp_min_(torch.finfo(root.dtype).tiny ** 0.75)
-    size = lr * finite / (1 - beta1**t)
+    size = lr * finite / _one_minus_power(beta1, t)
     if second_moment == "element":
         return bounded_step(project_(x, torch.div(exp_avg, root, out=rgrad)), size, rgrad)
     return bounded_step(exp_avg, size / root, rgrad)
@@ -194,9 +196,18 @@ def adam_step(
 
 def _square(rgrad: Tensor, second_moment: SecondMoment) -> Tensor:
     if second_moment == "element":
-        return rgrad.square()
-    square = torch.linalg.matrix_norm(rgrad).square()
-    return square if second_moment == "norm" else square / rgrad.shape[-2:].numel()
+        square = rgrad.square()
+    else:
+        square = torch.linalg.matrix_norm(rgrad).square()
+        if second_moment == "mean":
+            square /= rgrad.shape[-2:].numel()
+    # Only a skipped matrix can overflow here, and zero times infinity would not be zero.
+    return square.nan_to_num_(posinf=0)
+
+
+def _one_minus_power(beta: float, t: Tensor) -> Tensor:
+    """Return 1 - beta^t without the cancellation that costs float32 four digits at beta = 0.999, t = 1."""
+    return -torch.expm1(t * math.log(beta)) if beta > 0 else torch.ones_like(t)
 
 
 def _like_state(scalar: Tensor, state: Tensor) -> Tensor:

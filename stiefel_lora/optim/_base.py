@@ -58,7 +58,8 @@ def bounded_step(direction: Tensor, size: Tensor, out: Tensor) -> Tensor:
         out: Where the steps go, shape (k, n, r); may be ``direction``.
     """
     limit = _LONGEST_STEP * direction.shape[-1] ** 0.5
-    length = size.abs() * torch.linalg.matrix_norm(direction)
+    # Zero times a norm that overflows is a step of zero.
+    length = (size.abs() * torch.linalg.matrix_norm(direction)).nan_to_num_(nan=0)
     size = size * (limit / length.clamp_min(limit))
     return torch.mul(direction, -size[:, None, None], out=out)
 
@@ -264,22 +265,23 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         momentum = self._momentum(piece.state)
         if momentum is not None:
             project_(x, momentum)
-        piece.write(x)
+        piece.write_back()
 
     def _step_geoopt(self, p: ManifoldTensor, grad: Tensor, group: Group) -> None:
-        grad = -grad if group["maximize"] else grad
+        # As for a Stiefel parameter: a gradient that is not finite leaves the point and its state as they are.
+        finite = grad.isfinite().all()
+        grad = torch.where(finite, -grad if group["maximize"] else grad, 0)
         if group["weight_decay"] != 0:
             grad = grad.add(p, alpha=group["weight_decay"])
         state = self.state[p]
         new, new_state = self._geoopt_step(p, p.manifold.egrad2rgrad(p, grad), group)
-        finite = grad.isfinite().all()
         p.copy_(torch.where(finite, new, p))
         for key, value in new_state.items():
-            state[key] = torch.where(finite, value, state[key]) if key in state else value * finite
+            state[key] = torch.where(finite, value, state.get(key, torch.zeros_like(value)))
         state["skipped"] = state.get("skipped", 0) + (~finite).to(torch.int64)
         if group["stabilize"] is not None:
-            due = state["steps_taken"] = state.get("steps_taken", 0) + 1
-            if due % group["stabilize"] == 0:
+            state["since_stabilized"] = (state.get("since_stabilized", 0) + 1) % group["stabilize"]
+            if state["since_stabilized"] == 0:
                 self._stabilize_parameter(p)
 
     def _group_buckets(self, index: int) -> list[Bucket]:

@@ -12,7 +12,7 @@ from stiefel_lora.errors import InputError
 
 # Matrices are updated in pieces of about this size, so that on a CPU the handful of passes over a piece stay in its
 # cache and everywhere the scratch memory is a few pieces instead of a few copies of the whole group.
-_PIECE_BYTES = {"cpu": 2 << 20}
+_PIECE_BYTES = {"cpu": 4 << 20}
 _PIECE_BYTES_ACCELERATOR = 32 << 20
 
 
@@ -30,7 +30,7 @@ class Piece:
 
     Attributes:
         params: The parameters they belong to.
-        point: The matrices in the compute dtype, shape (k, n, r); scratch memory.
+        point: The matrices in the compute dtype, shape (k, n, r): scratch memory, or the one parameter itself.
         grad: Their Euclidean gradients, same shape and dtype; scratch memory.
         spare: Scratch memory of the same shape and dtype.
         state: Views of the state buffers, shape (k, n, r) or (k,), to be changed in place.
@@ -44,11 +44,13 @@ class Piece:
     state: dict[str, Tensor]
     master: Tensor | None
 
-    def write(self, new: Tensor) -> None:
-        """Store new points, shape (k, n, r), in the parameters."""
+    def write_back(self) -> None:
+        """Store the points in the parameters."""
+        if self.point.data_ptr() == self.params[0].data_ptr():
+            return
         if self.master is not None:
-            self.master.copy_(new)
-        rows = new.view(-1, new.shape[-1]).split([p.shape[:-1].numel() for p in self.params])
+            self.master.copy_(self.point)
+        rows = self.point.view(-1, self.point.shape[-1]).split([p.shape[:-1].numel() for p in self.params])
         torch._foreach_copy_(
             self.params, [r if p.dim() == 2 else r.view(p.shape) for r, p in zip(rows, self.params, strict=True)]
         )
@@ -96,6 +98,10 @@ class Bucket:
         self.dtype = compute_dtype(params[0])
         self.ends = torch.tensor([p.shape[:-2].numel() for p in params]).cumsum(0).tolist()
         self.starts = [0, *self.ends[:-1]]
+        # Three pieces of scratch are at most two copies of the bucket.
+        size = params[0].shape[-2:].numel() * self.dtype.itemsize
+        most = _PIECE_BYTES.get(params[0].device.type, _PIECE_BYTES_ACCELERATOR) // size
+        self._piece_limit = max(1, min(most, 2 * self.ends[-1] // 3))
         if self.dtype != params[0].dtype:
             spec = {**spec, "master": StateSpec("matrix")}
         self.buffers = {key: self._gather_state(key, entry, state) for key, entry in spec.items()}
@@ -140,12 +146,9 @@ class Bucket:
 
     def pieces(self, workspace: Workspace) -> Iterator[Piece]:
         """Yield the parameters that have a gradient, in runs of neighbours of bounded size."""
-        first = self.params[0]
-        size = first.shape[-2:].numel() * self.dtype.itemsize
-        limit = max(1, _PIECE_BYTES.get(first.device.type, _PIECE_BYTES_ACCELERATOR) // size)
         run: list[int] = []
         for i, p in enumerate(self.params):
-            joins = p.grad is not None and (not run or self.ends[i] - self.starts[run[0]] <= limit)
+            joins = p.grad is not None and (not run or self.ends[i] - self.starts[run[0]] <= self._piece_limit)
             if run and not joins:
                 yield self._piece(run, workspace)
                 run = []
@@ -156,16 +159,22 @@ class Bucket:
 
     def _piece(self, run: list[int], workspace: Workspace) -> Piece:
         params = self.params[run[0] : run[-1] + 1]
+        first = params[0]
         begin, end = self.starts[run[0]], self.ends[run[-1]]
         state = {key: buffer[begin:end] for key, buffer in self.buffers.items()}
         master = state.pop("master", None)
-        size = (end - begin, *params[0].shape[-2:])
-        point, grad, spare = workspace.take(3, size, self.dtype, params[0].device)
+        size = (end - begin, *first.shape[-2:])
+        grads = [_dense_grad(p) for p in params]
+        if len(run) == 1 and master is None and first.is_contiguous():
+            grad, spare = workspace.take(2, size, self.dtype, first.device)
+            _stack(grads, grad)
+            return Piece(params, first.detach().view(size), grad, spare, state, None)
+        point, grad, spare = workspace.take(3, size, self.dtype, first.device)
         _stack(params, point)
-        _stack([_dense_grad(p) for p in params], grad)
+        _stack(grads, grad)
         if master is not None:
             # Where someone else has written to a parameter since the last step, its value wins over the master's.
-            torch.where(master.to(params[0].dtype) == point, master, point, out=point)
+            torch.where(master.to(first.dtype) == point, master, point, out=point)
         return Piece(params, point, grad, spare, state, master)
 
 

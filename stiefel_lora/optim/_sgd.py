@@ -97,7 +97,7 @@ class RiemannianSGD(RiemannianOptimizer):
         if group["momentum"] == 0:
             return bounded_step(rgrad, size, rgrad)
         momentum, buffer, step = group["momentum"], piece.state["momentum_buffer"], piece.state["step"]
-        fresh = torch.where(step == 0, 1.0, 1 - group["dampening"]).to(rgrad.dtype) * finite
+        fresh = (1 - group["dampening"] * (step > 0).to(rgrad.dtype)) * finite
         # The buffer of a skipped matrix stays: its factor is one and what is added is zero.
         buffer.mul_((1 - finite * (1 - momentum))[:, None, None]).addcmul_(rgrad, fresh[:, None, None])
         step += finite

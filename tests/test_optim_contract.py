@@ -1,0 +1,511 @@
+"""The contract of torch.optim: constructors, groups, state, checkpoints, closures, schedulers, scalers, hooks."""
+
+import copy
+import inspect
+import io
+import pickle
+from typing import Any
+
+import geoopt
+import pytest
+import torch
+from torch import Tensor
+
+from stiefel_lora import stiefel
+from stiefel_lora.errors import InputError, ManifoldError
+from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
+
+PAIRS = {"adam": (RiemannianAdam, torch.optim.AdamW), "sgd": (RiemannianSGD, torch.optim.SGD)}
+# What makes each optimizer keep a momentum, and a step size for the tests.
+COMMON: dict[str, dict[str, Any]] = {"adam": {"lr": 0.05}, "sgd": {"lr": 0.05, "momentum": 0.9}}
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float64) -> geoopt.ManifoldParameter:
+    return geoopt.ManifoldParameter(stiefel.random_point(*shape, dtype=dtype), manifold=geoopt.EuclideanStiefel())
+
+
+def mixed(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [
+        parameter(12, 4, dtype=dtype),
+        torch.nn.Parameter(torch.randn(5, dtype=dtype)),
+        parameter(12, 4, dtype=dtype),
+    ]
+
+
+def copies(params: list[Tensor]) -> list[Tensor]:
+    return copy.deepcopy(params)
+
+
+def set_grads(params: list[Tensor], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def steps(optimizer: torch.optim.Optimizer, params: list[Tensor], seeds: range) -> None:
+    for seed in seeds:
+        set_grads(params, seed)
+        optimizer.step()
+
+
+def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
+    for p, q in zip(a, b, strict=True):
+        assert torch.equal(p.detach(), q.detach())
+
+
+# -- constructors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_signature_covers_torchs_and_geoopts(kind: str) -> None:
+    ours, torchs = PAIRS[kind]
+    geoopts = {"adam": geoopt.optim.RiemannianAdam, "sgd": geoopt.optim.RiemannianSGD}[kind]
+    named = inspect.signature(ours.__init__).parameters
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in named.values())
+    for name, p in inspect.signature(torchs.__init__).parameters.items():
+        assert name in named, name
+        if name not in ("self", "params", "weight_decay"):  # AdamW decays by default, an adapter does not
+            assert named[name].default == p.default, name
+    for name, p in inspect.signature(geoopts.__init__).parameters.items():
+        assert name in named or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL), name
+    assert "stabilize" in named
+
+
+ORDINARY_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("adam", {}),
+    ("adam", {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
+    ("adam", {"amsgrad": True, "weight_decay": 0.01}),
+    ("adam", {"maximize": True}),
+    ("adam", {"foreach": True}),
+    ("adam", {"foreach": False}),
+    ("adam", {"fused": True}),
+    ("adam", {"lr": torch.tensor(2e-3), "foreach": False}),
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}),
+    ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ("sgd", {"momentum": 0.9, "maximize": True}),
+    ("sgd", {"foreach": True, "momentum": 0.5}),
+    ("sgd", {"fused": True, "momentum": 0.5}),
+    ("sgd", {"lr": torch.tensor(2e-3), "foreach": False}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "options"), ORDINARY_OPTIONS, ids=str)
+def test_ordinary_parameters_are_bit_equal_to_torch(kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """50 steps beside a manifold parameter, through a pickled state in the middle, with gradients that come late."""
+    ours_class, torch_class = PAIRS[kind]
+    shapes = [(7, 3), (5,), (), (2, 3, 4)]
+    ours = [torch.nn.Parameter(torch.randn(s, dtype=dtype)) for s in shapes]
+    theirs = copies(ours)
+    options = {"weight_decay": 0.0, **options}
+    a = ours_class([*ours, parameter(12, 4)], **options)
+    b = torch_class(theirs, **options)
+    for step in range(50):
+        set_grads(ours, step)
+        if step < 3 and not (kind == "sgd" and options.get("fused")):  # torch's own fused SGD fails on that
+            ours[1].grad = None
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        a.param_groups[0]["params"][-1].grad = torch.randn(12, 4, dtype=torch.float64)
+        a.step()
+        b.step()
+        if step == 25:
+            buffer = io.BytesIO()
+            torch.save(a.state_dict(), buffer)
+            a = ours_class([*ours, a.param_groups[0]["params"][-1]], **options)
+            buffer.seek(0)
+            a.load_state_dict(torch.load(buffer))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"retraction": "svd"}, "retraction must be one of 'qr', 'cayley', 'polar', 'exp', got 'svd'"),
+        ({"metric": "flat"}, "metric must be one of 'euclidean', 'canonical', got 'flat'"),
+        ({"differentiable": True}, "differentiable=True is not supported"),
+        ({"stabilize": 0}, "stabilize must be None or a positive number of steps, got 0"),
+        ({"lr": -1.0}, "Invalid learning rate"),
+        ({"weight_decay": -1.0}, "Invalid weight_decay"),
+        ({"foreach": True, "fused": True}, "cannot be `True` together"),
+    ],
+)
+def test_bad_options_are_named(kind: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        PAIRS[kind][0]([parameter(12, 4)], **options)
+
+
+def test_bad_options_of_one_optimizer_are_named() -> None:
+    with pytest.raises(InputError, match="second_moment must be one of 'mean', 'norm', 'element', got 'max'"):
+        RiemannianAdam([parameter(12, 4)], second_moment="max")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="capturable=True is not supported: .* CUDA graph"):
+        RiemannianAdam([parameter(12, 4)], capturable=True)
+    with pytest.raises(ValueError, match="Invalid beta"):
+        RiemannianAdam([parameter(12, 4)], betas=(1.0, 0.9))
+    with pytest.raises(ValueError, match="Nesterov momentum requires"):
+        RiemannianSGD([parameter(12, 4)], nesterov=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'moment'"):
+        RiemannianAdam([parameter(12, 4)], moment=1)  # type: ignore[call-arg]
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_groups_have_their_own_options(kind: str) -> None:
+    ps = [parameter(12, 4) for _ in range(3)]
+    qs = copies(ps)
+    options = [{"retraction": "qr"}, {"retraction": "cayley", "lr": 0.01}, {"metric": "canonical"}]
+    grouped = PAIRS[kind][0]([{"params": [p], **o} for p, o in zip(ps, options, strict=True)], **COMMON[kind])
+    single = [PAIRS[kind][0]([q], **{**COMMON[kind], **o}) for q, o in zip(qs, options, strict=True)]
+    for seed in range(4):
+        set_grads(ps, seed)
+        set_grads(qs, seed)
+        grouped.step()
+        for optimizer in single:
+            optimizer.step()
+    assert_same(ps, qs)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_add_param_group(kind: str) -> None:
+    first, second = mixed(), mixed()
+    late, again = copies(first), copies(second)
+    optimizer = PAIRS[kind][0](first, **COMMON[kind])
+    steps(optimizer, first, range(2))
+    optimizer.add_param_group({"params": second, "retraction": "cayley"})
+    assert optimizer.param_groups[1]["lr"] == 0.05
+    steps(optimizer, first + second, range(2, 5))
+    reference = PAIRS[kind][0](late, **COMMON[kind])
+    steps(reference, late, range(2))
+    other = PAIRS[kind][0](again, **COMMON[kind], retraction="cayley")
+    for seed in range(2, 5):
+        set_grads(late + again, seed)
+        reference.step()
+        other.step()
+    assert_same(first + second, late + again)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_refused_group_leaves_the_optimizer_as_it_was(kind: str) -> None:
+    optimizer = PAIRS[kind][0]([parameter(12, 4)], **COMMON[kind])
+    with pytest.raises(InputError):
+        optimizer.add_param_group({"params": [parameter(9, 2)], "retraction": "svd"})
+    assert len(optimizer.param_groups) == 1
+
+
+# -- state and checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
+def test_a_copy_in_mid_run_goes_on_bit_for_bit(kind: str, dtype: torch.dtype, how: str) -> None:
+    params = mixed(dtype)
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    steps(optimizer, params, range(4))
+    if how == "state_dict":
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        twins = copies(params)
+        # The parameters lie off the master by bf16 rounding, which is within bf16's tolerance.
+        other = PAIRS[kind][0](twins, **COMMON[kind])
+        other.load_state_dict(torch.load(buffer))
+    elif how == "deepcopy":
+        twins, other = copy.deepcopy((params, optimizer))
+    else:
+        twins, other = pickle.loads(pickle.dumps((params, optimizer)))  # noqa: S301
+    steps(optimizer, params, range(4, 8))
+    steps(other, twins, range(4, 8))
+    assert_same(params, twins)
+    assert all(isinstance(twins[i], geoopt.ManifoldParameter) for i in (0, 2))
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loaded_state_keeps_float32(kind: str, dtype: torch.dtype) -> None:
+    """torch casts loaded state to the parameter's dtype; a float32 master rounded to bf16 would lose the manifold."""
+    params = mixed(dtype)
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    steps(optimizer, params, range(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    for key, value in optimizer.state[params[0]].items():
+        assert torch.equal(value, saved["state"][0][key]), key
+        if value.is_floating_point():
+            assert value.dtype == torch.float32, key
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_state_loads_onto_another_dtype(kind: str) -> None:
+    params = mixed(torch.float32)
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    steps(optimizer, params, range(3))
+    wide = [
+        geoopt.ManifoldParameter(stiefel.project_point(p.detach().double()), manifold=geoopt.EuclideanStiefel())
+        if isinstance(p, geoopt.ManifoldParameter)
+        else torch.nn.Parameter(p.detach().double())
+        for p in params
+    ]
+    other = PAIRS[kind][0](wide, **COMMON[kind])
+    # torch shares what it need not cast between the two optimizers, the step counters for one.
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(optimizer, params, range(3, 6))
+    steps(other, wide, range(3, 6))
+    for p, q in zip(params, wide, strict=True):
+        assert q.dtype == torch.float64
+        # Three steps of float32 rounding.
+        torch.testing.assert_close(p.detach().double(), q.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_every_manifold_parameter_has_state_after_the_first_step(kind: str) -> None:
+    """Also one without a gradient, so that all ranks of a job save the same keys."""
+    params = [parameter(12, 4), parameter(12, 4), parameter(9, 2)]
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    params[0].grad = torch.randn_like(params[0])
+    optimizer.step()
+    keys = [sorted(optimizer.state_dict()["state"][i]) for i in range(3)]
+    assert keys[0] == keys[1] == keys[2]
+    assert "skipped" in keys[0]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_state_holds_one_momentum_and_numbers(kind: str) -> None:
+    p = parameter(64, 8, dtype=torch.float32)
+    optimizer = PAIRS[kind][0]([p], **COMMON[kind])
+    steps(optimizer, [p], range(2))
+    sizes = sorted(value.numel() for value in optimizer.state[p].values())
+    assert sizes[-1] == p.numel()
+    assert sizes[-2] == 1
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_clearing_the_state_starts_anew(kind: str) -> None:
+    params = mixed()
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    steps(optimizer, params, range(3))
+    optimizer.state.clear()
+    twins = copies(params)
+    steps(optimizer, params, range(3, 5))
+    steps(PAIRS[kind][0](twins, **COMMON[kind]), twins, range(3, 5))
+    assert_same(params, twins)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_lost_manifold_is_an_error(kind: str) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = parameter(12, 4)
+
+    model = Model()
+    optimizer = PAIRS[kind][0](model.named_parameters(), **COMMON[kind])
+    steps(optimizer, list(model.parameters()), range(2))
+    saved = optimizer.state_dict()
+    fresh = Model()
+    fresh.load_state_dict({"weight": model.weight.detach().as_subclass(Tensor).clone()}, assign=True)
+    assert not isinstance(fresh.weight, geoopt.ManifoldParameter)
+    again = PAIRS[kind][0](fresh.named_parameters(), **COMMON[kind])
+    with pytest.raises(
+        ManifoldError, match=r"parameter 0 \(weight\) of group 0 was on manifold EuclideanStiefel .*re-attach"
+    ):
+        again.load_state_dict(saved)
+    plain = PAIRS[kind][0]([torch.nn.Parameter(torch.eye(12, 4))], **COMMON[kind])
+    steps(plain, plain.param_groups[0]["params"], range(1))
+    with pytest.raises(ManifoldError, match="was an ordinary one"):
+        optimizer.load_state_dict(plain.state_dict())
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_foreign_state_is_refused(kind: str) -> None:
+    p = parameter(12, 4)
+    optimizer = PAIRS[kind][0]([p], **COMMON[kind])
+    steps(optimizer, [p], range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    key = {"adam": "exp_avg", "sgd": "momentum_buffer"}[kind]
+    saved["state"][0][key] = torch.zeros(9, 2)
+    optimizer.load_state_dict(saved)
+    p.grad = torch.randn_like(p)
+    with pytest.raises(InputError, match=rf"{key}.* has shape \(9, 2\), expected \(12, 4\)"):
+        optimizer.step()
+
+
+# -- the rest of the machinery -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_closure_runs_with_gradients_and_its_loss_comes_back(kind: str) -> None:
+    p = parameter(12, 4)
+    target = torch.randn(12, 4, dtype=torch.float64)
+    optimizer = PAIRS[kind][0]([p], **COMMON[kind])
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -(p * target).sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert isinstance(first, Tensor)
+    for _ in range(20):
+        last = optimizer.step(closure)
+    assert float(last.detach()) < float(first.detach()) - 1
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_schedulers_set_the_step(kind: str) -> None:
+    params, twins = [parameter(12, 4)], []
+    twins = copies(params)
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    manual = PAIRS[kind][0](twins, **COMMON[kind])
+    for seed in range(4):
+        set_grads(params, seed)
+        set_grads(twins, seed)
+        optimizer.step()
+        scheduler.step()
+        manual.step()
+        manual.param_groups[0]["lr"] *= 0.5
+    assert_same(params, twins)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_one_cycle_scheduler(kind: str) -> None:
+    p = parameter(12, 4)
+    optimizer = PAIRS[kind][0]([p], **COMMON[kind])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
+    for seed in range(5):
+        set_grads([p], seed)
+        optimizer.step()
+        scheduler.step()
+    assert float(stiefel.orthogonality_error(p)) < 1e-13
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_momentum_may_be_switched_on_later(kind: str) -> None:
+    """An option that adds a buffer to the state of a running optimizer."""
+    p = parameter(12, 4)
+    optimizer = RiemannianSGD([p], lr=0.05) if kind == "sgd" else RiemannianAdam([p])
+    steps(optimizer, [p], range(2))
+    optimizer.param_groups[0]["momentum" if kind == "sgd" else "amsgrad"] = 0.9 if kind == "sgd" else True
+    steps(optimizer, [p], range(2, 4))
+    assert ("momentum_buffer" if kind == "sgd" else "max_exp_avg_sq") in optimizer.state[p]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_tensor_learning_rate_is_the_float_one(kind: str) -> None:
+    params = mixed()
+    twins = copies(params)
+    steps(
+        PAIRS[kind][0](params, **{**COMMON[kind], "lr": torch.tensor(0.05, dtype=torch.float64)}, foreach=False),
+        params,
+        range(3),
+    )
+    steps(PAIRS[kind][0](twins, **COMMON[kind], foreach=False), twins, range(3))
+    assert_same(params, twins)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler(kind: str, fused: bool) -> None:
+    """Scaled gradients are unscaled for both kinds of parameter, and a step with an infinity is left out."""
+    params = mixed(torch.float32)
+    twins = copies(params)
+    optimizer = PAIRS[kind][0](params, **COMMON[kind], fused=fused)
+    plain = PAIRS[kind][0](twins, **COMMON[kind], fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for seed in range(4):
+        set_grads(params, seed)
+        set_grads(twins, seed)
+        with torch.no_grad():
+            for p in params:
+                p.grad *= scaler.get_scale()
+        if seed == 2:
+            params[1].grad[0] = torch.inf
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+        if seed != 2:
+            plain.step()
+    for p, q in zip(params, twins, strict=True):
+        # The scale is a power of two, so only the order of roundings in the moments differs.
+        torch.testing.assert_close(p.detach(), q.detach(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_clipping_and_accumulation(kind: str) -> None:
+    p = parameter(12, 4)
+    q = copies([p])[0]
+    data = torch.randn(4, 12, 4, dtype=torch.float64)
+    for param, batches in ((p, data.split(1)), (q, [data])):
+        optimizer = PAIRS[kind][0]([param], **COMMON[kind])
+        for batch in batches:
+            (param * batch).sum().backward()
+        torch.nn.utils.clip_grad_norm_([param], 1.0)
+        optimizer.step()
+    # The four gradients are summed in another order.
+    torch.testing.assert_close(p.detach(), q.detach(), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_hooks_run_once_a_step(kind: str) -> None:
+    """Also when torch has patched the step of its own AdamW or SGD class, which happens at their first instance."""
+    PAIRS[kind][1]([torch.nn.Parameter(torch.ones(1))])
+    params = mixed()
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    steps(optimizer, params, range(2))
+    assert calls == ["pre", "post"] * 2
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_only_ordinary_or_only_manifold_parameters(kind: str) -> None:
+    for params in ([torch.nn.Parameter(torch.ones(3))], [parameter(12, 4)]):
+        before = copies(params)
+        steps(PAIRS[kind][0](params, **COMMON[kind]), params, range(1))
+        assert not torch.equal(params[0].detach(), before[0].detach())
+    with pytest.raises(ValueError, match="empty parameter list"):
+        PAIRS[kind][0]([])
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_sparse_gradients_are_refused(kind: str) -> None:
+    p = parameter(12, 4)
+    p.grad = torch.eye(12, 4, dtype=torch.float64).to_sparse()
+    with pytest.raises(InputError, match=r"shape \(12, 4\) must be dense"):
+        PAIRS[kind][0]([p], **COMMON[kind]).step()
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_moving_the_model_to_another_dtype_in_mid_run(kind: str) -> None:
+    p = parameter(12, 4, dtype=torch.float32)
+    optimizer = PAIRS[kind][0]([p], **COMMON[kind])
+    steps(optimizer, [p], range(2))
+    p.grad = None
+    p.data = p.data.bfloat16()
+    steps(optimizer, [p], range(2, 4))
+    state = optimizer.state[p]
+    assert state["master"].dtype == torch.float32
+    assert float(stiefel.orthogonality_error(state["master"])) < 5e-6
+
+
+def test_no_host_synchronisation_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number is read from a tensor of the manifold part: what would wait for the device on an accelerator."""
+    params = [parameter(12, 4), parameter(12, 4), parameter(9, 2)]
+    for retraction in ("qr", "cayley", "polar"):
+        for optimizer in (
+            RiemannianAdam(params, lr=0.05, retraction=retraction, amsgrad=True),
+            RiemannianSGD(params, lr=0.05, momentum=0.9, retraction=retraction),
+        ):
+            steps(optimizer, params, range(1))
+            set_grads(params, 1)
+            with monkeypatch.context() as patch:
+                for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
+                    patch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} in step()"))
+                optimizer.step()

@@ -1,0 +1,115 @@
+"""A drop-in for geoopt's optimizers: its other manifolds move as with geoopt itself."""
+
+import copy
+from typing import Any
+
+import geoopt
+import pytest
+import torch
+from torch import Tensor
+
+from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
+
+
+def point_on(name: str) -> geoopt.ManifoldParameter:
+    d = torch.float64
+    manifolds: dict[str, tuple[Any, Any]] = {
+        "Lorentz": (geoopt.Lorentz().double(), lambda m: m.random_normal(4, 5)),
+        "PoincareBall": (geoopt.PoincareBall().double(), lambda m: m.random_normal(4, 3)),
+        "Sphere": (geoopt.Sphere(), lambda m: m.random_uniform(3, 6, dtype=d)),
+        "SphereExact": (geoopt.SphereExact(), lambda m: m.random_uniform(3, 6, dtype=d)),
+        "SPD": (geoopt.SymmetricPositiveDefinite(), lambda m: m.random(4, 4, dtype=d)),
+        "Scaled": (geoopt.Scaled(geoopt.PoincareBall().double(), 2.0), lambda m: m.random_normal(4, 3)),
+        "Product": (
+            geoopt.ProductManifold((geoopt.Sphere(), 4), (geoopt.Euclidean(ndim=1), 3)),
+            lambda m: m.pack_point(geoopt.Sphere().random_uniform(2, 4, dtype=d), torch.randn(2, 3, dtype=d)),
+        ),
+    }
+    manifold, draw = manifolds[name]
+    return geoopt.ManifoldParameter(draw(manifold).as_subclass(Tensor), manifold=manifold)
+
+
+MANIFOLDS = ["Lorentz", "PoincareBall", "Sphere", "SphereExact", "SPD", "Scaled", "Product"]
+
+
+def run(optimizer: torch.optim.Optimizer, p: Tensor, n: int = 12) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(n):
+        p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"weight_decay": 0.1}, {"stabilize": 5}], ids=str)
+def test_adam_moves_other_manifolds_as_geoopt_does(name: str, options: dict[str, Any]) -> None:
+    p = point_on(name)
+    q = copy.deepcopy(p)
+    run(RiemannianAdam([p], lr=0.01, **options), p)
+    run(geoopt.optim.RiemannianAdam([q], lr=0.01, **options), q)
+    # float64 rounding over twelve steps: sums are formed in another order.
+    torch.testing.assert_close(p.detach().as_subclass(Tensor), q.detach().as_subclass(Tensor), atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_plain_sgd_moves_other_manifolds_as_geoopt_does(name: str) -> None:
+    """Without momentum; with it geoopt's first step is (momentum + 1 - dampening) times torch's."""
+    p = point_on(name)
+    q = copy.deepcopy(p)
+    run(RiemannianSGD([p], lr=0.01, stabilize=4), p)
+    run(geoopt.optim.RiemannianSGD([q], lr=0.01, stabilize=4), q)
+    torch.testing.assert_close(p.detach().as_subclass(Tensor), q.detach().as_subclass(Tensor), atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_sgd_with_momentum_starts_like_torchs_and_stays_on_the_manifold(name: str) -> None:
+    p, q = point_on(name), None
+    q = copy.deepcopy(p)
+    run(RiemannianSGD([p], lr=0.01, momentum=0.9, nesterov=False), p, n=1)
+    run(RiemannianSGD([q], lr=0.01), q, n=1)
+    torch.testing.assert_close(p.detach(), q.detach(), atol=1e-13, rtol=0)
+    run(RiemannianSGD([p], lr=0.01, momentum=0.9, nesterov=True), p)
+    p.manifold.assert_check_point_on_manifold(p.detach())
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+@pytest.mark.parametrize("optimizer_class", [RiemannianAdam, RiemannianSGD])
+def test_other_manifolds_survive_a_nan_and_a_checkpoint(name: str, optimizer_class: Any) -> None:
+    p = point_on(name)
+    optimizer = optimizer_class([p], lr=0.01)
+    run(optimizer, p, n=3)
+    before = p.detach().clone()
+    p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert torch.equal(p.detach(), before)
+    assert optimizer.skipped_updates == 1
+    q = copy.deepcopy(p)
+    other = optimizer_class([q], lr=0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(optimizer, p, n=3)
+    run(other, q, n=3)
+    assert torch.equal(p.detach(), q.detach())
+
+
+def test_a_euclidean_manifold_parameter_is_an_ordinary_one() -> None:
+    p = geoopt.ManifoldParameter(torch.randn(3, 4), manifold=geoopt.Euclidean())
+    q = torch.nn.Parameter(p.detach().clone().as_subclass(Tensor))
+    run(RiemannianAdam([p], weight_decay=0.1), p)
+    run(torch.optim.AdamW([q], weight_decay=0.1), q)
+    assert torch.equal(p.detach().as_subclass(Tensor), q.detach())
+
+
+def test_geoopts_hyperbolic_training_program_runs_unchanged() -> None:
+    """Pull points of the ball together, the typical program written for geoopt.optim.RiemannianAdam."""
+    ball = geoopt.PoincareBall().double()
+    points = geoopt.ManifoldParameter(ball.random_normal(6, 2).as_subclass(Tensor), manifold=ball)
+    offset = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = RiemannianAdam([points, offset], lr=5e-2, stabilize=10)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = ball.dist(points, ball.expmap0(offset)).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.05 * losses[0]
+    ball.assert_check_point_on_manifold(points.detach())
