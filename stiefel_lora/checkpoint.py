@@ -36,22 +36,27 @@ class AdapterState:
         modules: For each adapted linear, by qualified name, the options of its `StiefelLoRALinear` and its
             "in_features" and "out_features".
         factors: For each adapted linear its factors by parameter name.
+        parameters: The base's own parameters that were trained with the adapters, such as a classification head.
     """
 
     base_model: dict[str, str]
     modules: dict[str, dict[str, Any]]
     factors: dict[str, dict[str, Tensor]]
+    parameters: dict[str, Tensor]
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapters in use to a folder, atomically; other files in the folder are left alone.
+
+    Other parameters that require gradients, such as a classification head trained with the adapters, are saved as well.
 
     Args:
         model: A model with adapters, merged or not.
         path: The folder; its parents are made.
 
     Raises:
-        InputError: If the model has no adapters, a factor has a NaN or infinity, or ``path`` is a file.
+        InputError: If the model has no adapters, a tensor has a NaN or infinity, ``path`` is a file, or a parameter of
+            an adapted linear itself was trained.
     """
     write_adapter(adapter_state(model), path)
 
@@ -71,28 +76,43 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = DEFAULT_NAME
     Raises:
         InputError: If the folder is missing, damaged, of another kind or of a newer version, holds a factor that is not
             on the manifold, or does not fit the model (names or shapes are listed). The model is left as it was.
+
+    Saved parameters of the base, such as a head, overwrite the model's and are trainable again.
     """
     return insert_state(model, read_adapter(path), what=f"the adapter in {path}", name=name)
 
 
 def adapter_state(model: nn.Module) -> AdapterState:
-    """Return the adapters in use, as views of the model's parameters.
+    """Return the adapters in use and what was trained with them, as views of the model's parameters.
 
     Raises:
-        InputError: If the model has no adapters.
+        InputError: If the model has no adapters, or a parameter of an adapted linear itself was trained.
     """
     model = unwrap(model)
     layers = adapter_layers(model)
     if not layers:
         raise InputError(f"{type(model).__name__} has no adapters to save; call add_adapters or load_adapter first")
     factors = {name: {k: f.detach() for k, f in layer.factors().items()} for name, layer in layers.items()}
-    return AdapterState(describe_base(model), {n: _module_config(layer) for n, layer in layers.items()}, factors)
+    modules = {name: _module_config(layer) for name, layer in layers.items()}
+    return AdapterState(describe_base(model), modules, factors, _trained_parameters(model, layers))
+
+
+def _trained_parameters(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> dict[str, Tensor]:
+    inside = {f"{name}.{key}" for name, layer in layers.items() for key in layer.factors()}
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in inside}
+    adapted = [name for name in trained if name.startswith(tuple(f"{layer}." for layer in layers))]
+    if adapted:
+        raise InputError(
+            f"{listed(adapted)} is trainable beside its adapter, which a saved adapter cannot hold; freeze it"
+        )
+    return trained
 
 
 def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str = DEFAULT_NAME) -> list[str]:
     """Put a set of adapters into a model; see `load_adapter`. ``what`` names it in errors."""
     model = unwrap(model)
     present = adapter_layers(model)
+    _check_parameters(model, state, what)
     if present and adapter_names(model)[0] == name:
         _check_same(state, present)
         for layer in present.values():
@@ -105,6 +125,10 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
         for key, factors in state.factors.items():
             for factor, tensor in factors.items():
                 layers[key].factors()[factor].copy_(tensor)
+        parameters = dict(model.named_parameters())
+        for key, tensor in state.parameters.items():
+            parameters[key].copy_(tensor)
+            parameters[key].requires_grad_(True)
     return list(layers)
 
 
@@ -113,6 +137,7 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {f"{name}.{key}": t for name, factors in state.factors.items() for key, t in factors.items()}
+    tensors.update(state.parameters)
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
@@ -121,6 +146,7 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
         "format_version": FORMAT_VERSION,
         "base_model": state.base_model,
         "modules": state.modules,
+        "parameters": {name: list(tensor.shape) for name, tensor in state.parameters.items()},
     }
     with atomic_folder(path) as folder:
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
@@ -137,19 +163,19 @@ def read_adapter(path: str | Path) -> AdapterState:
     config = _read_config(path)
     tensors = read_safetensors(path / WEIGHTS_FILE)
     modules = config["modules"]
-    factors: dict[str, dict[str, Tensor]] = {}
-    for name, options in modules.items():
-        factors[name] = {}
-        for key, shape in _factor_shapes(options).items():
-            tensor = tensors.pop(f"{name}.{key}", None)
-            if tensor is None or tuple(tensor.shape) != shape or tensor.dtype not in (torch.float32, torch.float64):
-                found = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise InputError(f"{path / WEIGHTS_FILE}: {name}.{key} {found}; it should be float32 of shape {shape}")
-            factors[name][key] = tensor
+    take = _Take(path / WEIGHTS_FILE, tensors)
+    factors = {
+        name: {
+            key: take(f"{name}.{key}", shape, (torch.float32, torch.float64))
+            for key, shape in _factor_shapes(o).items()
+        }
+        for name, o in modules.items()
+    }
+    parameters = {name: take(name, tuple(shape)) for name, shape in config["parameters"].items()}
     if tensors:
         raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
-    _check_factors(path / WEIGHTS_FILE, modules, factors)
-    return AdapterState(config["base_model"], modules, factors)
+    _check_on_manifold(path / WEIGHTS_FILE, modules, factors)
+    return AdapterState(config["base_model"], modules, factors, parameters)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -205,6 +231,16 @@ def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:
         raise InputError(f"{what}: {listed(wrong)}; {made_for}")
 
 
+def _check_parameters(model: nn.Module, state: AdapterState, what: str) -> None:
+    """Raise unless the model has the parameters that were trained with the adapters, in the same shapes."""
+    have = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = [name for name, tensor in state.parameters.items() if have.get(name) != tuple(tensor.shape)]
+    if wrong:
+        raise InputError(
+            f"{what} does not fit {type(model).__name__}, which has no parameter {listed(wrong)} of its shape"
+        )
+
+
 def describe_base(model: nn.Module) -> dict[str, str]:
     """Return what can be said of the base model, for people and for error messages."""
     config = getattr(model, "config", None)
@@ -251,6 +287,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{file} is damaged: it names no modules or no base model")
     for name, options in modules.items():
         _check_module_config(file, name, options)
+    parameters = config.get("parameters")
+    if not isinstance(parameters, dict) or not all(isinstance(shape, list) for shape in parameters.values()):
+        raise InputError(f"{file} is damaged: its parameters should be an object of shapes")
     return config
 
 
@@ -281,11 +320,27 @@ def _orthonormal_names(options: Mapping[str, Any]) -> tuple[str, ...]:
     return ("lora_A", "lora_B") if options["orthonormal"] == "both" else (f"lora_{options['orthonormal']}",)
 
 
-def _check_factors(file: Path, modules: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]]) -> None:
+@dataclass(frozen=True)
+class _Take:
+    """Takes checked tensors out of a file's."""
+
+    file: Path
+    tensors: dict[str, Tensor]
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+        tensor = self.tensors.pop(name, None)
+        if tensor is None or tuple(tensor.shape) != shape or (dtypes and tensor.dtype not in dtypes):
+            found = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise InputError(
+                f"{self.file}: {name} {found}; it should be {dtypes[0] if dtypes else ''} of shape {shape}"
+            )
+        if not tensor.isfinite().all():
+            raise InputError(f"{self.file}: {name} has NaN or infinite entries")
+        return tensor
+
+
+def _check_on_manifold(file: Path, modules: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, tensors in factors.items():
-        for key, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise InputError(f"{file}: {name}.{key} has NaN or infinite entries")
         for key in _orthonormal_names(modules[name]):
             error = float(orthogonality_error(tensors[key]))
             if error > _TOLERANCE:

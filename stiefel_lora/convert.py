@@ -56,14 +56,16 @@ def export_peft(model: nn.Module, path: str | Path) -> None:
     """Write the adapters in use as a PEFT LoRA folder that ``PeftModel.from_pretrained`` loads onto the base model.
 
     Adapted layers are named by ``layers_to_transform`` and ``layers_pattern`` where that means exactly the adapted
-    linears, otherwise by their full names. With both factors orthonormal S is folded into B.
+    linears, otherwise by their full names. With both factors orthonormal S is folded into B. Modules of the base that
+    were trained with the adapters, such as a classification head, become ``modules_to_save``.
 
     Args:
         model: A model with adapters, merged or not.
         path: The folder; other files in it are left alone.
 
     Raises:
-        InputError: If the model has no adapters, a factor has a NaN or infinity, or ``path`` is a file.
+        InputError: If the model has no adapters, a tensor has a NaN or infinity, ``path`` is a file, or only a part of
+            a module was trained.
     """
     write_peft(adapter_state(model), path, unwrap(model))
 
@@ -167,7 +169,7 @@ def read_peft(
         where, config = f"the PEFT adapter {adapter_name!r}", source.peft_config[adapter_name].to_dict()
         tensors = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
     _check_peft_config(where, config)
-    state = AdapterState({}, {}, {})
+    state = AdapterState({}, {}, {}, {})
     if config.get("base_model_name_or_path"):
         state.base_model["name_or_path"] = config["base_model_name_or_path"]
     dropout = float(config.get("lora_dropout") or 0.0)
@@ -280,6 +282,7 @@ def _peft_tensors(state: AdapterState) -> dict[str, Tensor]:
         b = factors["lora_B"] @ factors["lora_S"] if "lora_S" in factors else factors["lora_B"]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors["lora_A"].T
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
+    tensors.update({_PREFIX + name: tensor for name, tensor in state.parameters.items()})
     return tensors
 
 
@@ -305,11 +308,24 @@ def _peft_config(state: AdapterState, model: nn.Module | None) -> dict[str, Any]
         "lora_dropout": max(o["dropout"] for o in modules.values()),
         "use_rslora": rslora,
         "bias": "none",
+        "modules_to_save": _modules_to_save(state, model),
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in _layers_of(model)),
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         **_describe_targets(list(modules), model),
     }
+
+
+def _modules_to_save(state: AdapterState, model: nn.Module | None) -> list[str] | None:
+    """Return the modules whose parameters were trained, as PEFT can name them: whole."""
+    names = sorted({name.rpartition(".")[0] for name in state.parameters})
+    for name in names:
+        # Without a model it is taken that modules were trained whole.
+        rest = [] if model is None else [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()]
+        frozen = [key for key in rest if key not in state.parameters]
+        if frozen or not name:
+            raise InputError(f"PEFT saves modules whole: {listed(frozen) or 'the root'} was not trained with the rest")
+    return names or None
 
 
 def _most_common(values: Iterable[Any]) -> Any:

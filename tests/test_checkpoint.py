@@ -99,6 +99,36 @@ def test_other_adapters_in_use_are_refused_or_put_aside(folder: Path) -> None:
     assert torch.equal(logits(model), logits(trained()))
 
 
+def test_a_head_that_was_trained_too_is_saved(tmp_path: Path) -> None:
+    family = FAMILIES["roberta"]
+    batch = family.batch(2, 7)
+    model = family.build()
+    add_adapters(model, layers=[0], rank=4)
+    model.classifier.requires_grad_(True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+    save_adapter(model, tmp_path)
+    fresh = family.build()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(**batch).logits, model(**batch).logits)
+    trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, fresh)]
+    assert trainable[0] == trainable[1]
+    assert {"classifier.dense.weight", "classifier.out_proj.bias"} <= trainable[1]
+
+    other = family.build()
+    other.classifier.out_proj = nn.Linear(32, 7)
+    with pytest.raises(
+        InputError, match="no parameter classifier.out_proj.weight, classifier.out_proj.bias of its shape"
+    ):
+        load_adapter(other, tmp_path)
+    assert not adapter_layers(other)
+    next(iter(adapter_layers(model).values())).base.bias.requires_grad_(True)
+    with pytest.raises(InputError, match="query.base.bias is trainable beside its adapter"):
+        save_adapter(model, tmp_path)
+
+
 def test_saving_replaces_an_adapter_and_keeps_other_files(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     save_adapter(trained(rank=2), folder)
@@ -178,6 +208,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank differs": (_edit_config(lambda c: c["modules"][Q].update(rank=3)), r"is torch.float32 of shape \(32, 4\)"),
     "a module less": (_edit_config(lambda c: c["modules"].pop(Q)), "does not name: .*q_proj.lora_A"),
     "a tensor less": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_B")), "q_proj.lora_B is missing"),
+    "parameters": (_edit_config(lambda c: c.update(parameters=[])), "parameters should be an object of shapes"),
+    "a parameter less": (_edit_config(lambda c: c["parameters"].update(head=[2])), "head is missing"),
     "NaN": (_edit_tensors(lambda t: t[f"{Q}.lora_B"].fill_(torch.nan)), "q_proj.lora_B has NaN"),
     "integers": (_edit_tensors(lambda t: t.update({f"{Q}.lora_B": t[f"{Q}.lora_B"].int()})), "is torch.int32 of"),
     "off the manifold": (_edit_tensors(lambda t: t[f"{Q}.lora_A"].mul_(1.01)), "not orthonormal, .* is 0.04"),

@@ -219,6 +219,21 @@ def test_an_untrained_adapter_of_bf16_factors(tmp_path: Path) -> None:
         assert torch.equal(outputs(model), outputs(LLAMA.build()))
 
 
+def test_a_trained_head_becomes_a_module_to_save(tmp_path: Path) -> None:
+    model = adapted("vit")
+    model.classifier.requires_grad_(True)
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+    export_peft(model, tmp_path)
+    assert config_of(tmp_path)["modules_to_save"] == ["classifier"]
+    loaded = peft.PeftModel.from_pretrained(FAMILIES["vit"].build(), tmp_path)
+    torch.testing.assert_close(outputs(loaded, "vit"), outputs(model, "vit"), **SAME)
+    torch.testing.assert_close(outputs(loaded.merge_and_unload(), "vit"), outputs(model, "vit"), **SAME)
+    model.classifier.bias.requires_grad_(False)
+    with pytest.raises(InputError, match="PEFT saves modules whole: classifier.bias was not trained"):
+        export_peft(model, tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(12, 9, 4), (9, 12, 4), (3, 9, 5), (9, 3, 5), (3, 4, 9)])
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
 def test_orthonormal_factors_keep_the_product(shape: tuple[int, int, int], orthonormal: Any) -> None:
