@@ -1,0 +1,1 @@
+"""Benchmarks of stiefel_lora: ``python -m benchmarks list``. The package itself never imports this."""

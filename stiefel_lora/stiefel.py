@@ -54,7 +54,8 @@ def project(x: Tensor, g: Tensor) -> Tensor:
 
 def project_(x: Tensor, g: Tensor) -> Tensor:
     """Project ``g`` in place, as ``project`` does out of place; both of shape (k, n, r). Returns ``g``."""
-    return g.baddbmm_(x, sym(x.mT @ g), alpha=-1)
+    z = x.mT @ g
+    return g.baddbmm_(x, z + z.mT, alpha=-0.5)
 
 
 def riemannian_gradient(x: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:

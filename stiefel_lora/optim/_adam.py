@@ -115,11 +115,12 @@ class RiemannianAdam(RiemannianOptimizer):
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("exp_avg")
 
-    def _stiefel_step(self, piece: Piece, rgrad: Tensor, finite: Tensor, group: Group) -> Tensor:
+    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor, group: Group) -> Tensor:
         return adam_step(
             piece.point,
             rgrad,
-            finite,
+            square,
+            moves,
             **{key: value for key, value in piece.state.items() if key != "skipped"},
             lr=group["lr"],
             betas=group["betas"],
@@ -148,7 +149,8 @@ class RiemannianAdam(RiemannianOptimizer):
 def adam_step(
     x: Tensor,
     rgrad: Tensor,
-    finite: Tensor,
+    square: Tensor,
+    moves: Tensor,
     *,
     step: Tensor,
     exp_avg: Tensor,
@@ -164,7 +166,8 @@ def adam_step(
     Args:
         x: Points, shape (k, n, r).
         rgrad: Riemannian gradients, same shape.
-        finite: 1.0, or 0.0 for a matrix whose moments are to stay and whose step is zero, shape (k,).
+        square: Their squared norms, shape (k,).
+        moves: Whether a matrix is updated, shape (k,); where not, its moments stay and its step is zero.
         step: Number of updates so far, shape (k,).
         exp_avg: First moment, tangent at ``x``, shape (k, n, r).
         exp_avg_sq: Second moment, shape (k,); (k, n, r) with "element".
@@ -178,38 +181,32 @@ def adam_step(
         Steps U, shape (k, n, r).
     """
     beta1, beta2 = betas
-    step += finite
-    exp_avg.lerp_(rgrad, ((1 - beta1) * finite)[:, None, None])
-    exp_avg_sq.lerp_(_square(rgrad, second_moment), _like_state((1 - beta2) * finite, exp_avg_sq))
+    weight = moves.to(x.dtype)
+    step += weight
+    exp_avg.lerp_(rgrad, (weight * (1 - beta1))[:, None, None])
+    if second_moment == "element":
+        square = rgrad.square()
+    elif second_moment == "mean":
+        square = square / rgrad.shape[-2:].numel()
+    exp_avg_sq.lerp_(torch.where(_like(moves, exp_avg_sq), square, exp_avg_sq), 1 - beta2)
     if max_exp_avg_sq is not None:
         exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
     # A matrix that has only been skipped has t = 0: its corrections would be 0/0, and its step is zero.
     t = step.clamp_min(1).to(x.dtype)
-    root = (exp_avg_sq / _like_state(_one_minus_power(beta2, t), exp_avg_sq)).sqrt_().add_(eps)
+    root = (exp_avg_sq / _like(_one_minus_power(beta2, t), exp_avg_sq)).sqrt_().add_(eps)
     # eps = 0 with a gradient of zeros must not make 0/0 of a point.
     root.clamp_min_(torch.finfo(root.dtype).tiny ** 0.75)
-    size = lr * finite / _one_minus_power(beta1, t)
+    size = weight * lr / _one_minus_power(beta1, t)
     if second_moment == "element":
         return bounded_step(project_(x, torch.div(exp_avg, root, out=rgrad)), size, rgrad)
     return bounded_step(exp_avg, size / root, rgrad)
 
 
-def _square(rgrad: Tensor, second_moment: SecondMoment) -> Tensor:
-    if second_moment == "element":
-        square = rgrad.square()
-    else:
-        square = torch.linalg.matrix_norm(rgrad).square()
-        if second_moment == "mean":
-            square /= rgrad.shape[-2:].numel()
-    # Only a skipped matrix can overflow here, and zero times infinity would not be zero.
-    return square.nan_to_num_(posinf=0)
-
-
 def _one_minus_power(beta: float, t: Tensor) -> Tensor:
     """Return 1 - beta^t without the cancellation that costs float32 four digits at beta = 0.999, t = 1."""
-    return -torch.expm1(t * math.log(beta)) if beta > 0 else torch.ones_like(t)
+    return torch.expm1(t * math.log(beta)).neg_() if beta > 0 else torch.ones_like(t)
 
 
-def _like_state(scalar: Tensor, state: Tensor) -> Tensor:
+def _like(scalar: Tensor, state: Tensor) -> Tensor:
     """Shape one number a matrix, (k,), so that it broadcasts against state of shape (k,) or (k, n, r)."""
-    return scalar.view(-1, *[1] * (state.dim() - 1))
+    return scalar if state.dim() == 1 else scalar[:, None, None]

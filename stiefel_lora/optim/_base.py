@@ -59,9 +59,9 @@ def bounded_step(direction: Tensor, size: Tensor, out: Tensor) -> Tensor:
     """
     limit = _LONGEST_STEP * direction.shape[-1] ** 0.5
     # Zero times a norm that overflows is a step of zero.
-    length = (size.abs() * torch.linalg.matrix_norm(direction)).nan_to_num_(nan=0)
-    size = size * (limit / length.clamp_min(limit))
-    return torch.mul(direction, -size[:, None, None], out=out)
+    length = (size * torch.linalg.vector_norm(direction, dim=(-2, -1))).nan_to_num_(nan=0)
+    size = size * (-limit / length.clamp_min_(limit))
+    return torch.mul(direction, size[:, None, None], out=out)
 
 
 class RiemannianOptimizer(torch.optim.Optimizer):
@@ -107,17 +107,18 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         """Return the state that the update of a Stiefel parameter in this group keeps."""
         raise NotImplementedError
 
-    def _stiefel_step(self, piece: Piece, rgrad: Tensor, finite: Tensor, group: Group) -> Tensor:
+    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor, group: Group) -> Tensor:
         """Update a piece's state in place and return the tangent step.
 
         Args:
             piece: The matrices and their state.
             rgrad: Riemannian gradients, shape (k, n, r), without NaN or infinity; may be overwritten.
-            finite: 1.0, or 0.0 for a matrix that is to keep its value and state, shape (k,).
+            square: Their squared norms, shape (k,); NaN or infinite where ``moves`` is false.
+            moves: Whether a matrix is updated, shape (k,); where not, it keeps its state.
             group: The options.
 
         Returns:
-            The step U, shape (k, n, r), zero where ``finite`` is.
+            The step U, shape (k, n, r), zero where ``moves`` is false.
         """
         raise NotImplementedError
 
@@ -227,9 +228,11 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._raise_if_nonfinite()
         self._step_ordinary()
-        for index, group in enumerate(self.param_groups):
-            for bucket in self._group_buckets(index):
-                for piece in bucket.pieces(self._workspace):
+        buckets = [self._group_buckets(index) for index in range(len(self.param_groups))]
+        largest = max((bucket.nbytes for alike in buckets for bucket in alike), default=0)
+        for group, alike in zip(self.param_groups, buckets, strict=True):
+            for bucket in alike:
+                for piece in bucket.pieces(self._workspace, largest):
                     self._step_piece(piece, group)
             for p in group["params"]:
                 if is_other_manifold(p) and p.grad is not None:
@@ -257,11 +260,12 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             project_(x, rgrad)
         # A matrix whose gradient has a NaN, an infinity or a norm that overflows stays where it is: from here on its
         # gradient is finite and all that is done with it is multiplied by zero.
-        finite = torch.linalg.matrix_norm(rgrad).square().isfinite().to(x.dtype)
+        square = torch.linalg.vector_norm(rgrad, dim=(-2, -1)).square_()
+        moves = square < torch.inf
         rgrad.nan_to_num_(0, 0, 0)
-        piece.state["skipped"] += 1 - finite.to(torch.int64)
-        u = self._stiefel_step(piece, rgrad, finite, group)
-        x.lerp_(RETRACTIONS[group["retraction"]](x, u, piece.spare), finite[:, None, None])
+        piece.state["skipped"] += ~moves
+        u = self._stiefel_step(piece, rgrad, square, moves, group)
+        x.lerp_(RETRACTIONS[group["retraction"]](x, u, piece.spare), moves.to(x.dtype)[:, None, None])
         momentum = self._momentum(piece.state)
         if momentum is not None:
             project_(x, momentum)

@@ -98,10 +98,6 @@ class Bucket:
         self.dtype = compute_dtype(params[0])
         self.ends = torch.tensor([p.shape[:-2].numel() for p in params]).cumsum(0).tolist()
         self.starts = [0, *self.ends[:-1]]
-        # Three pieces of scratch are at most two copies of the bucket.
-        size = params[0].shape[-2:].numel() * self.dtype.itemsize
-        most = _PIECE_BYTES.get(params[0].device.type, _PIECE_BYTES_ACCELERATOR) // size
-        self._piece_limit = max(1, min(most, 2 * self.ends[-1] // 3))
         if self.dtype != params[0].dtype:
             spec = {**spec, "master": StateSpec("matrix")}
         self.buffers = {key: self._gather_state(key, entry, state) for key, entry in spec.items()}
@@ -144,11 +140,24 @@ class Bucket:
             buffer[start:end].view(expected).copy_(saved)
         return buffer
 
-    def pieces(self, workspace: Workspace) -> Iterator[Piece]:
-        """Yield the parameters that have a gradient, in runs of neighbours of bounded size."""
+    @property
+    def nbytes(self) -> int:
+        """Return the size of all matrices in the compute dtype, in bytes."""
+        return self.ends[-1] * self.params[0].shape[-2:].numel() * self.dtype.itemsize
+
+    def pieces(self, workspace: Workspace, largest: int) -> Iterator[Piece]:
+        """Yield the parameters that have a gradient, in runs of neighbours of bounded size.
+
+        Args:
+            workspace: Where the pieces' scratch memory is.
+            largest: The size of the largest bucket in bytes. Three tensors of scratch a piece are to be at most two
+                copies of it.
+        """
+        limit = min(_PIECE_BYTES.get(self.params[0].device.type, _PIECE_BYTES_ACCELERATOR), 2 * largest // 3)
+        most = max(1, limit * self.ends[-1] // self.nbytes)
         run: list[int] = []
         for i, p in enumerate(self.params):
-            joins = p.grad is not None and (not run or self.ends[i] - self.starts[run[0]] <= self._piece_limit)
+            joins = p.grad is not None and (not run or self.ends[i] - self.starts[run[0]] <= most)
             if run and not joins:
                 yield self._piece(run, workspace)
                 run = []

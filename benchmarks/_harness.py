@@ -1,0 +1,194 @@
+"""What every study shares: the command line, interleaved timing, the JSON envelope around a result.
+
+A study is a module of this folder with ``add_arguments(parser)``, ``run(args) -> dict`` (its numbers, JSON-ready) and
+``report(results) -> str`` (a Markdown table made from such numbers alone).
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess  # noqa: S404  asks git for the revision
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+_PEERS = ("torch", "geoopt", "transformers", "peft", "pogo-torch", "geotorch", "pymanopt", "opacus", "numpy")
+
+
+def main(study: ModuleType, argv: list[str] | None = None) -> None:
+    """Run one study from the command line, print its table and write its result."""
+    name = study.__name__.rsplit(".", 1)[-1] if study.__name__ != "__main__" else Path(study.__file__ or "").stem
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}",
+        description=study.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="a small run that only shows that everything works")
+    parser.add_argument("--output", type=Path, help=f"where the JSON goes (default: {RESULTS.name}/{name}.json)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
+    study.add_arguments(parser)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    # A quick run must not take the place of a committed result.
+    output = args.output or (Path("runs") / f"{name}-quick.json" if args.quick else RESULTS / f"{name}.json")
+    envelope = {
+        "study": name,
+        "command": f"python -m benchmarks {name} " + " ".join(sys.argv[1:] if argv is None else argv),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seed": args.seed,
+        "quick": args.quick,
+        **environment(),
+    }
+    begin = time.perf_counter()
+    try:
+        envelope["results"], status = study.run(args), "finished"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    envelope["status"] = status
+    envelope["seconds"] = round(time.perf_counter() - begin, 1)
+    write_json(output, envelope)
+    print(study.report(envelope["results"]))
+    print(f"\nwritten to {output}")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that the file is either the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a number depends on besides the code: versions and their origin, machine, revision."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: origin for name in _PEERS if (origin := _origin(name))},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "revision": _git("rev-parse", "--short", "HEAD"),
+        # The results themselves may be new; what counts is the code.
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+    }
+
+
+def _origin(name: str) -> str | None:
+    """Return a package's version and where it was installed from; a version alone does not tell geoopt's code."""
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    direct = distribution.read_text("direct_url.json")
+    if direct is None:
+        return f"{distribution.version} (package index)"
+    source = json.loads(direct)
+    commit = source.get("vcs_info", {}).get("commit_id")
+    return f"{distribution.version} ({'git ' + commit if commit else 'local file'})"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(  # noqa: S603
+            ["git", *words],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent.parent,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    device: str = "cpu",
+    slow: Mapping[str, int] | None = None,
+    label: str = "timing",
+) -> dict[str, list[float]]:
+    """Time each candidate once a round, all in turn, so that a busy machine disturbs all of them alike.
+
+    Args:
+        candidates: Functions by name.
+        rounds: How often each is timed.
+        warmup: Rounds before these that are not counted.
+        device: On "cuda" the times are those between CUDA events.
+        slow: Candidates that take part in so many rounds only (no warm-up), for those a hundred times slower.
+        label: What the progress bar says.
+
+    Returns:
+        Seconds of each round by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in tqdm(range(warmup + rounds), desc=label, leave=False, disable=None):
+        for name, function in candidates.items():
+            limit = (slow or {}).get(name)
+            if limit is not None:
+                if warmup <= turn < warmup + limit:
+                    times[name].append(_seconds(function, device))
+                continue
+            seconds = _seconds(function, device)
+            if turn >= warmup:
+                times[name].append(seconds)
+    return times
+
+
+def _seconds(function: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Return the median of some seconds, their quartiles, and how many there are."""
+    quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return {"median_s": quarters[1], "q1_s": quarters[0], "q3_s": quarters[2], "rounds": len(times)}
+
+
+def median_ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
+    """Return the median over rounds of one candidate's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=False))
+
+
+def markdown(header: list[str], rows: list[list[object]]) -> str:
+    """Return a Markdown table; floats with three significant digits."""
+    text = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *text]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

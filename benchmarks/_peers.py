@@ -1,0 +1,35 @@
+"""The optimizers that ours are measured against, each behind one function; an absent package says so."""
+
+from collections.abc import Sequence
+
+import geoopt
+import torch
+from torch import Tensor
+
+
+class NotInstalledError(Exception):
+    """A peer's package is not there."""
+
+
+def fused_adamw(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Torch's AdamW, one kernel for all parameters; no geometry, the floor."""
+    return torch.optim.AdamW(params, fused=True)
+
+
+def foreach_adamw(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Torch's AdamW with the multi-tensor implementation."""
+    return torch.optim.AdamW(params, foreach=True)
+
+
+def geoopt_adam(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Take geoopt's RiemannianAdam; the manifold of each parameter decides between QR and geoopt's Cayley."""
+    return geoopt.optim.RiemannianAdam(params)
+
+
+def pogo(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """POGO with Vector Adam (pogo-torch), on column-orthonormal matrices; it keeps orthogonality approximately."""
+    try:
+        from pogo import POGO, base
+    except ImportError as error:
+        raise NotInstalledError("pogo-torch is not installed") from error
+    return POGO(params, base.VectorAdam(), 1e-3, flatten_fn=lambda x: x.unsqueeze(0), rows=False)

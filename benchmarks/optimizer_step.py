@@ -1,0 +1,233 @@
+"""How long does one optimizer step take on the adapters of real models?
+
+Every optimizer updates the same tensors with the same gradients, in turn in one run: the lora_A matrices of all layers
+(on the Stiefel manifold) and the lora_B matrices (ordinary), for q, k, v, up and down projections. AdamW, which knows
+no manifold, is the floor. "A only" is the same for the lora_A matrices alone.
+
+    python -m benchmarks optimizer_step
+    python -m benchmarks optimizer_step --models LLaMA-3.1-8B --device cuda
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from benchmarks import _harness, _peers
+from benchmarks.shapes import MODELS
+from stiefel_lora import stiefel
+from stiefel_lora.optim import RiemannianAdam
+from stiefel_lora.optim._base import is_stiefel
+
+Make = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
+OURS: dict[str, Make] = {
+    f"ours, {name}": lambda params, name=name: RiemannianAdam(params, retraction=name, fused=True)
+    for name in stiefel.RETRACTIONS
+}
+FLOOR = "torch AdamW, fused"
+# Rows above which geoopt's canonical retraction (an n x n solve for each matrix) is left out: one step of the
+# largest model here would take hours.
+CANONICAL_LIMIT = 2000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this study's options."""
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time all optimizers on all models, and ours over growing sizes."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no CUDA device here; leave out --device cuda")
+    models = args.models if not args.quick else ["SmolLM2-135M"]
+    rounds = args.rounds if not args.quick else 2
+    return {
+        "device": args.device,
+        "cuda": "measured" if args.device == "cuda" else "not measured: run with --device cuda",
+        "models": {name: _model(name, rounds, args.device, quick=args.quick) for name in models},
+        "exponents": _exponents(args.device, quick=args.quick),
+    }
+
+
+def _parameter(shape: tuple[int, int], device: str, manifold: Any = None) -> Tensor:
+    x = stiefel.random_point(*shape, device=device)
+    p = geoopt.ManifoldParameter(x, manifold=manifold) if manifold is not None else torch.nn.Parameter(x)
+    p.grad = torch.randn_like(x)
+    return p
+
+
+def _twin(p: Tensor, manifold: Any = None) -> Tensor:
+    """Return a parameter with its own value and the same gradient tensor."""
+    value = p.detach().as_subclass(Tensor).clone()
+    twin = geoopt.ManifoldParameter(value, manifold=manifold) if manifold is not None else torch.nn.Parameter(value)
+    twin.grad = p.grad
+    return twin
+
+
+def _model(name: str, rounds: int, device: str, *, quick: bool) -> dict[str, Any]:
+    model = MODELS[name]
+    layers = 2 if quick else model.layers
+    down = [_parameter(s, device, geoopt.EuclideanStiefel()) for s in model.down()[: 5 * layers]]
+    up = [_parameter(s, device) for s in model.up()[: 5 * layers]]
+    return {
+        "rank": model.rank,
+        "matrices": len(down),
+        "parameters": sum(p.numel() for p in down + up),
+        "adapter": _compare(f"{name}, adapter", down, up, rounds, device),
+        "A only": _compare(f"{name}, A only", down, [], rounds, device),
+    }
+
+
+def _compare(label: str, down: list[Tensor], up: list[Tensor], rounds: int, device: str) -> dict[str, Any]:
+    """Time a step of every optimizer on the same tensors.
+
+    The manifold optimizers take turns on the very same parameters, which all of them leave on the manifold (POGO
+    approximately, so it has its own); AdamW, which does not, works on a copy.
+    """
+    plain = [_twin(p) for p in down] + up
+    optimizers: dict[str, list[torch.optim.Optimizer]] = {
+        FLOOR: [_peers.fused_adamw(plain)],
+        "torch AdamW, foreach": [_peers.foreach_adamw(plain)],
+        **{ours: [make(down + up)] for ours, make in OURS.items()},
+        "geoopt, EuclideanStiefel": [_peers.geoopt_adam(down + up)],
+    }
+    absent: dict[str, str] = {}
+    slow: dict[str, int] = {}
+    if max(p.shape[0] for p in down) <= CANONICAL_LIMIT:
+        canonical = [_twin(p, geoopt.CanonicalStiefel()) for p in down]
+        optimizers["geoopt, CanonicalStiefel"] = [_peers.geoopt_adam(canonical + up)]
+        slow["geoopt, CanonicalStiefel"] = min(3, rounds)
+    else:
+        absent["geoopt, CanonicalStiefel"] = "not run: it solves an n x n system for each matrix"
+    own = [_twin(p) for p in down]
+    try:
+        optimizers["POGO (A), fused AdamW (B)"] = [_peers.pogo(own), *([_peers.fused_adamw(up)] if up else [])]
+    except _peers.NotInstalledError as error:
+        absent["POGO (A), fused AdamW (B)"] = str(error)
+
+    def step(group: list[torch.optim.Optimizer]) -> Callable[[], None]:
+        return lambda: [optimizer.step() for optimizer in group] and None
+
+    times = _harness.interleave(
+        {name: step(group) for name, group in optimizers.items()},
+        rounds=rounds,
+        device=device,
+        slow=slow,
+        label=label,
+    )
+    rows: dict[str, Any] = {}
+    for name, group in optimizers.items():
+        points = [p for p in group[0].param_groups[0]["params"] if p.dim() == 2][: len(down)]
+        rows[name] = {
+            **_harness.summary(times[name]),
+            "times_fused_adamw": _harness.median_ratio(times, name, FLOOR),
+            # After the run; for optimizers that share their points, of the last one to move them.
+            "orthogonality_error": max(float(stiefel.orthogonality_error(p)) for p in points),
+        }
+        if name in OURS:
+            rows[name]["geoopt_euclidean_times_ours"] = _harness.median_ratio(times, "geoopt, EuclideanStiefel", name)
+            rows[name].update(_memory(group[0], down))
+        if name in slow:
+            rows[name]["times_ours_qr"] = _harness.median_ratio(times, name, "ours, qr")
+    for name in OURS:
+        rows[name]["orthogonality_error"] = _own_error(down, OURS[name])
+    return {"rows": rows, "absent": absent}
+
+
+def _own_error(down: list[Tensor], make: Make) -> float:
+    """Take ten steps of one optimizer alone and measure."""
+    points = [_twin(p, geoopt.EuclideanStiefel()) for p in down[:10]]
+    optimizer = make(points)
+    for _ in range(10):
+        optimizer.step()
+    return max(float(stiefel.orthogonality_error(p)) for p in points)
+
+
+def _memory(optimizer: torch.optim.Optimizer, down: list[Tensor]) -> dict[str, float]:
+    """Return the state of the matrices and the scratch memory as multiples of what they belong to."""
+    sizes: dict[torch.Size, int] = {}
+    for p in down:
+        sizes[p.shape] = sizes.get(p.shape, 0) + p.numel() * p.element_size()
+    state = sum(
+        value.numel() * value.element_size()
+        for p in down
+        if is_stiefel(p)
+        for value in optimizer.state[p].values()
+        if isinstance(value, Tensor)
+    )
+    scratch = sum(m.numel() * m.element_size() for m in optimizer._workspace._memory.values())  # type: ignore[attr-defined]
+    return {
+        "state_per_parameter": state / sum(sizes.values()),
+        "scratch_per_largest_group": scratch / max(sizes.values()),
+    }
+
+
+def _exponents(device: str, *, quick: bool) -> dict[str, Any]:
+    """Fit time ~ n^a at 64 matrices and time ~ k^b at n = 2048, r = 32, over sizes where overhead is small."""
+    rounds = 3 if quick else 9
+    sizes = {"n": [(64, n) for n in (1024, 2048, 4096, 8192)], "matrices": [(k, 2048) for k in (16, 32, 64, 128)]}
+    result: dict[str, Any] = {}
+    for axis, grid in sizes.items():
+        grid = grid[:2] if quick else grid
+        optimizers = {
+            str(size): RiemannianAdam(
+                [_parameter((size[1], 32), device, geoopt.EuclideanStiefel()) for _ in range(size[0])]
+            )
+            for size in grid
+        }
+        times = _harness.interleave(
+            {key: lambda o=o: o.step() for key, o in optimizers.items()},
+            rounds=rounds,
+            device=device,
+            label=f"cost against {axis}",
+        )
+        medians = [_harness.summary(times[key])["median_s"] for key in optimizers]
+        variable = [math.log(size[1] if axis == "n" else size[0]) for size in grid]
+        result[axis] = {
+            "grid": [size[1] if axis == "n" else size[0] for size in grid],
+            "median_s": medians,
+            "exponent": _slope(variable, [math.log(m) for m in medians]),
+        }
+    return result
+
+
+def _slope(x: list[float], y: list[float]) -> float:
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    parts = []
+    for name, model in results["models"].items():
+        for scope in ("adapter", "A only"):
+            rows: list[list[object]] = [
+                [
+                    optimizer,
+                    1e3 * row["median_s"],
+                    row["times_fused_adamw"],
+                    row.get("geoopt_euclidean_times_ours", ""),
+                    row["orthogonality_error"] if "AdamW," not in optimizer else "no manifold",
+                ]
+                for optimizer, row in model[scope]["rows"].items()
+            ]
+            rows += [[optimizer, why, "", "", ""] for optimizer, why in model[scope]["absent"].items()]
+            header = ["optimizer", "ms a step", "times fused AdamW", "geoopt / this", "orthogonality error"]
+            parts.append(
+                f"### {name}, rank {model['rank']}, {scope} ({results['device']})\n\n" + _harness.markdown(header, rows)
+            )
+    for axis, fit in results["exponents"].items():
+        parts.append(f"Cost grows as {axis}^{fit['exponent']:.2f} over {axis} = {fit['grid']}.")
+    parts.append(f"CUDA: {results['cuda']}.")
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    _harness.main(sys.modules[__name__])
