@@ -18,7 +18,7 @@ from torch import nn
 from stiefel_lora._models import named_linears
 from stiefel_lora._targets import find_targets, last_names, listed, module_ranks
 from stiefel_lora.errors import InputError
-from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear
+from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics
 
 logger = logging.getLogger("stiefel_lora")
 
@@ -149,6 +149,11 @@ def adapter_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
     """Return the adapters that are in the model, by the qualified names of the linears they stand for."""
     found = unwrap(model).named_modules()
     return {name: module for name, module in found if isinstance(module, StiefelLoRALinear)}
+
+
+def adapter_metrics(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Return the "orthogonality_error" and the "effective_rank" of each adapter in use, by name."""
+    return {name: factor_metrics(layer.factors(), layer.orthonormal) for name, layer in adapter_layers(model).items()}
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -1,7 +1,7 @@
 """A linear layer with a low-rank update whose factors may be constrained to the Stiefel manifold."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stiefel_lora._models import is_conv1d, is_linear, linear_shape
 from stiefel_lora.errors import InputError, ManifoldError
-from stiefel_lora.stiefel import check_choice, orthogonality_error, project_point, random_point
+from stiefel_lora.stiefel import check_choice, effective_rank, orthogonality_error, project_point, random_point
 
 Orthonormal: TypeAlias = Literal["A", "B", "both"]
 Init: TypeAlias = Literal["random", "svd"] | Tensor | tuple[Tensor, Tensor]
@@ -283,6 +283,23 @@ def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
     left, upper = torch.linalg.qr(wide @ right)
     signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(left)
     return right.contiguous(), left * signs
+
+
+def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> dict[str, float]:
+    """Measure the factors of one update.
+
+    Args:
+        factors: lora_A, lora_B, and lora_S if both are orthonormal.
+        orthonormal: Which of them are constrained.
+
+    Returns:
+        "orthogonality_error": the greatest |X^T X - I|_F of the constrained factors; "effective_rank": that of the
+        update, which is that of its free factor (0 while it is zero).
+    """
+    names = _CONSTRAINED[orthonormal]
+    free = "lora_S" if orthonormal == "both" else "lora_B" if orthonormal == "A" else "lora_A"
+    error = max(float(orthogonality_error(factors[name])) for name in names)
+    return {"orthogonality_error": error, "effective_rank": float(effective_rank(factors[free]))}
 
 
 def _checked_shape(base: nn.Module) -> tuple[int, int]:

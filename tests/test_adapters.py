@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from stiefel_lora.adapters import (
     adapter_layers,
+    adapter_metrics,
     adapter_names,
     add_adapters,
     disable_adapters,
@@ -363,6 +364,22 @@ def test_stored_adapters_follow_the_model() -> None:
     use_adapter(model, "first")
     assert all(m.training for m in model.modules())
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_metrics_are_those_of_the_update(orthonormal: Any) -> None:
+    model = adapted(orthonormal=orthonormal)
+    with torch.no_grad():
+        first = next(iter(adapter_layers(model).values()))
+        next(iter(first.manifold_parameters().values())).mul_(1.5)
+    metrics = adapter_metrics(model)
+    for i, (name, layer) in enumerate(adapter_layers(model).items()):
+        values = torch.linalg.svdvals(layer.delta_weight().detach().double())[: layer.rank]
+        p = values / values.sum()
+        # Scaling an orthonormal factor as a whole leaves the singular values' proportions.
+        assert metrics[name]["effective_rank"] == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-4)
+        # |2.25 I - I|_F = 1.25 sqrt(4)
+        assert metrics[name]["orthogonality_error"] == pytest.approx(2.5 if i == 0 else 0, abs=1e-5)
 
 
 # What torch and other tools do to a model

@@ -1,0 +1,131 @@
+"""transformers' Trainer with Stiefel adapters: a Riemannian optimizer, small checkpoints and metrics."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from stiefel_lora.adapters import adapter_layers, adapter_metrics, adapter_names
+from stiefel_lora.checkpoint import load_adapter, save_adapter
+from stiefel_lora.errors import InputError
+from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
+
+
+def trainer_optimizer(args: TrainingArguments, **options: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return the Riemannian optimizer that training arguments ask for, as Trainer's ``optimizer_cls_and_kwargs``.
+
+    Args:
+        args: ``learning_rate``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are used; ``optim`` is
+            "adamw_torch" (with or without "_fused") or "sgd". Trainer itself applies ``weight_decay`` and the schedule.
+        options: More for the optimizer, such as ``retraction`` or SGD's ``momentum``.
+
+    Returns:
+        The class and its keyword arguments.
+
+    Raises:
+        InputError: If ``optim`` is another.
+    """
+    if args.optim == "sgd":
+        return RiemannianSGD, {"lr": args.learning_rate, **options}
+    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        name = getattr(args.optim, "value", args.optim)
+        raise InputError(f"optim={name!r} has no Riemannian form here; use 'adamw_torch' or 'sgd'")
+    betas = (args.adam_beta1, args.adam_beta2)
+    return RiemannianAdam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **options}
+
+
+class AdapterMetricsCallback(TrainerCallback):
+    """Logs "orthogonality_error" (greatest) and "effective_rank" (mean) whenever the Trainer logs.
+
+    They go to all that the Trainer reports to. `StiefelTrainer` has one; for a plain Trainer call
+    ``trainer.add_callback(AdapterMetricsCallback(trainer))``.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log once per logging step; Trainer's own record of the loss follows."""
+        model = _model_of(self.trainer)
+        if control.should_log and adapter_layers(model):
+            self.trainer.log(summary(model))
+            control.should_log = True  # logging resets it, and Trainer's own record is still to come
+
+
+class StiefelTrainer(Trainer):
+    """Trainer for a model with Stiefel adapters.
+
+    It differs from Trainer in three things. The optimizer is a Riemannian one made from the training arguments (unless
+    ``optimizers`` or ``optimizer_cls_and_kwargs`` is given). A checkpoint holds the adapters and other trainable
+    parameters, not the base model: the folder can be given to ``load_adapter``. The adapters' metrics are logged.
+
+    Args:
+        args: As Trainer's.
+        optimizer_options: More for the optimizer, such as ``{"retraction": "cayley"}``.
+        kwargs: As Trainer's.
+
+    Raises:
+        InputError: If the model has no adapters, or FSDP or DeepSpeed is on, which split what must stay whole.
+    """
+
+    def __init__(self, *args: Any, optimizer_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        model = args[0] if args else kwargs.get("model")
+        self.optimizer_options = dict(optimizer_options or {})
+        with _adapters_accepted(model) if isinstance(model, nn.Module) else nullcontext():
+            super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError("FSDP and DeepSpeed split the factors, whose columns must stay orthonormal; use DDP")
+        if not adapter_layers(_model_of(self)):
+            raise InputError(f"{type(self.model).__name__} has no adapters; call add_adapters first")
+        self.add_callback(AdapterMetricsCallback(self))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the Riemannian optimizer."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            self.optimizer_cls_and_kwargs = trainer_optimizer(self.args, **self.optimizer_options)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_adapter(_model_of(self), folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapted = _model_of(self)
+        load_adapter(adapted, resume_from_checkpoint, name=adapter_names(adapted)[0])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _model_of(trainer: Trainer) -> nn.Module:
+    return cast(nn.Module, trainer.model)
+
+
+@contextmanager
+def _adapters_accepted(model: nn.Module) -> Iterator[None]:
+    """Let Trainer's check of a quantised base, which knows only PEFT's adapters, see that there are some."""
+    if not getattr(model, "is_quantized", False) or not adapter_layers(model):
+        yield
+        return
+    model._hf_peft_config_loaded = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def summary(model: nn.Module) -> dict[str, float]:
+    """Return the greatest orthogonality error and the mean effective rank of the adapters in use."""
+    metrics = adapter_metrics(model).values()
+    return {
+        "orthogonality_error": max(m["orthogonality_error"] for m in metrics),
+        "effective_rank": fmean(m["effective_rank"] for m in metrics),
+    }

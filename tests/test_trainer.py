@@ -1,0 +1,213 @@
+"""transformers' Trainer and accelerate with Stiefel adapters, on a tiny model."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters
+from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from stiefel_lora.errors import InputError
+from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
+from stiefel_lora.trainer import AdapterMetricsCallback, StiefelTrainer, trainer_optimizer
+from tests.models import FAMILIES
+from tests.test_adapters import logits
+
+# Trainer 5.23 calls names of its own that the next major version drops.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+
+LLAMA = FAMILIES["llama"]
+EXAMPLES = [{key: value[i] for key, value in LLAMA.batch(12, 8).items()} for i in range(12)]
+
+# QR after each of six float32 steps; geoopt's own bar is 1e-5 an entry.
+ON_MANIFOLD = 1e-5
+
+
+def adapted(**options: Any) -> nn.Module:
+    model = LLAMA.build()
+    add_adapters(model, **{"layers": [0, 2], "rank": 4, "dropout": 0.1, **options})
+    return model
+
+
+def arguments(path: Path, **options: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "output_dir": str(path), "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "warmup_steps": 2, "lr_scheduler_type": "cosine", "logging_steps": 2, "save_steps": 3, "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True, "weight_decay": 0.1, "max_grad_norm": 0.5,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TrainingArguments(**{**settings, **options})
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{n}.{k}": f.detach().clone() for n, layer in adapter_layers(model).items() for k, f in layer.factors().items()
+    }
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_trains_with_the_training_arguments(tmp_path: Path) -> None:
+    model = adapted()
+    before = factors(model)
+    trainer = StiefelTrainer(
+        model, arguments(tmp_path), train_dataset=EXAMPLES, optimizer_options={"retraction": "cayley"}
+    )
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer  # inside accelerate's wrapper
+    assert isinstance(optimizer, RiemannianAdam)
+    assert optimizer.defaults["retraction"] == "cayley"
+    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
+    after = factors(model)
+    assert all(not torch.equal(after[name], before[name]) for name in after)
+    assert all(m["orthogonality_error"] < ON_MANIFOLD for m in adapter_metrics(model).values())
+    records = [r for r in trainer.state.log_history if "orthogonality_error" in r]
+    assert [r["step"] for r in records] == [2, 4, 6]
+    assert all(r["orthogonality_error"] < ON_MANIFOLD and 1 < r["effective_rank"] <= 4 for r in records)
+    # Two steps of warm-up, then half a cosine over four: what steps 2, 4 and 6 were taken with.
+    rates = {r["step"]: r["learning_rate"] for r in trainer.state.log_history if "learning_rate" in r}
+    cosine = [0.5e-2 * (1 + math.cos(math.pi * part)) for part in (0.25, 0.75)]
+    assert rates == pytest.approx({2: 0.5e-2, 4: cosine[0], 6: cosine[1]})
+    assert sum("loss" in r for r in trainer.state.log_history) == 3
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_resumed_training_equals_uninterrupted_training(own: bool, tmp_path: Path) -> None:
+    """Bit for bit, with dropout and shuffling, for our Trainer and for the plain one with our optimizer."""
+
+    def trainer(path: Path) -> Trainer:
+        args = arguments(path, save_total_limit=1)
+        if own:
+            return StiefelTrainer(adapted(), args, train_dataset=EXAMPLES)
+        return Trainer(adapted(), args, train_dataset=EXAMPLES, optimizer_cls_and_kwargs=trainer_optimizer(args))
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    first = trainer(tmp_path / "parts")
+    first.add_callback(Interrupt())
+    first.train()
+    assert not same(factors(first.model), factors(whole.model))
+    second = trainer(tmp_path / "parts")
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 6
+    assert same(factors(second.model), factors(whole.model))
+    checkpoints = list((tmp_path / "parts").glob("checkpoint-*"))
+    assert [path.name for path in checkpoints] == ["checkpoint-6"]
+    if own:
+        names = {path.name for path in checkpoints[0].iterdir()}
+        assert {CONFIG_FILE, WEIGHTS_FILE, "optimizer.pt"} <= names
+        assert "model.safetensors" not in names
+        fresh = LLAMA.build()
+        load_adapter(fresh, checkpoints[0])
+        assert torch.equal(logits(fresh), logits(second.model.eval()))
+
+
+def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True, learning_rate=3.0
+    )
+    trainer = StiefelTrainer(adapted(), args, train_dataset=EXAMPLES, eval_dataset=EXAMPLES)
+    trainer.train()
+    losses = {r["step"]: r["eval_loss"] for r in trainer.state.log_history if "eval_loss" in r}
+    best = min(losses, key=losses.__getitem__)
+    assert best != 6, "the learning rate is meant to be too large for the last step to be the best"
+    # 1e-6: the evaluation is the same computation on the same numbers, printed by Trainer in float64.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True},
+        {"optim": "sgd"},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=str,
+)
+def test_options_of_the_trainer(options: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted()
+    if options.get("gradient_checkpointing_kwargs"):
+        model.enable_input_require_grads()  # re-entrant checkpointing needs it: the embedding is frozen
+    before = factors(model)
+    trainer = StiefelTrainer(model, arguments(tmp_path, **options), train_dataset=EXAMPLES)
+    trainer.train()
+    assert all(not torch.equal(after, before[name]) for name, after in factors(model).items())
+    assert all(m["orthogonality_error"] < ON_MANIFOLD for m in adapter_metrics(model).values())
+    if options.get("optim") == "sgd":
+        assert isinstance(trainer.optimizer.optimizer, RiemannianSGD)
+
+
+def test_plain_trainer_with_our_optimizer_and_callback(tmp_path: Path) -> None:
+    model = adapted()
+    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=EXAMPLES, optimizers=(optimizer, None))
+    trainer.add_callback(AdapterMetricsCallback(trainer))
+    trainer.train()
+    assert sum("effective_rank" in record for record in trainer.state.log_history) == 3
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+
+
+def test_quantised_base_passes_the_trainers_check(tmp_path: Path) -> None:
+    model = adapted()
+    type(model).is_quantized = True
+    try:
+        with pytest.raises(ValueError, match="purely quantized"):
+            Trainer(model, arguments(tmp_path), train_dataset=EXAMPLES)
+        StiefelTrainer(model, arguments(tmp_path), train_dataset=EXAMPLES)
+        assert not model._hf_peft_config_loaded
+    finally:
+        del type(model).is_quantized
+
+
+def test_bad_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="LlamaForCausalLM has no adapters"):
+        StiefelTrainer(LLAMA.build(), arguments(tmp_path), train_dataset=EXAMPLES)
+    with pytest.raises(InputError, match="optim='adafactor' has no Riemannian form"):
+        trainer_optimizer(arguments(tmp_path, optim="adafactor"))
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_accelerate_with_a_plain_loop(mixed_precision: str, tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process may have one precision
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=2)
+    model = adapted()
+    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(EXAMPLES, batch_size=2))
+    before, losses = factors(model), []
+    for _ in range(3):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+    assert sum(losses[-6:]) < sum(losses[:6])
+    assert all(not torch.equal(after, before[name]) for name, after in factors(model).items())
+    assert all(m["orthogonality_error"] < ON_MANIFOLD for m in adapter_metrics(model).values())
+    accelerator.save_state(tmp_path)
+    state = factors(model)
+    model(**LLAMA.batch(2, 8)).loss.backward()
+    optimizer.step()
+    assert not same(factors(model), state)
+    accelerator.load_state(tmp_path)
+    assert same(factors(model), state)
