@@ -176,7 +176,7 @@ class StiefelLoRALinear(nn.Module):
         """
         if self.merged:
             return 0.0
-        original = _plain_weight(self.base)
+        original = plain_weight(self.base)
         update = self.delta_weight()
         if is_conv1d(self.base):
             update = update.T
@@ -341,7 +341,7 @@ def _initial_factors(layer: StiefelLoRALinear, init: Init, generator: torch.Gene
         if init == "random":
             dtype = torch.promote_types(next(_tensors(layer.base)).dtype, torch.float32)
             return {name: random_point(sizes[name], layer.rank, dtype=dtype, generator=generator) for name in names}
-        weight = _plain_weight(layer.base)
+        weight = plain_weight(layer.base)
         vectors = leading_singular_vectors(weight.T if is_conv1d(layer.base) else weight, layer.rank)
         return {name: vector for name, vector in zip(sizes, vectors, strict=True) if name in names}
     points = (init,) if isinstance(init, Tensor) else tuple(init)
@@ -373,7 +373,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-def _plain_weight(base: nn.Module) -> nn.Parameter:
+def plain_weight(base: nn.Module) -> nn.Parameter:
     """Return the weight if it is an ordinary floating-point matrix, or say why nothing can be merged into it."""
     weight = getattr(base, "weight", None)
     # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
