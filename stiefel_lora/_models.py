@@ -1,0 +1,190 @@
+"""Find the repeated layers of a model and the linear maps inside them, by structure alone.
+
+No model class is named here: a stack of layers is the longest list of repeated blocks that hold linear maps, and a
+linear map is a leaf module with an input and an output width.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+from torch import nn
+
+from stiefel_lora.errors import InputError
+
+Layers: TypeAlias = nn.ModuleList | nn.Sequential
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a linear map: ``nn.Linear``, GPT-2's ``Conv1D`` or a quantised linear.
+
+    A quantised linear is any leaf module with integer ``in_features`` and ``out_features``. Wrappers around a linear
+    have a child module and are not linears themselves; the linear inside is.
+    """
+    if isinstance(module, nn.Linear):
+        return True
+    if next(module.children(), None) is not None:
+        return False
+    return is_conv1d(module) or all(
+        isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")
+    )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether ``module`` is transformers' ``Conv1D``: a linear whose weight is stored as (in, out)."""
+    shape = (getattr(module, "nx", None), getattr(module, "nf", None))
+    return type(module).__name__ == "Conv1D" and tuple(getattr(module, "weight", nn.Module()).shape) == shape
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features) of a linear map, whichever way it stores its weight.
+
+    Raises:
+        TypeError: If ``module`` is not a linear map by `is_linear`.
+    """
+    if not is_linear(module):
+        raise TypeError(f"expected a linear module, got {type(module).__name__}")
+    names = ("nx", "nf") if is_conv1d(module) else ("in_features", "out_features")
+    return int(getattr(module, names[0])), int(getattr(module, names[1]))
+
+
+def named_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield (qualified name, linear map) for ``module`` and all it holds, in order of registration.
+
+    ``nn.MultiheadAttention`` is passed over with its ``out_proj``: it reads the weights and never calls a linear's
+    ``forward``, so nothing can be hooked or wrapped there.
+
+    Args:
+        module: Where to look; a linear map is yielded as itself, under the name ``prefix``.
+        prefix: The qualified name of ``module`` in the model.
+    """
+    if is_linear(module):
+        yield prefix, module
+    if isinstance(module, nn.MultiheadAttention):
+        return
+    for name, child in module.named_children():
+        yield from named_linears(child, join(prefix, name))
+
+
+def join(prefix: str, name: object) -> str:
+    """Join a qualified name and a child's name; the root's name is empty."""
+    return f"{prefix}.{name}" if prefix else str(name)
+
+
+def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layers]:
+    """Find the list of repeated blocks that the model stacks, such as ``model.layers`` of a LLaMA.
+
+    The longest list wins, counted by its most frequent class of block that holds a linear map. Lists inside a repeated
+    block, such as a mixture's experts, do not compete with the list they repeat in.
+
+    Args:
+        model: Any module.
+        layers: Qualified name of the list, where the longest is not the one wanted; "" for the model itself.
+
+    Returns:
+        The qualified name of the list and the list itself.
+
+    Raises:
+        InputError: If the name is not a ``ModuleList`` or ``Sequential``, no list holds linear maps, or two lists are
+            equally long. The message lists what the model has.
+    """
+    found = dict(_candidates(model))
+    if layers is not None:
+        return layers, _named_list(model, layers, found)
+    if not found:
+        raise InputError(f"{type(model).__name__} has no ModuleList or Sequential of blocks with linear modules")
+    longest = max(_repeats(blocks) for blocks in found.values())
+    best = [name for name, blocks in found.items() if _repeats(blocks) == longest]
+    if len(best) > 1:
+        raise InputError(
+            f"{type(model).__name__} has {len(best)} equally long lists of layers: {_describe(model, found)}; "
+            f"name one, for example layers={best[0]!r}"
+        )
+    return best[0], found[best[0]]
+
+
+def find_linears(
+    model: nn.Module, *, layers: str | None = None, targets: Sequence[str] | None = None
+) -> dict[int, dict[str, nn.Module]]:
+    """Find the linear maps of each layer, optionally only those that end in one of the given names.
+
+    Args:
+        model: Any module.
+        layers: Qualified name of the list of layers, or None to find it by `find_layers`.
+        targets: Names such as "q_proj" or "mlp.down_proj"; each is matched against the end of the qualified name, by
+            whole components. None takes all linear maps.
+
+    Returns:
+        For each position in the list that holds a match, its matches by qualified name.
+
+    Raises:
+        InputError: If a target matches nothing or no layer has a linear map. The message lists what there is.
+        TypeError: If ``targets`` is a single string.
+    """
+    if isinstance(targets, str):
+        raise TypeError(f"target modules must be a sequence of names, got the string {targets!r}")
+    prefix, blocks = find_layers(model, layers)
+    linears = {i: dict(named_linears(block, join(prefix, i))) for i, block in enumerate(blocks)}
+    if not any(linears.values()):
+        raise InputError(f"the layers in {prefix or type(model).__name__!r} have no linear modules")
+    if targets is not None:
+        names = [name for layer in linears.values() for name in layer]
+        missing = [target for target in targets if not any(matches(name, target) for name in names)]
+        if missing or not targets:
+            have = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+            raise InputError(
+                f"no linear module is named {', '.join(missing) or '(none given)'}; the layers have: {have}"
+            )
+        linears = {
+            i: {name: m for name, m in layer.items() if any(matches(name, target) for target in targets)}
+            for i, layer in linears.items()
+        }
+    return {i: layer for i, layer in linears.items() if layer}
+
+
+def matches(name: str, target: str) -> bool:
+    """Tell whether a qualified name is ``target`` or ends in it, by whole components."""
+    return name == target or name.endswith("." + target)
+
+
+def _named_list(model: nn.Module, name: str, found: dict[str, Layers]) -> Layers:
+    try:
+        blocks = model.get_submodule(name)
+    except AttributeError:
+        blocks = None
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+        what = "does not exist" if blocks is None else f"is a {type(blocks).__name__}"
+        raise InputError(f"layers={name!r} {what}; {type(model).__name__} has: {_describe(model, found) or 'no list'}")
+    return blocks
+
+
+def _candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, Layers]]:
+    """Yield the lists of blocks with linears, without those nested in a repeated block of another."""
+    inner = dict(module.named_children())
+    if isinstance(module, nn.ModuleList | nn.Sequential):
+        counts = _block_counts(module)
+        if counts:
+            yield name, module
+        inner = {key: child for key, child in inner.items() if counts[type(child)] < 2}
+    for key, child in inner.items():
+        yield from _candidates(child, join(name, key))
+
+
+def _block_counts(blocks: Layers) -> Counter[type]:
+    return Counter(type(block) for block in blocks if _holds_linear(block))
+
+
+def _holds_linear(module: nn.Module) -> bool:
+    return any(is_linear(m) or isinstance(m, nn.MultiheadAttention) for m in module.modules())
+
+
+def _repeats(blocks: Layers) -> int:
+    return max(_block_counts(blocks).values())
+
+
+def _describe(model: nn.Module, found: dict[str, Layers]) -> str:
+    parts = []
+    for name, blocks in found.items():
+        kind, count = _block_counts(blocks).most_common(1)[0]
+        parts.append(f"{name or type(model).__name__!r} ({count} x {kind.__name__})")
+    return ", ".join(parts)

@@ -1,0 +1,73 @@
+"""Every study runs, writes a complete result and prints its table from that result alone; no time is judged."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as entry
+from benchmarks import _harness
+
+STUDIES = list(entry.studies())
+ENVELOPE = {"study", "command", "started", "seed", "quick", "python", "packages", "machine", "revision", "status"}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_quick_run_writes_a_result(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "deep" / "result.json"
+    _harness.main(importlib.import_module(f"benchmarks.{name}"), ["--quick", "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert result.keys() >= ENVELOPE
+    assert result["study"] == name
+    assert result["status"] == "finished"
+    assert result["packages"]["torch"]
+    assert str(output) in capsys.readouterr().out
+    table = importlib.import_module(f"benchmarks.{name}").report(result["results"])
+    assert "| --- |" in table
+    assert list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("path", sorted(_harness.RESULTS.glob("*.json")), ids=lambda p: p.stem)
+def test_committed_results_are_complete(path: Path) -> None:
+    result = json.loads(path.read_text())
+    assert result.keys() >= ENVELOPE
+    assert not result["quick"]
+    assert result["status"] == "finished"
+    assert "| --- |" in importlib.import_module(f"benchmarks.{result['study']}").report(result["results"])
+
+
+def test_list_names_every_study_and_an_unknown_one_is_an_error() -> None:
+    run = [sys.executable, "-m", "benchmarks"]
+    listed = subprocess.run([*run, "list"], capture_output=True, text=True, check=True)
+    assert all(name in listed.stdout for name in STUDIES)
+    wrong = subprocess.run([*run, "speed"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "there is no study 'speed'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_interleaving_takes_turns_and_leaves_out_warm_up_and_slow_ones() -> None:
+    calls: list[str] = []
+    times = _harness.interleave(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b"), "slow": lambda: calls.append("slow")},
+        rounds=3,
+        warmup=1,
+        slow={"slow": 2},
+    )
+    assert calls == ["a", "b", "a", "b", "slow", "a", "b", "slow", "a", "b"]
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3, "slow": 2}
+
+
+def test_ratio_is_the_median_over_rounds_not_of_medians() -> None:
+    times = {"x": [1.0, 40.0, 3.0], "base": [1.0, 10.0, 1.0]}
+    assert _harness.median_ratio(times, "x", "base") == 3.0
+    assert _harness.summary(times["x"])["median_s"] == 3.0
+
+
+def test_origin_tells_the_version_and_where_it_came_from() -> None:
+    packages = _harness.environment()["packages"]
+    assert packages["geoopt"].startswith("0.")
+    assert "(" in packages["geoopt"]

@@ -1,0 +1,80 @@
+"""Imports point one way, and importing the package is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "stiefel_lora"
+
+# A module may import from its own level's row only what is named after the colon, and anything of a lower level.
+LEVELS: list[dict[str, set[str]]] = [
+    {"_types": set(), "errors": set(), "_files": {"errors"}, "_progress": set()},
+    {"stiefel": set(), "_models": set()},
+    {"optim": set(), "layer": set(), "fisher": set(), "_targets": {"layer"}},
+    {"adapters": set(), "checkpoint": {"adapters"}, "convert": {"adapters", "checkpoint"}},
+    {"data": set(), "pretrained": set(), "training": {"data"}, "trainer": set()},
+    {"report": set(), "cli": {"report"}, "__main__": {"cli"}},
+]
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+
+
+def module_name(path: Path) -> str:
+    """Return the name of a file's module inside the package; a subpackage counts as one."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Return the names of the package's own modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "stiefel_lora":
+                found |= {alias.name for alias in node.names if alias.name in LEVEL_OF} or {"__init__"}
+            elif node.module and node.module.startswith("stiefel_lora."):
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("stiefel_lora.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_downward(path: Path) -> None:
+    name = module_name(path)
+    if name == "__init__":
+        assert all(LEVEL_OF[other] <= 3 for other in imported(path))
+        return
+    level = LEVEL_OF[name]
+    for other in imported(path) - {name}:
+        # The command line may name the version, which the package's root holds.
+        if other == "__init__":
+            assert level >= 4, f"{name} imports from the package's root"
+            continue
+        allowed = LEVEL_OF[other] < level or other in LEVELS[level][name]
+        assert allowed, f"{name} (level {level}) imports {other} (level {LEVEL_OF[other]})"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_importing_the_package_is_light() -> None:
+    """Beyond what torch and geoopt load themselves, no heavy package comes with it."""
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore'); import torch, geoopt; before = set(sys.modules); "
+        "import stiefel_lora; new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new & {'transformers', 'matplotlib', 'peft', 'safetensors', 'accelerate', 'datasets', 'gguf'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_listed() -> None:
+    import stiefel_lora
+
+    assert all(hasattr(stiefel_lora, name) for name in stiefel_lora.__all__)
+    assert stiefel_lora.__all__ == sorted(stiefel_lora.__all__, key=str.lower)
