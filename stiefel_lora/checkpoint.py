@@ -134,13 +134,8 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
 
 def write_adapter(state: AdapterState, path: str | Path) -> None:
     """Write a set of adapters to a folder; see `save_adapter`."""
-    from safetensors.torch import save_file
-
     tensors = {f"{name}.{key}": t for name, factors in state.factors.items() for key, t in factors.items()}
     tensors.update(state.parameters)
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -149,7 +144,7 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
         "parameters": {name: list(tensor.shape) for name, tensor in state.parameters.items()},
     }
     with atomic_folder(path) as folder:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS_FILE)
+        write_safetensors(folder / WEIGHTS_FILE, tensors)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -193,6 +188,21 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file.
+
+    Raises:
+        InputError: If one of them has a NaN or infinity.
+    """
+    from safetensors.torch import save
+
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
+    # safetensors' own save_file makes a file that only its owner can read.
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_json(path: Path) -> dict[str, Any]:

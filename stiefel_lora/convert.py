@@ -26,6 +26,7 @@ from stiefel_lora.checkpoint import (
     insert_state,
     read_json,
     read_safetensors,
+    write_safetensors,
 )
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import Orthonormal
@@ -143,14 +144,8 @@ def write_peft(state: AdapterState, path: str | Path, model: nn.Module | None = 
         path: The folder.
         model: The model they belong to, for a short description of the targets; without it they have their full names.
     """
-    from safetensors.torch import save_file
-
-    tensors = _peft_tensors(state)
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise InputError(f"not exported: {listed(bad)} has NaN or infinite entries")
     with atomic_folder(path) as folder:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / PEFT_WEIGHTS_FILE)
+        write_safetensors(folder / PEFT_WEIGHTS_FILE, _peft_tensors(state))
         text = json.dumps(_peft_config(state, model), indent=2)
         (folder / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

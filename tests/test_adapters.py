@@ -455,12 +455,19 @@ def test_export_and_tracing_of_a_merged_model() -> None:
     program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
     expected = model(ids, use_cache=False).logits
     torch.testing.assert_close(program.module()(ids, use_cache=False).logits, expected)
-    linear = model.model.layers[0].mlp
-    x = torch.randn(2, 32)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, use_cache=False).logits
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated as a whole
-        traced = torch.jit.trace(linear, (x,))
-    torch.testing.assert_close(traced(x), linear(x))
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, and transformers' Python branches are noted
+        traced = torch.jit.trace(Logits(), (ids,))
+    torch.testing.assert_close(traced(ids), expected)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -137,6 +137,11 @@ def test_saving_replaces_an_adapter_and_keeps_other_files(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
+def test_files_can_be_read_as_widely_as_the_umask_says(folder: Path) -> None:
+    (folder / "other").touch()
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
     model = trained()
     with torch.no_grad():
