@@ -24,7 +24,7 @@ DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
 def find_targets(
     model: nn.Module, layers: Sequence[int] | None, targets: Sequence[str] | str | None, path: str | None
 ) -> list[str]:
-    """Return the qualified names of the linears to adapt, in the model's order; see `add_adapters`.
+    """Return the qualified names of the linears to adapt, layer by layer; see `add_adapters`.
 
     Raises:
         InputError: If a layer does not exist or a target matches nothing; the message lists what there is.
@@ -63,7 +63,7 @@ def _layer_indices(blocks: Layers, layers: Sequence[int] | None, prefix: str) ->
     twice = [str(i) for i, n in Counter(indices).items() if n > 1]
     if twice:
         raise InputError(f"layer {', '.join(twice)} is given twice")
-    return sorted(indices)
+    return indices
 
 
 def wrappable_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

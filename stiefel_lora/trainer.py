@@ -91,6 +91,8 @@ class StiefelTrainer(Trainer):
         return super().create_optimizer(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         save_adapter(_model_of(self), folder)
         if self.processing_class is not None:

@@ -299,6 +299,7 @@ def test_tied_weights_are_warned_about_and_untied_by_merging(tmp_path: Path) -> 
     train(model)
     embedding, expected = model.model.embed_tokens.weight.clone(), logits(model)
     merge_adapters(model)
+    assert not model.config.tie_word_embeddings
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path)

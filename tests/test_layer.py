@@ -118,6 +118,12 @@ def test_gradients_against_autograd_of_the_dense_formula(orthonormal: Any) -> No
         torch.testing.assert_close(getattr(layer, name).grad, factor.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_takes_the_mode_of_its_base(mode: bool) -> None:
+    layer = StiefelLoRALinear(make_base().train(mode), 4, dropout=0.5)
+    assert layer.training == layer.dropout.training == mode
+
+
 def test_dropout_acts_on_the_update_only_and_only_in_training() -> None:
     layer = make_layer(dropout=0.5)
     x = torch.ones(1, 12, dtype=torch.float64)
