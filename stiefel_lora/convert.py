@@ -156,6 +156,8 @@ def read_peft(
     """Read a PEFT LoRA adapter as a set of Stiefel adapters, without a model; see `import_peft`."""
     if isinstance(source, str | Path):
         where, config, tensors = str(source), *_read_peft_folder(Path(source))
+    elif not hasattr(source, "peft_config"):
+        raise TypeError(f"a PEFT adapter is a folder or a PeftModel, got {type(source).__name__}")
     else:
         from peft import get_peft_model_state_dict
 
@@ -261,7 +263,8 @@ def _pairs(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor,
             raise InputError(f"{where}: {key} has NaN or infinite entries")
         found.setdefault(match[1], {})[match[2]] = tensor
     pairs = {}
-    for name, factors in found.items():
+    for name in sorted(found, key=_natural):
+        factors = found[name]
         if set(factors) != {"A", "B"} or factors["A"].shape[0] != factors["B"].shape[1]:
             shapes = {f"lora_{k}": tuple(t.shape) for k, t in factors.items()}
             raise InputError(f"{where} is damaged: {name} has the factors {shapes}")
@@ -269,6 +272,11 @@ def _pairs(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor,
     if not pairs:
         raise InputError(f"{where} holds no factors")
     return pairs
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order layer 2 before layer 10, where a file has its names by the alphabet."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _peft_tensors(state: AdapterState) -> dict[str, Tensor]:

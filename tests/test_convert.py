@@ -210,6 +210,18 @@ def test_conversion_without_a_model(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(again), outputs(source), **SAME)
 
 
+def test_layers_are_read_in_numerical_order(tmp_path: Path) -> None:
+    _peft_model(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    tensors = {
+        name.replace("layers.2.", "layers.10."): t for name, t in load_file(tmp_path / PEFT_WEIGHTS_FILE).items()
+    }
+    save_file({name: t.clone() for name, t in tensors.items()}, tmp_path / PEFT_WEIGHTS_FILE)
+    names = list(read_peft(tmp_path).modules)
+    assert names == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1, 10)]
+    with pytest.raises(TypeError, match="a folder or a PeftModel, got int"):
+        read_peft(3)  # type: ignore[arg-type]
+
+
 def test_an_untrained_adapter_of_bf16_factors(tmp_path: Path) -> None:
     source = peft.get_peft_model(LLAMA.build(), peft.LoraConfig(r=4, target_modules=["q_proj"])).to(torch.bfloat16)
     source.save_pretrained(tmp_path)
