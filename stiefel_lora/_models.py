@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from stiefel_lora.errors import InputError
 
@@ -32,8 +32,10 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Tell whether ``module`` is transformers' ``Conv1D``: a linear whose weight is stored as (in, out)."""
-    shape = (getattr(module, "nx", None), getattr(module, "nf", None))
-    return type(module).__name__ == "Conv1D" and tuple(getattr(module, "weight", nn.Module()).shape) == shape
+    if type(module).__name__ != "Conv1D":
+        return False
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and tuple(weight.shape) == (getattr(module, "nx", 0), getattr(module, "nf", 0))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -13,8 +13,22 @@ PACKAGE = Path(__file__).parent.parent / "stiefel_lora"
 LEVELS: list[dict[str, set[str]]] = [
     {"_types": set(), "errors": set(), "_files": {"errors"}, "_progress": set()},
     {"stiefel": set(), "_models": set()},
-    {"optim": set(), "layer": set(), "fisher": set(), "_targets": {"layer"}},
-    {"adapters": set(), "checkpoint": {"adapters"}, "convert": {"adapters", "checkpoint"}},
+    {
+        "optim": set(),
+        "layer": set(),
+        "_targets": {"layer"},
+        "scores": set(),
+        "_gradnorms": set(),
+        "_losses": {"_gradnorms"},
+        "fisher": {"_gradnorms", "_losses", "scores"},
+    },
+    {
+        "adapters": set(),
+        "checkpoint": {"adapters"},
+        "convert": {"adapters", "checkpoint"},
+        "initialisation": {"adapters"},
+        "info": {"checkpoint", "convert"},
+    },
     {"data": set(), "pretrained": set(), "training": {"data"}, "trainer": set()},
     {"report": set(), "cli": {"report"}, "__main__": {"cli"}},
 ]

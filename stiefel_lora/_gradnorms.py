@@ -1,0 +1,236 @@
+"""Squared gradient norms of linear maps, for each sample of a batch, without any weight gradient.
+
+For y = x W^T with the inputs a (T x in) and the output gradients g (T x out) of one sample, dL/dW = g^T a, so
+
+    |dL/dW|_F^2 = sum((a a^T) * (g g^T)),
+
+which costs O(T^2 (in + out)) and never forms the (out x in) matrix; where T is so long that forming it is cheaper,
+it is formed for one linear map at a time. (Goodfellow, "Efficient per-example gradient computations", 2015; for
+sequences Li et al., "Large language models can be strong differentially private learners", ICLR 2022, section 4.)
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stiefel_lora._models import linear_shape
+from stiefel_lora.errors import InputError
+
+
+class NotBatchedError(Exception):
+    """A linear map's input does not have the batch as its first dimension, so samples cannot be told apart."""
+
+
+class _UsedAgainError(Exception):
+    """A weight of which only the Gram matrix of its input was kept is used a second time in one forward pass."""
+
+
+@dataclass
+class _Weight:
+    """One weight matrix and its uses in the forward pass at hand; several modules and calls may share it."""
+
+    rows: list[int] = field(default_factory=list)
+    uses: int = 0
+    arrived: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and output gradients, (batch, T, width)
+
+
+class GradientNorms:
+    """Measures per-sample squared gradient norms while it is entered as a context.
+
+    Args:
+        model: The model that holds the linear maps.
+        linears: Linear maps by qualified name; a weight that several of them share has one gradient, the sum over all
+            its uses, which is counted for each of them.
+
+    Raises:
+        InputError: If a weight is shared with a module that is not among ``linears`` (an embedding, say): its gradient
+            would not be seen whole.
+    """
+
+    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+        self._linears = linears
+        self._weights: dict[Hashable, _Weight] = {}
+        for row, module in enumerate(linears.values()):
+            self._weights.setdefault(_key(module), _Weight()).rows.append(row)
+        _check_not_shared(model, linears)
+        self._handles: list[Any] = []
+        self._batch_size = 0
+        self._norms: Tensor | None = None
+        self._in_backward = False
+        self._keep_inputs = len(self._weights) < len(linears)
+        # The last input and its Gram matrix: query, key and value projections share theirs.
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __enter__(self) -> "GradientNorms":
+        for module in dict.fromkeys(self._linears.values()):
+            self._handles.append(module.register_forward_hook(self._hook(self._weights[_key(module)], module)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget()
+
+    def measure(self, forward: Callable[[], Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
+        """Run a forward pass and the backward pass of its loss.
+
+        Args:
+            forward: Returns the loss, a scalar.
+            batch_size: Number of samples that the forward pass sees.
+
+        Returns:
+            The squared norms, shape (batch_size, number of linears), in float32 or wider, and the loss, detached.
+
+        Raises:
+            NotBatchedError: If the first dimension of an input is not ``batch_size``, unless that is 1.
+            InputError: If the loss is not a scalar or depends on none of the linear maps.
+        """
+        self._batch_size = batch_size
+        try:
+            try:
+                loss = self._forward(forward)
+            except _UsedAgainError:
+                self._keep_inputs = True
+                loss = self._forward(forward)
+            self._in_backward = True
+            loss.backward()
+            for weight in self._weights.values():
+                self._finish(weight)
+            if self._norms is None:
+                raise InputError("the loss depends on none of the linear maps to score")
+            return self._norms, loss.detach()
+        finally:
+            self._forget()
+
+    def _forward(self, forward: Callable[[], Tensor]) -> Tensor:
+        self._forget()
+        with torch.enable_grad():
+            loss = forward()
+        self._last = None
+        if loss.dim() != 0:
+            raise InputError(f"the loss must be a scalar, got shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            raise InputError(
+                "the loss depends on none of the linear maps to score, or they ran without gradients (as in a "
+                "checkpoint with use_reentrant=True; use_reentrant=False keeps them)"
+            )
+        return loss
+
+    def _forget(self) -> None:
+        self._norms, self._last, self._in_backward = None, None, False
+        for weight in self._weights.values():
+            weight.uses = 0
+            weight.arrived.clear()
+
+    def _hook(self, weight: _Weight, module: nn.Module) -> Callable[..., Tensor | None]:
+        n_in, n_out = linear_shape(module)
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                return None
+            if self._in_backward:
+                # A checkpointed segment runs again. Its first run is the one that counts, but the same must be saved.
+                return _tap(output, lambda g: None)
+            weight.uses += 1
+            if self._keep_inputs:
+                a = self._by_sample(inputs[0], n_in)
+                arrive = lambda g: weight.arrived.append((a, self._by_sample(g, n_out)))  # noqa: E731
+            elif weight.uses > 1:
+                raise _UsedAgainError
+            elif self._gram_is_cheaper(inputs[0].numel() // n_in // self._batch_size, n_in, n_out):
+                gram = self._input_gram(inputs[0], n_in)
+                arrive = lambda g: self._add(weight, _gram_norms(gram, self._by_sample(g, n_out)))  # noqa: E731
+            else:
+                a = self._by_sample(inputs[0], n_in)
+                arrive = lambda g: self._add(weight, _direct_norms(a, self._by_sample(g, n_out)))  # noqa: E731
+            return _tap(output, arrive)
+
+        return hook
+
+    def _by_sample(self, x: Tensor, width: int) -> Tensor:
+        """Return ``x`` as (batch, T, width) in float32 or wider."""
+        if self._batch_size > 1 and (x.dim() < 2 or x.shape[0] != self._batch_size):
+            raise NotBatchedError
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return x.detach().to(wide).reshape(self._batch_size, -1, width)
+
+    def _gram_is_cheaper(self, length: int, n_in: int, n_out: int) -> bool:
+        return length * (n_in + n_out) < n_in * n_out
+
+    def _input_gram(self, x: Tensor, width: int) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            a = self._by_sample(x, width)
+            self._last = (x, _product(a, a.mT))
+        return self._last[1]
+
+    def _finish(self, weight: _Weight) -> None:
+        """Add up a weight whose inputs were kept: its uses, one after another, are one longer sequence."""
+        if not weight.arrived:
+            return
+        a, g = (torch.cat(parts, dim=1) for parts in zip(*weight.arrived, strict=True))
+        weight.arrived.clear()
+        cheaper = self._gram_is_cheaper(a.shape[1], a.shape[2], g.shape[2])
+        self._add(weight, _gram_norms(_product(a, a.mT), g) if cheaper else _direct_norms(a, g))
+
+    def _add(self, weight: _Weight, norms: Tensor) -> None:
+        if self._norms is None:
+            self._norms = norms.new_zeros(self._batch_size, len(self._linears))
+        for row in weight.rows:
+            self._norms[:, row] = norms
+
+
+def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
+    tapped: Tensor = _Tap.apply(output, torch.zeros((), device=output.device, requires_grad=True), arrive)
+    return tapped
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which hands the gradient that passes through it to a function.
+
+    The anchor requires a gradient, so there is a graph from the first tap on and none below it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
+        ctx.arrive = arrive
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        ctx.arrive(grads[0])
+        return grads[0] if ctx.needs_input_grad[0] else None, None, None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    # Autocast would round the sums to a low precision.
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
+def _gram_norms(gram: Tensor, g: Tensor) -> Tensor:
+    return (gram * _product(g, g.mT)).sum(dim=(1, 2))
+
+
+def _direct_norms(a: Tensor, g: Tensor) -> Tensor:
+    return _product(g.mT, a).square().sum(dim=(1, 2))
+
+
+def _key(module: nn.Module) -> Hashable:
+    weight = getattr(module, "weight", None)
+    return id(weight) if isinstance(weight, Tensor) else id(module)
+
+
+def _check_not_shared(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    scored = {id(getattr(module, "weight", None)): name for name, module in linears.items()}
+    inside = set(map(id, linears.values()))
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in scored and id(module) not in inside:
+                raise InputError(
+                    f"the weight of {scored[id(parameter)]} is shared with {name}, which is not scored, so its "
+                    "gradient would not be seen whole; leave it out with modules="
+                )

@@ -1,0 +1,240 @@
+"""From the loss of a batch to the gradient of each sample's own loss."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from stiefel_lora._gradnorms import GradientNorms, NotBatchedError
+from stiefel_lora.errors import InputError
+
+LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
+
+IGNORED = -100  # the label of a position without a loss, as in torch's cross entropy
+
+
+class SampleLosses:
+    """Measures the gradient norms of each sample's own loss, as if it were scored alone.
+
+    A model returns one loss for a batch, in which each sample has some weight: an equal one, or its share of the label
+    tokens. Which of these it is, is found by evaluating the first samples alone (and again whenever the ways that
+    fitted so far disagree about a batch); a loss that is none of them is taken one sample at a time, exact but slow.
+
+    Args:
+        model: The model; called as ``model(**batch)`` for its ``loss`` unless ``loss_fn`` is given.
+        norms: Entered by the caller.
+        loss_fn: Returns the losses of a batch, shape (batch,), or one number; one number for several samples is treated
+            like the model's own.
+    """
+
+    def __init__(self, model: nn.Module, norms: GradientNorms, loss_fn: LossFn | None) -> None:
+        self._model = model
+        self._norms = norms
+        self._loss_fn = loss_fn
+        self._fitting: set[str] | None = None  # None: nothing tried yet; empty: one at a time
+
+    def measure(self, batch: Any) -> Tensor:
+        """Return the squared gradient norms, shape (batch size, number of linears), NaN if the loss is not finite."""
+        size = batch_size(batch)
+        if size > 1 and self._fitting == set():
+            return self._one_by_one(batch, size)
+        losses = torch.empty(0)
+
+        def forward() -> Tensor:
+            nonlocal losses
+            losses = self._losses(batch)
+            if losses.dim() and losses.shape != (size,):
+                raise InputError(
+                    f"the loss of a batch of {size} samples must be one number or of shape ({size},), "
+                    f"got {tuple(losses.shape)}"
+                )
+            return losses.sum()
+
+        try:
+            squared, total = self._norms.measure(forward, size)
+        except NotBatchedError:
+            self._fitting = set()
+            return self._one_by_one(batch, size)
+        if losses.dim() or size == 1:
+            return squared.masked_fill(~losses.detach().isfinite().reshape(-1, 1), torch.nan)
+        weights = self._weights(batch, size, total) if bool(total.isfinite()) else None
+        if weights is None:
+            return self._one_by_one(batch, size)
+        return squared / weights.to(squared)[:, None].square()
+
+    def _losses(self, batch: Any) -> Tensor:
+        if self._loss_fn is not None:
+            loss = self._loss_fn(self._model, batch)
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
+            return loss
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"a batch must be a mapping for model(**batch), got {type(batch).__name__}; or give loss_fn="
+            )
+        output = self._model(**batch)
+        found = _entry(output, "loss")
+        if found is None:
+            raise InputError(
+                f"the model returned no loss for a batch of {', '.join(map(str, batch)) or 'nothing'}; add labels to "
+                "it, or give loss_fn="
+            )
+        return found
+
+    @torch.no_grad()
+    def _alone(self, batch: Any, size: int) -> Tensor:
+        """Return the loss of each sample when it is evaluated alone, shape (size,), in float64."""
+        return torch.stack([self._losses(sample(batch, n, size)).double().sum() for n in range(size)])
+
+    def _one_by_one(self, batch: Any, size: int) -> Tensor:
+        return torch.cat([self.measure(sample(batch, n, size)) for n in range(size)])
+
+    def _weights(self, batch: Any, size: int, total: Tensor) -> Tensor | None:
+        """Return each sample's weight in the batch's loss, None if it cannot be told."""
+        candidates = {
+            name: weights
+            for name, weights in _reductions(batch, size).items()
+            if self._fitting is None or name in self._fitting
+        }
+        if self._fitting is None or not _agree(list(candidates.values())):
+            alone = self._alone(batch, size)
+            # What two evaluations may differ by in this precision: products of one sample round differently.
+            tolerance = 100 * torch.finfo(total.dtype).eps * float(alone.abs().max())
+            candidates = {
+                name: weights
+                for name, weights in candidates.items()
+                # A sample without labels has the weight zero and no loss of its own.
+                if abs(float((weights.to(alone) * alone).nan_to_num().sum() - total)) <= tolerance
+            }
+            self._fitting = set(candidates)
+        if not candidates or not _agree(list(candidates.values())):
+            return None
+        return next(iter(candidates.values()))
+
+
+def _entry(output: Any, name: str) -> Tensor | None:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+def _reductions(batch: Any, size: int) -> dict[str, Tensor]:
+    """Return the weights of a batch's samples in its loss under each usual reduction."""
+    found = {"mean": torch.full((size,), 1 / size, dtype=torch.float64), "sum": torch.ones(size, dtype=torch.float64)}
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor) and labels.shape[:1] == (size,) and not labels.is_floating_point():
+        counts = {
+            "mean over labels": labels.reshape(size, -1),
+            "mean over next tokens": labels.reshape(size, -1)[:, 1:],
+        }
+        for name, part in counts.items():
+            count = (part != IGNORED).sum(1).double()
+            if count.sum() > 0:
+                found[name] = (count / count.sum()).cpu()
+    return found
+
+
+def _agree(candidates: list[Tensor]) -> bool:
+    return all(torch.allclose(candidates[0], other, rtol=1e-9, atol=0) for other in candidates[1:])
+
+
+def batch_size(batch: Any) -> int:
+    """Return the first dimension of the first tensor in a batch, 1 if there is none."""
+    for value in _values(batch):
+        if isinstance(value, Tensor) and value.dim():
+            return len(value)
+    return 1
+
+
+def sample(batch: Any, n: int, size: int) -> Any:
+    """Return the n-th sample of a batch as a batch of one."""
+    return take(batch, slice(n, n + 1), size)
+
+
+def take(batch: Any, rows: slice, size: int) -> Any:
+    """Return some samples of a batch; what does not have one entry a sample is passed on whole."""
+
+    def cut(value: Any) -> Any:
+        has_rows = isinstance(value, Tensor | Sequence) and not isinstance(value, str) and len(value) == size
+        return value[rows] if has_rows and not (isinstance(value, Tensor) and value.dim() == 0) else value
+
+    if isinstance(batch, Tensor):
+        return batch[rows]
+    if isinstance(batch, Mapping):
+        return {key: cut(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(cut(value) for value in batch)
+    raise InputError(
+        f"the samples of a batch of type {type(batch).__name__} cannot be taken apart; "
+        "let loss_fn return one loss for each sample, or give batches of one sample"
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with its tensors on a device and out of any graph."""
+    if isinstance(batch, Tensor):
+        return batch.detach().to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
+
+
+def _values(batch: Any) -> Sequence[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, list | tuple) else [batch]
+
+
+class LabelSampler:
+    """Draws labels from the model's own output, which turns the empirical Fisher information into the true one.
+
+    Args:
+        model: A model whose output has ``logits``, and whose loss is their cross entropy with ``labels``, at the same
+            positions or (in a causal language model) shifted by one.
+        seed: Seed of the draws, which do not touch torch's global generators.
+    """
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._model = model
+        self._seed = seed
+        self._generator: torch.Generator | None = None
+        self._shift: int | None = None
+
+    @torch.no_grad()
+    def draw(self, batch: Any) -> dict[str, Any]:
+        """Return the batch with labels drawn where it has labels.
+
+        Raises:
+            InputError: If there are no class labels or logits, or the loss is not their cross entropy.
+        """
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            raise InputError("labels='model' needs batches with integer labels, whose places say what to draw")
+        output = self._model(**batch)
+        logits, loss = _entry(output, "logits"), _entry(output, "loss")
+        if logits is None or loss is None or logits.shape[:-1] != labels.shape:
+            raise InputError("labels='model' needs a model with a loss, and logits of the labels' shape and classes")
+        if self._shift is None:
+            self._shift = _label_shift(loss, logits, labels)
+        if self._generator is None:
+            self._generator = torch.Generator(logits.device).manual_seed(self._seed)
+        probabilities = logits.reshape(-1, logits.shape[-1]).float().softmax(-1)
+        drawn = torch.multinomial(probabilities, 1, generator=self._generator).view(labels.shape)
+        if self._shift:
+            drawn = torch.cat((labels[..., :1], drawn[..., :-1]), dim=-1)
+        return {**batch, "labels": torch.where(labels == IGNORED, labels, drawn)}
+
+
+def _label_shift(loss: Tensor, logits: Tensor, labels: Tensor) -> int:
+    """Return 1 if the loss compares logits with the next label, 0 if with the one in place."""
+    for shift in (1, 0) if labels.dim() > 1 else (0,):
+        scores = logits[..., : logits.shape[-2] - shift, :] if shift else logits
+        wanted = labels[..., shift:] if shift else labels
+        ours = cross_entropy(scores.reshape(-1, scores.shape[-1]).float(), wanted.reshape(-1), ignore_index=IGNORED)
+        # The model may have taken the mean in its own precision.
+        if torch.isclose(ours, loss.float(), rtol=1e-2 if loss.dtype in (torch.bfloat16, torch.float16) else 1e-4):
+            return shift
+    raise InputError("labels='model' needs a model whose loss is the mean cross entropy of its logits and labels")

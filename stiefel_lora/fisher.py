@@ -1,0 +1,298 @@
+"""Choose the layers to adapt by their Fisher information: how much the loss depends on them, sample by sample.
+
+The score of a layer is F_l = 1/N sum_n sum_{W in layer l} |grad_W L(x_n, y_n)|_F^2: the squared norm of each *sample's*
+gradient, averaged over samples; the squared gradient of a batch would mix them. (FoRA, arXiv:2605.29317: the diagonal
+Fisher information, summed over a layer's linear maps.)
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, Literal
+from warnings import warn
+
+import torch
+from torch import Tensor, nn
+
+from stiefel_lora._gradnorms import GradientNorms
+from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses, batch_size, take, to_device
+from stiefel_lora._models import find_layers, find_linears, join, linear_shape
+from stiefel_lora._progress import progress as progress_bar
+from stiefel_lora.errors import InputError
+from stiefel_lora.scores import FisherScores, Normalize, count_of
+from stiefel_lora.stiefel import check_choice
+
+# Fewer samples than this tell nothing about a standard error.
+_FEWEST = 8
+
+
+def fisher_select(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    budget: float | int = 0.5,
+    budget_params: int | None = None,
+    rank: int | None = None,
+    normalize: Normalize = "raw",
+    layers: str | None = None,
+    modules: Sequence[str] | None = None,
+    loss_fn: LossFn | None = None,
+    labels: Literal["data", "model"] = "data",
+    max_samples: int | None = None,
+    tol: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[int]:
+    """Return the sorted indices of the layers to adapt: those with the highest Fisher scores.
+
+    Args:
+        model: The model, before any adapter.
+        batches: Calibration data; see `fisher_scores`.
+        budget: Share of the layers in (0, 1], or their number.
+        budget_params: Instead, a number of trainable parameters at ``rank``, filled greedily by score per parameter.
+        rank: Rank of the adapters that ``budget_params`` counts.
+        normalize: "raw" (the paper's score), "params" (per weight) or "weight" (relative to the weights' norm).
+        layers: See `fisher_scores`, as for all that follow.
+        modules: Names of the linear maps that count, such as those that will be adapted.
+        loss_fn: Loss for other models and data.
+        labels: "data" or "model".
+        max_samples: Stop after so many.
+        tol: Stop as soon as the set is stable.
+        seed: Seed of drawn labels.
+        progress: Show a bar on a terminal.
+
+    Returns:
+        Indices into the model's list of layers, sorted; of equal scores the lower index is chosen.
+
+    Raises:
+        InputError: See `fisher_scores` and `FisherScores.select`.
+    """
+    scores = fisher_scores(
+        model,
+        batches,
+        layers=layers,
+        modules=modules,
+        loss_fn=loss_fn,
+        labels=labels,
+        max_samples=max_samples,
+        budget=budget,
+        tol=tol,
+        seed=seed,
+        progress=progress,
+    )
+    return scores.select(budget, budget_params=budget_params, rank=rank, normalize=normalize)
+
+
+def fisher_scores(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: str | None = None,
+    modules: Sequence[str] | None = None,
+    loss_fn: LossFn | None = None,
+    labels: Literal["data", "model"] = "data",
+    granularity: Literal["layer", "module"] = "layer",
+    max_samples: int | None = None,
+    budget: float | int = 0.5,
+    tol: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FisherScores:
+    """Score every layer by the squared gradient norm of its linear maps, exact for each sample, in one pass.
+
+    The model is evaluated in eval mode; only gradients of activations are computed. It comes back as it was: training
+    mode, ``requires_grad``, gradients, hooks, configuration and random state, also after an error.
+
+    Args:
+        model: A model with a list of repeated layers, on any device.
+        batches: Mappings for ``model(**batch)`` that gives a ``loss``, or whatever ``loss_fn`` takes. Padding has the
+            label -100. Batches may mix lengths; their size changes the speed and the memory, not the scores.
+        layers: Qualified name of the list of layers, where the longest one is not meant.
+        modules: Names of the linear maps that count, matched against the end of their qualified names (default: all).
+        loss_fn: Called as ``loss_fn(model, batch)``; returns the loss of each sample, shape (batch,), or one number.
+        labels: "data" for the empirical Fisher information; "model" draws the labels from the model's own output, the
+            true Fisher information, at the cost of one more forward pass.
+        granularity: "layer", or "module" for a score of each linear map.
+        max_samples: Stop after so many samples.
+        budget: What ``tol`` and the field ``stable`` refer to: the share or number of layers to be chosen.
+        tol: Stop as soon as the chosen set is stable at the confidence 1 - tol: every chosen one leads every other by
+            more than the standard error of their paired difference allows (normal approximation, at least 8 samples,
+            Bonferroni over the pairs). None takes all samples; ``stable`` then is decided at 0.05.
+        seed: Seed of the draws of ``labels="model"``.
+        progress: Show a bar, on a terminal only.
+
+    Returns:
+        The scores, over the samples of all ranks if a torch.distributed group is initialised.
+
+    Raises:
+        InputError: If there are no batches, no loss, no linear maps, a weight is shared with a module that is not
+            scored, an option is out of range, or no sample had a finite gradient.
+
+    Warns:
+        UserWarning: If samples were left out because their loss or gradient was not finite.
+    """
+    check_choice("labels", labels, ("data", "model"))
+    check_choice("granularity", granularity, ("layer", "module"))
+    _check_limits(max_samples, tol)
+    start = perf_counter()
+    found = find_linears(model, layers=layers, targets=modules)
+    linears = {name: module for layer in found.values() for name, module in layer.items()}
+    groups = _groups(model, found, layers, granularity)
+    count = count_of(budget, len(groups))
+    rows: list[Tensor] = []
+    sampler = LabelSampler(model, seed) if labels == "model" else None
+    with _undisturbed(model), GradientNorms(model, linears) as norms:
+        losses = SampleLosses(model, norms, loss_fn)
+        bar = progress_bar(total=max_samples, label="Fisher scores", enabled=None if progress else False)
+        with bar:
+            for batch in _limited(batches, _device(linears), max_samples):
+                squared = losses.measure(batch if sampler is None else sampler.draw(batch))
+                rows.append(torch.stack([squared[:, members].sum(1) for members in groups.values()], dim=1))
+                bar.update(len(squared))
+                if tol is not None and _is_stable(_finite(rows), count, tol):
+                    break
+    samples, skipped = _gathered(rows)
+    return FisherScores(
+        scores=samples.mean(0).tolist(),
+        stderr=(samples.std(0) / math.sqrt(len(samples))).tolist() if len(samples) > 1 else [0.0] * len(groups),
+        names=[name for name, _ in groups],
+        layers=[layer for _, layer in groups],
+        parameters=[sum(math.prod(s) for s in _shapes(linears, members)) for members in groups.values()],
+        adapter_size=[sum(sum(s) for s in _shapes(linears, members)) for members in groups.values()],
+        weight_norm=[sum(_square(list(linears.values())[i]) for i in members) for members in groups.values()],
+        granularity=granularity,
+        n_samples=len(samples),
+        n_skipped=skipped,
+        seconds=perf_counter() - start,
+        stable=_is_stable(samples, count, 0.05 if tol is None else tol),
+        budget=budget,
+        confidence=1 - (0.05 if tol is None else tol),
+    )
+
+
+def _check_limits(max_samples: int | None, tol: float | None) -> None:
+    if max_samples is not None and max_samples < 1:
+        raise InputError(f"max_samples must be at least 1, got {max_samples}")
+    if tol is not None and not 0 < tol < 1:
+        raise InputError(f"tol must be in (0, 1), got {tol}")
+    if tol is not None and _distributed():
+        raise InputError("tol= is not supported in a distributed job, whose ranks would stop at different batches")
+
+
+def _groups(
+    model: nn.Module, found: dict[int, dict[str, nn.Module]], layers: str | None, granularity: str
+) -> dict[tuple[str, int], list[int]]:
+    """Return what gets a score, (name, layer), and the positions of its linear maps."""
+    prefix, _ = find_layers(model, layers)
+    groups: dict[tuple[str, int], list[int]] = {}
+    position = 0
+    for layer, linears in found.items():
+        for name in linears:
+            key = (join(prefix, layer) if granularity == "layer" else name, layer)
+            groups.setdefault(key, []).append(position)
+            position += 1
+    return groups
+
+
+def _limited(batches: Iterable[Any], device: torch.device, limit: int | None) -> Iterator[Any]:
+    """Yield batches on the device until there are ``limit`` samples."""
+    seen = 0
+    for batch in batches:
+        size = batch_size(batch)
+        if limit is not None and seen + size > limit:
+            batch = take(batch, slice(0, limit - seen), size)
+            size = limit - seen
+        yield to_device(batch, device)
+        seen += size
+        if seen == limit:
+            return
+    if seen == 0:
+        raise InputError("there are no calibration batches to score")
+
+
+def _device(linears: dict[str, nn.Module]) -> torch.device:
+    first = next(iter(linears.values()))
+    tensors = [*first.parameters(), *first.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Freeze the model in eval mode, and put everything back whatever happens."""
+    training = {module: module.training for module in model.modules()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.eval()
+            model.requires_grad_(False)
+            if cached:
+                # A cache of keys and values would only take memory.
+                config.use_cache = False  # type: ignore[union-attr]
+            yield
+    finally:
+        if cached:
+            config.use_cache = cached  # type: ignore[union-attr]
+        for p in trainable:
+            p.requires_grad_(True)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _finite(rows: list[Tensor]) -> Tensor:
+    samples = torch.cat(rows).double()
+    return samples[samples.isfinite().all(1)]
+
+
+def _gathered(rows: list[Tensor]) -> tuple[Tensor, int]:
+    """Return the finite samples of all ranks, (N, scores) in float64 on the CPU, and how many were not finite."""
+    total = sum(map(len, rows))
+    samples = _finite(rows).cpu()
+    if _distributed():
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, (samples.numpy(), total))
+        samples = torch.cat([torch.from_numpy(part) for part, _ in parts])
+        total = sum(n for _, n in parts)
+    skipped = total - len(samples)
+    if not len(samples):
+        raise InputError(f"none of the {total} samples had a finite loss and gradient")
+    if skipped:
+        warn(f"{skipped} of {total} samples were left out: their loss or gradient was not finite", stacklevel=3)
+    return samples, skipped
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
+    """Tell whether the ``count`` highest means are told apart from the rest at the confidence 1 - tol."""
+    n, available = samples.shape
+    if count == available:
+        return True
+    if n < _FEWEST:
+        return False
+    order = samples.mean(0).argsort(descending=True, stable=True)
+    chosen, rest = samples[:, order[:count]], samples[:, order[count:]]
+    # Paired: samples with large gradients have them in all layers, which says nothing about the layers' order.
+    lead = chosen[:, :, None] - rest[:, None, :]
+    error = lead.std(0) / math.sqrt(n)
+    pairs = count * (available - count)
+    quantile = -torch.special.ndtri(torch.tensor(tol / pairs, dtype=torch.float64))
+    return bool((lead.mean(0) > quantile * error).all())
+
+
+def _shapes(linears: dict[str, nn.Module], members: list[int]) -> list[tuple[int, int]]:
+    modules = list(linears.values())
+    return [linear_shape(modules[i]) for i in members]
+
+
+def _square(module: nn.Module) -> float:
+    """Return the squared Frobenius norm of a linear map's weight, 0 if that is not an ordinary tensor."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return 0.0
+    return float(weight.detach().float().square().sum()) if weight.numel() == math.prod(linear_shape(module)) else 0.0

@@ -1,0 +1,194 @@
+"""Fisher scores as a value: ranking, selection, table, plot and file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from stiefel_lora._files import atomic_file
+from stiefel_lora.errors import InputError
+from stiefel_lora.stiefel import check_choice
+
+Normalize: TypeAlias = Literal["raw", "params", "weight"]
+
+
+@dataclass(frozen=True, repr=False)
+class FisherScores:
+    """Scores of the layers (or of single linear maps) of a model, by position.
+
+    Attributes:
+        scores: Mean over samples of the squared gradient norm, in squared units of loss over weight.
+        stderr: Standard errors of these means; 0 for a single sample, which says nothing about it.
+        names: Qualified names of the layers, or of the linear maps.
+        layers: Position of each in the model's list of layers.
+        parameters: Number of weights behind each score.
+        adapter_size: Trainable parameters that adapters of rank 1 on its linear maps have: the sum of in + out.
+        weight_norm: Squared Frobenius norm of the weights; 0 where one is not an ordinary tensor.
+        granularity: "layer" or "module".
+        n_samples: Number of samples the means are over.
+        n_skipped: Samples left out because their loss or gradient was not finite.
+        seconds: What the scoring took.
+        stable: Whether the selection at ``budget`` is separated from the rest beyond ``confidence``.
+        budget: Budget for which ``stable`` was decided.
+        confidence: 1 - tol.
+    """
+
+    scores: list[float]
+    stderr: list[float]
+    names: list[str]
+    layers: list[int]
+    parameters: list[int]
+    adapter_size: list[int]
+    weight_norm: list[float] = field(repr=False)
+    granularity: str
+    n_samples: int
+    n_skipped: int
+    seconds: float
+    stable: bool
+    budget: float | int
+    confidence: float
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def normalized(self, normalize: Normalize = "raw") -> list[float]:
+        """Return the scores: "raw" (the paper's), "params" (per weight), or "weight" (relative to |W|_F^2)."""
+        check_choice("normalize", normalize, ("raw", "params", "weight"))
+        if normalize == "raw":
+            return list(self.scores)
+        by: Sequence[float] = self.parameters if normalize == "params" else self.weight_norm
+        if any(not value > 0 for value in by):
+            raise InputError("normalize='weight' needs weights that are ordinary tensors and not zero")
+        return [score / value for score, value in zip(self.scores, by, strict=True)]
+
+    def ranking(self, normalize: Normalize = "raw") -> list[int]:
+        """Return all positions, the highest score first; ties go to the lower position."""
+        values = self.normalized(normalize)
+        return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+    def select(
+        self,
+        budget: float | int = 0.5,
+        *,
+        budget_params: int | None = None,
+        rank: int | None = None,
+        normalize: Normalize = "raw",
+    ) -> list[int]:
+        """Return the sorted indices of the layers to adapt (with "module" granularity: positions in ``names``).
+
+        Args:
+            budget: A share of the layers in (0, 1] (rounded to a count, at least one), or a count.
+            budget_params: Instead, a number of trainable parameters, filled greedily by score per parameter.
+            rank: Rank of the adapters that ``budget_params`` counts.
+            normalize: Which score to rank by; see `normalized`.
+
+        Raises:
+            InputError: If a budget is out of range.
+        """
+        if budget_params is not None:
+            chosen = self._fill(budget_params, rank, normalize)
+        else:
+            chosen = self.ranking(normalize)[: count_of(budget, len(self))]
+        return sorted(self.layers[i] if self.granularity == "layer" else i for i in chosen)
+
+    def _fill(self, budget_params: int, rank: int | None, normalize: Normalize) -> list[int]:
+        if rank is None or rank < 1:
+            raise InputError(
+                f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}"
+            )
+        cost = [rank * size for size in self.adapter_size]
+        if budget_params < min(cost):
+            raise InputError(f"budget_params must be at least {min(cost)}, one at rank {rank}, got {budget_params}")
+        values = self.normalized(normalize)
+        chosen, left = [], budget_params
+        for i in sorted(range(len(self)), key=lambda i: (-values[i] / cost[i], i)):
+            if cost[i] <= left:
+                chosen.append(i)
+                left -= cost[i]
+        return chosen
+
+    def table(self, selected: Sequence[int] = (), normalize: Normalize = "raw") -> str:
+        """Return the ranking as lines of text, with a mark at the selected ones."""
+        values = self.normalized(normalize)
+        width = max(len(name) for name in self.names)
+        lines = [f"{'rank':>4}  {'':1} {self.granularity:{width}}  {'score':>10}  {'± s.e.':>9}"]
+        for place, i in enumerate(self.ranking(normalize), start=1):
+            index = self.layers[i] if self.granularity == "layer" else i
+            error = self.stderr[i] * (values[i] / self.scores[i] if self.scores[i] else 1)
+            mark = "*" if index in selected else " "
+            lines.append(f"{place:>4}  {mark} {self.names[i]:{width}}  {values[i]:>10.3g}  {error:>9.2g}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        best = self.ranking()[0]
+        return (
+            f"FisherScores({len(self)} {self.granularity}s, {self.n_samples} samples, highest {self.names[best]} "
+            f"({self.scores[best]:.3g}), stable={self.stable}, {self.seconds:.1f} s)"
+        )
+
+    def plot(self, path: str | Path, selected: Sequence[int] | None = None) -> None:
+        """Draw the scores with their standard errors, the selected ones in colour, into an image file.
+
+        Args:
+            path: Where to; the ending decides the format.
+            selected: Indices as `select` returns them (default: the selection at ``budget``).
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        chosen = set(self.select(self.budget) if selected is None else selected)
+        indices = self.layers if self.granularity == "layer" else range(len(self))
+        figure = Figure(figsize=(max(6.0, 0.22 * len(self)), 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for mine, label, colour in ((True, "selected", "#1f77b4"), (False, "not selected", "#c7c7c7")):
+            bars = [
+                (i, s, e) for i, s, e in zip(indices, self.scores, self.stderr, strict=True) if (i in chosen) == mine
+            ]
+            if bars:
+                x, y, error = zip(*bars, strict=True)
+                axes.bar(x, y, yerr=error, label=label, color=colour, ecolor="#555555", capsize=2)
+        axes.set_xlabel("decoder layer" if self.granularity == "layer" else "linear map, in the model's order")
+        axes.set_ylabel("Fisher score (± s.e.)")
+        axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
+        axes.legend()
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=120)
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores as JSON, whole or not at all."""
+        with atomic_file(path) as file:
+            file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "FisherScores":
+        """Read scores written by `save`.
+
+        Raises:
+            InputError: If the file is missing or is something else.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from error
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} does not hold Fisher scores: {error}") from error
+
+
+def count_of(budget: float | int, available: int) -> int:
+    """Return how many of the available layers a budget allows.
+
+    Raises:
+        InputError: If a float is outside (0, 1] or an int outside [1, available].
+        TypeError: If it is neither.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"budget must be a float (a share) or an int (a count), got {type(budget).__name__}")
+    if isinstance(budget, int):
+        if not 1 <= budget <= available:
+            raise InputError(f"budget as a count must be in [1, {available}], the number there is; got {budget}")
+        return budget
+    if not 0 < budget <= 1:
+        raise InputError(f"budget as a share must be in (0, 1], got {budget}")
+    return max(1, int(budget * available + 0.5))

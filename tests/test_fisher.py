@@ -1,0 +1,517 @@
+"""Fisher scores against one-sample autograd gradients, on real model classes; selection; restoration; errors."""
+
+import copy
+import multiprocessing
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stiefel_lora._models import find_linears
+from stiefel_lora.errors import InputError
+from stiefel_lora.fisher import fisher_scores, fisher_select
+from tests.models import FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch
+from tests.reference import fisher as reference
+
+LLAMA = FAMILIES["llama"]
+
+# These classes of transformers compute norms, rotary embeddings or the loss in float32 whatever the model's dtype.
+FLOAT32_INSIDE = {"llama", "llama-tied", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "gpt2", "gpt-neox"}
+
+
+def linear_weights(model: nn.Module, layers: str | None = None) -> dict[str, Tensor]:
+    found = find_linears(model, layers=layers)
+    return {name: module.weight for layer in found.values() for name, module in layer.items()}
+
+
+def expected_by_module(model: nn.Module, batch: dict[str, Tensor], layers: str | None = None) -> Tensor:
+    return reference.squared_norms(model, linear_weights(model, layers), reference.singles(batch)).mean(0)
+
+
+def by_module(model: nn.Module, batches: list[Any], **options: Any) -> Tensor:
+    scores = fisher_scores(model, batches, granularity="module", progress=False, **options)
+    return torch.tensor(scores.scores, dtype=torch.float64)
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_scores_are_the_mean_of_per_sample_gradient_norms(name: str, dtype: torch.dtype, rtol: float) -> None:
+    """Rows of different length in one padded batch, the loss averaged by the model in its own way."""
+    family = FAMILIES[name]
+    model = family.build().to(dtype)
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in family.batch(4, 9).items()}
+    layers = None if name != "transformer-encoder" else "net.layers"
+    expected = expected_by_module(model, batch, layers)
+    assert float(expected.max()) > 0
+    got = by_module(model, [batch], layers=layers)
+    if name in FLOAT32_INSIDE:
+        rtol = max(rtol, 1e-6)
+    # Relative to the largest score: float32 sums over T positions in another order.
+    torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=rtol * float(expected.max()))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1), (2, 2, 1), (4, 1), (5,)])
+def test_the_split_into_batches_does_not_matter(sizes: tuple[int, ...]) -> None:
+    model, batch = LLAMA.build().double(), causal_batch(5, 11)
+    parts = [torch.split(value, list(sizes)) for value in batch.values()]
+    batches = [dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True)]
+    scores = fisher_scores(model, batches, progress=False)
+    whole = reference.squared_norms(model, linear_weights(model), reference.singles(batch))
+    layers = whole.view(5, 3, -1).sum(2)
+    assert scores.n_samples == 5
+    torch.testing.assert_close(torch.tensor(scores.scores), layers.mean(0).float(), rtol=1e-6, atol=0)
+    expected_error = layers.std(0) / 5**0.5
+    torch.testing.assert_close(torch.tensor(scores.stderr), expected_error.float(), rtol=1e-6, atol=0)
+
+
+def test_padding_changes_nothing() -> None:
+    model, batch = LLAMA.build().double(), causal_batch(3, 8)
+    longer = {
+        "input_ids": nn.functional.pad(batch["input_ids"], (0, 5)),
+        "attention_mask": nn.functional.pad(batch["attention_mask"], (0, 5)),
+        "labels": nn.functional.pad(batch["labels"], (0, 5), value=-100),
+    }
+    torch.testing.assert_close(by_module(model, [longer]), by_module(model, [batch]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_both_forms_of_the_norm(length: int) -> None:
+    """Short sequences go through Gram matrices, long ones through the gradient itself; 12 x 20 maps change at 7.5."""
+    family = FAMILIES["sequential"]
+    model, batch = family.build().double(), {k: v.double() for k, v in plain_batch(3, length).items()}
+    torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "vector", "odd"])
+def test_loss_fn_and_its_reduction(reduction: str) -> None:
+    """The loss of each sample; or one number that is their mean, their sum, or no usual mixture of them."""
+    model = FAMILIES["sequential"].build().double().net
+    x, y = (v.double() for v in plain_batch(4, 5).values())
+    linears = linear_weights(model)
+
+    def each(net: nn.Module, batch: Any) -> Tensor:
+        return (net(batch[0]) - batch[1]).square().mean((1, 2))
+
+    def loss_fn(net: nn.Module, batch: Any) -> Tensor:
+        losses = each(net, batch)
+        forms = {"mean": losses.mean(), "sum": losses.sum(), "vector": losses, "odd": losses.square().sum().sqrt()}
+        return forms[reduction]
+
+    expected = reference.squared_norms(model, linears, [(x[n : n + 1], y[n : n + 1]) for n in range(4)], each).mean(0)
+    # Alone, the odd loss of a sample is the sample's loss.
+    got = by_module(model, [(x, y)], loss_fn=loss_fn)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_the_reduction_is_found_again_when_it_matters() -> None:
+    """A first batch of equal lengths says nothing about the weights in the second, with unequal ones."""
+    model = LLAMA.build().double()
+    equal = {k: v[:1].expand(3, -1).contiguous() for k, v in causal_batch(1, 7).items()}
+    unequal = causal_batch(4, 9)
+    expected = reference.squared_norms(
+        model, linear_weights(model), reference.singles(equal) + reference.singles(unequal)
+    ).mean(0)
+    torch.testing.assert_close(by_module(model, [equal, unequal]).double(), expected, rtol=1e-6, atol=0)
+
+
+class _Reused(nn.Module):
+    """Two layers; the first runs twice in one forward, the second's two maps share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]) for _ in range(2)])
+        self.layers[1][1].weight = self.layers[1][0].weight
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        a, b = self.layers[0]
+        c, d = self.layers[1]
+        h = torch.tanh(b(torch.tanh(a(torch.tanh(a(x))))))
+        return {"loss": (d(torch.tanh(c(h))) - y).square().mean()}
+
+
+@pytest.mark.parametrize("length", [2, 9])
+def test_reused_and_shared_weights_are_exact(length: int) -> None:
+    torch.manual_seed(1)
+    model = _Reused().double()
+    x, y = torch.randn(2, 3, length, 6, dtype=torch.float64)
+    batch = {"x": x, "y": y}
+    # The shared weight appears under both names, with its whole gradient each time.
+    assert len(linear_weights(model)) == 4
+    torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)
+
+
+def test_a_weight_shared_with_something_else_is_refused_by_name() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 5)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 5)) for _ in range(2)])
+            self.layers[0][0].weight = self.embed.weight
+
+    with pytest.raises(InputError, match=r"weight of layers\.0\.0 is shared with embed"):
+        fisher_scores(Tied(), [], progress=False)
+
+
+def test_an_input_without_the_batch_in_front_falls_back_to_single_samples() -> None:
+    """Sequence-first layers: (T, batch, width)."""
+
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = FAMILIES["sequential"].build().net
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return {"loss": (self.net(x.transpose(0, 1)).transpose(0, 1) - y).square().mean()}
+
+    model = SequenceFirst().double()
+    batch = {k: v.double() for k, v in plain_batch(3, 5).items()}
+    torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)
+
+
+def test_non_reentrant_checkpointing_does_no_harm_and_reentrant_is_refused() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant: bool) -> None:
+            super().__init__()
+            self.net = FAMILIES["sequential"].build().net
+            self.reentrant = reentrant
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            for block in self.net:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant)
+            return {"loss": (x - y).square().mean()}
+
+    batch = plain_batch(3, 5)
+    plain = by_module(FAMILIES["sequential"].build(), [batch])
+    torch.testing.assert_close(by_module(Checkpointed(False), [batch]), plain, rtol=1e-5, atol=0)
+    with (
+        pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
+        pytest.raises(InputError, match="use_reentrant"),
+    ):
+        by_module(Checkpointed(True), [batch])
+
+
+def test_gradient_checkpointing_and_cache_of_transformers_do_no_harm() -> None:
+    model, batch = LLAMA.build(), causal_batch(3, 8)
+    plain = by_module(model, [batch])
+    # Renamed in transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    model.config.use_cache = True
+    model.train()
+    torch.testing.assert_close(by_module(model, [batch]), plain, rtol=1e-6, atol=0)
+    assert model.config.use_cache is True
+
+
+def test_autocast_stays_close_to_full_precision() -> None:
+    model, batch = LLAMA.build(), causal_batch(3, 8)
+    plain = by_module(model, [batch])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = by_module(model, [batch])
+    # bf16 has 8 bits; squared norms over three layers of it.
+    torch.testing.assert_close(low, plain, rtol=0.15, atol=0.01 * float(plain.max()))
+    assert not torch.equal(low, plain)
+
+
+def test_it_works_inside_no_grad_and_on_frozen_models() -> None:
+    model, batch = LLAMA.build(), causal_batch(3, 8)
+    plain = by_module(model, [batch])
+    model.requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(by_module(model, [batch]), plain)
+
+
+def test_model_labels_give_the_true_fisher_information() -> None:
+    """Over many draws the mean approaches the expectation over the model's own labels, computed class by class."""
+    model, batch = FAMILIES["roberta"].build().double(), class_batch(1, 6)
+    many = {k: v.expand(400, *v.shape[1:]) for k, v in batch.items()}
+    got = by_module(model, [many], labels="model", seed=3)
+    probabilities = model(**batch).logits.detach().softmax(-1)[0]
+    weights = linear_weights(model)
+    each = [reference.squared_norms(model, weights, [{**batch, "labels": torch.tensor([c])}])[0] for c in range(5)]
+    expected = sum(p * norms for p, norms in zip(probabilities, each, strict=True))
+    # 400 draws: five per cent standard error where classes differ by their own size.
+    torch.testing.assert_close(got.double(), expected, rtol=0.2, atol=0)
+    assert torch.equal(got, by_module(model, [many], labels="model", seed=3))
+    assert not torch.equal(got, by_module(model, [many], labels="model", seed=4))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_model_labels_of_a_language_model_respect_shift_and_padding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With draws replaced by the likeliest class, the labels are the model's own predictions in the right place."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(-1, keepdim=True))
+    model = FAMILIES[name].build().double()
+    batch = FAMILIES[name].batch(3, 8)
+    likeliest = model(**batch).logits.argmax(-1)
+    labels = batch["labels"].clone()
+    if name == "llama":
+        labels[:, 1:] = torch.where(labels[:, 1:] == -100, -100, likeliest[:, :-1])
+    else:
+        labels = torch.where(labels == -100, -100, likeliest)
+    expected = by_module(model, [{**batch, "labels": labels}])
+    torch.testing.assert_close(by_module(model, [batch], labels="model"), expected, rtol=1e-6, atol=0)
+
+
+class _Quantised(nn.Module):
+    """A linear whose weight is int8 codes and a scale, as quantised layers keep it; gradients pass through."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        self.register_buffer("codes", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes.to(x.dtype) * self.scale)
+
+
+def test_quantised_linears_are_scored() -> None:
+    model = Loss(nn.Sequential(*[nn.Sequential(nn.Linear(12, 12, bias=False), nn.Tanh()) for _ in range(3)]))
+    batch = plain_batch(3, 5)
+    quantised = copy.deepcopy(model)
+    for block, original in zip(quantised.net, model.net, strict=True):
+        block[0] = _Quantised(original[0])
+        original[0].weight.data = block[0].codes * block[0].scale
+    torch.testing.assert_close(by_module(quantised, [batch]), by_module(model, [batch]), rtol=1e-5, atol=0)
+    scores = fisher_scores(quantised, [batch], progress=False)
+    with pytest.raises(InputError, match="ordinary tensors"):
+        scores.select(normalize="weight")
+
+
+# -- the model comes back as it was --------------------------------------------------------------------------------------
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    return {
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "values": [p.detach().clone() for p in model.parameters()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+        "use_cache": model.config.use_cache,
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_unchanged(before: dict[str, Any], model: nn.Module) -> None:
+    after = fingerprint(model)
+    for key in ("training", "requires_grad", "hooks", "use_cache"):
+        assert before[key] == after[key], key
+    assert torch.equal(before["rng"], after["rng"])
+    for key in ("grads", "values"):
+        for a, b in zip(before[key], after[key], strict=True):
+            assert (a is None and b is None) or torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("labels", ["data", "model"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_comes_back_as_it_was(labels: str, fails: bool) -> None:
+    model = LLAMA.build()
+    model.train()
+    model.model.layers[1].eval()
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i % 3 != 0)
+        if i % 4 == 0:
+            p.grad = torch.ones_like(p)
+    model.model.norm.register_forward_hook(lambda *_: None)
+    before = fingerprint(model)
+
+    def batches() -> Iterator[Any]:
+        yield causal_batch(2, 7)
+        torch.rand(3)
+        if fails:
+            raise RuntimeError("the loader broke")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="the loader broke"):
+            fisher_scores(model, batches(), labels=labels, progress=False)  # type: ignore[arg-type]
+    else:
+        fisher_scores(model, batches(), labels=labels, progress=False)  # type: ignore[arg-type]
+    assert_unchanged(before, model)
+
+
+# -- samples that are not finite, errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_sample_that_is_not_finite_is_left_out_and_counted(size: int) -> None:
+    model = FAMILIES["sequential"].build()
+    batch = plain_batch(4, 5)
+    good = {k: v[[0, 1, 3]] for k, v in batch.items()}
+    expected = by_module(model, [good])
+    batch["x"][2, 1, 1] = torch.nan
+    batches = [{k: v[n : n + size] for k, v in batch.items()} for n in range(0, 4, size)]
+    with pytest.warns(UserWarning, match="1 of 4 samples were left out"):
+        scores = fisher_scores(model, batches, granularity="module", progress=False)
+    assert (scores.n_samples, scores.n_skipped) == (3, 1)
+    torch.testing.assert_close(torch.tensor(scores.scores, dtype=torch.float64), expected, rtol=1e-6, atol=0)
+
+
+def test_a_sample_without_labels_is_left_out() -> None:
+    model, batch = LLAMA.build(), causal_batch(3, 8)
+    expected = by_module(model, [{k: v[1:] for k, v in batch.items()}])
+    batch["labels"][0] = -100
+    with pytest.warns(UserWarning, match="1 of 3 samples"):
+        got = by_module(model, [batch])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_errors_say_what_is_wrong() -> None:
+    model, batch = LLAMA.build(), causal_batch(2, 6)
+    no_labels = {k: v for k, v in batch.items() if k != "labels"}
+    broken = {"x": torch.full((2, 3, 12), torch.nan), "y": torch.zeros(2, 3, 12)}
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (lambda: fisher_scores(model, []), InputError, "no calibration batches"),
+        (lambda: fisher_scores(model, [no_labels]), InputError, "no loss for a batch of input_ids, attention_mask"),
+        (lambda: fisher_scores(model, [batch["input_ids"]]), TypeError, "must be a mapping"),
+        (lambda: fisher_scores(nn.Sequential(nn.ReLU()), [batch]), InputError, "no ModuleList or Sequential"),
+        (lambda: fisher_scores(FAMILIES["sequential"].build(), [broken]), InputError, "none of the 2 samples"),
+        (lambda: fisher_scores(model, [batch], labels="drawn"), InputError, "'data', 'model', got 'drawn'"),  # type: ignore[arg-type]
+        (lambda: fisher_scores(model, [batch], granularity="head"), InputError, "'layer', 'module'"),  # type: ignore[arg-type]
+        (lambda: fisher_scores(model, [batch], modules=["wq"]), InputError, "q_proj"),
+        (lambda: fisher_scores(model, [batch], tol=1.5), InputError, r"tol must be in \(0, 1\), got 1.5"),
+        (lambda: fisher_scores(model, [batch], max_samples=0), InputError, "max_samples must be at least 1"),
+        (
+            lambda: fisher_scores(model, [batch], loss_fn=lambda *_: torch.ones(())),
+            InputError,
+            "none of the linear maps",
+        ),
+        (
+            lambda: fisher_scores(model, [batch], loss_fn=lambda *_: torch.ones(3)),
+            InputError,
+            r"of shape \(2,\), got \(3,\)",
+        ),
+        (lambda: fisher_scores(model, [batch], loss_fn=lambda *_: 1.0), TypeError, "must return a tensor, got float"),  # type: ignore[arg-type, return-value]
+        (
+            lambda: fisher_scores(FAMILIES["sequential"].build(), [plain_batch()], labels="model"),
+            InputError,
+            "integer labels",
+        ),
+        (lambda: fisher_select(model, [batch], budget=0.0), InputError, r"in \(0, 1\], got 0.0"),
+        (lambda: fisher_select(model, [batch], budget=4), InputError, r"in \[1, 3\].*got 4"),
+        (lambda: fisher_select(model, [batch], budget=True), TypeError, "got bool"),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+# -- selection -----------------------------------------------------------------------------------------------------------
+
+
+def test_select_takes_the_highest_layers_sorted() -> None:
+    model, batch = LLAMA.build(), causal_batch(4, 9)
+    scores = fisher_scores(model, [batch], progress=False)
+    assert scores.names == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    best = sorted(range(3), key=lambda i: -scores.scores[i])
+    assert fisher_select(model, [batch], budget=2, progress=False) == sorted(best[:2])
+    assert fisher_select(model, [batch], budget=1.0, progress=False) == [0, 1, 2]
+    assert fisher_select(model, [batch], budget=0.01, progress=False) == [best[0]]
+
+
+def test_modules_restrict_what_is_scored() -> None:
+    model, batch = LLAMA.build(), causal_batch(3, 8)
+    scores = fisher_scores(model, [batch], modules=["q_proj", "down_proj"], granularity="module", progress=False)
+    assert [name.split("layers.")[1] for name in scores.names] == [
+        f"{i}.{name}" for i in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    whole = dict(zip(linear_weights(model), by_module(model, [batch]).tolist(), strict=True))
+    assert scores.scores == pytest.approx([whole[name] for name in scores.names], rel=1e-6)
+
+
+def test_max_samples_cuts_the_last_batch() -> None:
+    model, batch = LLAMA.build(), causal_batch(4, 9)
+    scores = fisher_scores(model, [batch, batch], max_samples=6, progress=False)
+    first = {k: v[:2] for k, v in batch.items()}
+    expected = fisher_scores(model, [batch, first], progress=False)
+    assert scores.n_samples == 6
+    assert scores.scores == pytest.approx(expected.scores, rel=1e-6)
+
+
+def _clear_cut(gap: float) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Three parallel branches, the first with ``gap`` times the gradient of the others; noisy samples."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            outs = [layer(part) for layer, part in zip(self.layers, x.unbind(1), strict=True)]
+            return {"loss": sum(((o * y).sum() for o in outs[1:]), gap * (outs[0] * y).sum()) / len(x)}
+
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"x": torch.randn(4, 3, 4, generator=generator), "y": torch.randn(4, 4, generator=generator)} for _ in range(50)
+    ]
+    return Branches(), data
+
+
+def test_early_stopping_takes_few_samples_when_the_choice_is_clear() -> None:
+    model, data = _clear_cut(10.0)
+    scores = fisher_scores(model, data, budget=1, tol=0.05, progress=False)
+    assert scores.stable
+    assert 8 <= scores.n_samples <= 60
+    assert scores.select(1) == [0]
+
+
+def test_early_stopping_takes_all_samples_when_it_is_not() -> None:
+    model, data = _clear_cut(1.0)
+    scores = fisher_scores(model, data, budget=1, tol=1e-4, progress=False)
+    assert not scores.stable
+    assert scores.n_samples == 200
+
+
+def test_early_stopping_is_rarely_wrong() -> None:
+    """At tol 0.1 the set differs from that of all samples in at most a few of 20 shuffles of the data."""
+    model, data = _clear_cut(1.3)
+    full = fisher_scores(model, data, budget=1, progress=False).select(1)
+    assert full == [0]
+    wrong = 0
+    for seed in range(20):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+        scores = fisher_scores(model, [data[i] for i in order], budget=1, tol=0.1, progress=False)
+        wrong += scores.stable and scores.select(1) != full
+    # Two are expected at most; five or more would have a chance below 5 % even if the bound were tight.
+    assert wrong <= 4
+
+
+def _score_on_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, batch = LLAMA.build(), causal_batch(5, 9)
+    # Ranks see different numbers of samples.
+    mine = {k: v[:3] if rank == 0 else v[3:] for k, v in batch.items()}
+    scores = fisher_scores(model, [mine], progress=False)
+    scores.save(Path(folder) / f"{rank}.json")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_of_a_distributed_job_agree() -> None:
+    from stiefel_lora.scores import FisherScores
+
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        ranks = [context.Process(target=_score_on_rank, args=(rank, folder)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        assert [process.exitcode for process in ranks] == [0, 0]
+        first, second = (FisherScores.load(Path(folder) / f"{rank}.json") for rank in range(2))
+    assert first.scores == second.scores
+    assert first.n_samples == 5
+    alone = fisher_scores(LLAMA.build(), [causal_batch(5, 9)], progress=False)
+    assert first.scores == pytest.approx(alone.scores, rel=1e-5)
+    assert first.select() == alone.select()
+
+
+def test_masked_language_model_batches_of_unequal_counts() -> None:
+    """The loss of a masked model averages over labels in place, not over next tokens."""
+    model, batch = FAMILIES["bert"].build().double(), masked_batch(4, 8)
+    torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)

@@ -1,0 +1,110 @@
+"""Ranking, budgets, normalisation, table, plot and file of Fisher scores."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stiefel_lora.errors import InputError
+from stiefel_lora.scores import FisherScores
+
+
+def scores(**changes: Any) -> FisherScores:
+    fields: dict[str, Any] = {
+        "scores": [3.0, 1.0, 4.0, 1.0],
+        "stderr": [0.3, 0.1, 0.4, 0.1],
+        "names": [f"layers.{i}" for i in range(4)],
+        "layers": [0, 1, 2, 3],
+        "parameters": [300, 10, 1000, 20],
+        "adapter_size": [30, 10, 50, 20],
+        "weight_norm": [30.0, 1.0, 2.0, 8.0],
+        "granularity": "layer",
+        "n_samples": 7,
+        "n_skipped": 0,
+        "seconds": 1.5,
+        "stable": True,
+        "budget": 0.5,
+        "confidence": 0.95,
+    }
+    return FisherScores(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    # Of the equal scores of layers 1 and 3 the lower index comes first; shares are rounded, to at least one.
+    [
+        (1, [2]),
+        (2, [0, 2]),
+        (3, [0, 1, 2]),
+        (4, [0, 1, 2, 3]),
+        (0.5, [0, 2]),
+        (0.7, [0, 1, 2]),
+        (0.01, [2]),
+        (1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_budget_as_count_and_share(budget: float | int, chosen: list[int]) -> None:
+    assert scores().select(budget) == chosen
+
+
+def test_normalisation_changes_the_order() -> None:
+    assert scores().ranking() == [2, 0, 1, 3]
+    assert scores().normalized("params") == pytest.approx([0.01, 0.1, 0.004, 0.05])
+    assert scores().ranking("params") == [1, 3, 0, 2]
+    assert scores().ranking("weight") == [2, 1, 3, 0]
+    assert scores().select(2, normalize="params") == [1, 3]
+
+
+def test_budget_of_parameters_is_filled_by_score_per_parameter() -> None:
+    # Per parameter: 0.1, 0.1, 0.08, 0.05 at rank 1.
+    assert scores().select(budget_params=80, rank=2) == [0, 1]
+    assert scores().select(budget_params=100, rank=2) == [0, 1]
+    assert scores().select(budget_params=120, rank=2) == [0, 1, 3]  # layer 2 does not fit any more, 3 does
+    assert scores().select(budget_params=1000, rank=2) == [0, 1, 2, 3]
+
+
+def test_layers_without_linears_keep_their_numbers() -> None:
+    assert scores(layers=[0, 2, 5, 6]).select(2) == [0, 5]
+    assert scores(layers=[0, 0, 1, 1], granularity="module").select(2) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 5}, r"in \[1, 4\], the number there is; got 5"),
+        ({"budget": 0}, "got 0"),
+        ({"budget": 1.2}, r"in \(0, 1\], got 1.2"),
+        ({"budget": -0.1}, "got -0.1"),
+        ({"budget_params": 100}, "give rank >= 1, got None"),
+        ({"budget_params": 19, "rank": 2}, "must be at least 20, one at rank 2, got 19"),
+        ({"normalize": "layer"}, "normalize must be one of 'raw', 'params', 'weight'"),
+    ],
+)
+def test_bad_budgets_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        scores().select(**options)
+
+
+def test_table_marks_the_selected() -> None:
+    lines = scores().table(selected=[0, 2]).splitlines()
+    assert len(lines) == 5
+    assert [line.split()[:3] for line in lines[1:3]] == [["1", "*", "layers.2"], ["2", "*", "layers.0"]]
+    assert "*" not in lines[3]
+    assert "4 layers" in repr(scores())
+
+
+def test_plot_is_an_image(tmp_path: Path) -> None:
+    scores().plot(tmp_path / "fisher.png")
+    assert (tmp_path / "fisher.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_file_round_trip_and_its_errors(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "scores.json"
+    scores().save(path)
+    assert FisherScores.load(path) == scores()
+    assert list(path.parent.iterdir()) == [path]
+    path.write_text('{"scores": [1]}')
+    with pytest.raises(InputError, match="does not hold Fisher scores"):
+        FisherScores.load(path)
+    with pytest.raises(InputError, match="cannot read"):
+        FisherScores.load(tmp_path / "none.json")
