@@ -360,7 +360,9 @@ def _orthonormal(name: str, point: Tensor, shape: tuple[int, int]) -> Tensor:
             f"init of {name} must have orthonormal columns: |X^T X - I|_F is {error:.2g}, at most {_INIT_TOLERANCE} is "
             "taken for rounding; use its Q factor from torch.linalg.qr"
         )
-    return project_point(point.detach().to(torch.promote_types(point.dtype, torch.float32)))
+    wide = point.detach().to(torch.promote_types(point.dtype, torch.float32))
+    rounding = torch.finfo(wide.dtype).eps * sum(shape)
+    return wide.clone() if error <= rounding else project_point(wide)
 
 
 def _manifold_parameter(data: Tensor, requires_grad: bool = True) -> geoopt.ManifoldParameter:

@@ -351,7 +351,8 @@ def test_leading_singular_vectors_of_a_rank_deficient_matrix() -> None:
 def test_initialisation_by_tensors() -> None:
     a, b = random_point(12, 4), random_point(9, 4)
     layer = StiefelLoRALinear(nn.Linear(12, 9), 4, init=a)
-    torch.testing.assert_close(layer.lora_A.data, a, rtol=0, atol=1e-6)
+    assert torch.equal(layer.lora_A, a)
+    assert layer.lora_A.data_ptr() != a.data_ptr()
     layer = StiefelLoRALinear(nn.Linear(12, 9), 4, init=b, orthonormal="B")
     torch.testing.assert_close(layer.lora_B.data, b, rtol=0, atol=1e-6)
     layer = StiefelLoRALinear(nn.Linear(12, 9), 4, init=(a.bfloat16(), b), orthonormal="both")
