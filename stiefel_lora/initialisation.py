@@ -1,11 +1,12 @@
 """Start the orthonormal factors from the directions in which a calibration set wants to move the weights."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from stiefel_lora._losses import LossFn, to_device
 from stiefel_lora._models import is_conv1d
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora.adapters import adapter_layers, unwrap
@@ -24,7 +25,7 @@ def gradient_init(
     orthonormal: Orthonormal = "A",
     rank_pattern: Mapping[str, int] | None = None,
     layers_path: str | None = None,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss_fn: LossFn | None = None,
 ) -> dict[str, Init]:
     """Return starts for `add_adapters`: leading singular vectors of the mean gradient of each weight to adapt.
 
@@ -71,7 +72,7 @@ def _gradients(
     model: nn.Module,
     weights: Sequence[nn.Parameter],
     batches: Iterable[Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+    loss_fn: LossFn | None,
 ) -> list[Tensor]:
     """Return the weights' gradients, summed over the batches, in evaluation mode; the model comes back as it was."""
     flags = {p: p.requires_grad for p in model.parameters()}
@@ -84,6 +85,7 @@ def _gradients(
             weight.requires_grad_(True)
         for batch in batches:
             empty = False
+            batch = to_device(batch, weights[0].device)
             loss = model(**batch)["loss"] if loss_fn is None else loss_fn(model, batch)
             for total, gradient in zip(totals, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True):
                 total.add_(gradient)

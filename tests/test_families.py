@@ -1,4 +1,4 @@
-"""One life of an adapter on the real class of each family: adapt, train, save, load, export, import, merge."""
+"""One life of an adapter on the real class of each family: select, adapt, train, save, load, export, import, merge."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters, merge_adapters, remove_adapters
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.convert import export_peft, import_peft
+from stiefel_lora.fisher import fisher_select
 from stiefel_lora.optim import RiemannianAdam
 from tests.models import FAMILIES
 
@@ -55,7 +56,9 @@ def test_life_of_an_adapter(family: str, tmp_path: Path) -> None:
     build, batch = FAMILIES[family].build, FAMILIES[family].batch(3, 7)
     model = build()
     base = outputs(model, batch)
-    names = add_adapters(model, layers=[0, 2], rank=4)
+    layers = fisher_select(model, [batch], budget=2, progress=False)
+    assert len(layers) == 2
+    names = add_adapters(model, layers=layers, rank=4)
     assert all(any(name.endswith(f".{t}") for t in TARGETS[family]) for name in names)
     assert all(sum(name.endswith(f".{t}") for name in names) >= 2 for t in TARGETS[family])
     assert torch.equal(outputs(model, batch), base)
