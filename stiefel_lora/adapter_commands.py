@@ -1,0 +1,87 @@
+"""The commands ``export``, ``import`` and ``info``: from arguments to library calls."""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from stiefel_lora._files import atomic_folder
+from stiefel_lora.adapters import merge_adapters
+from stiefel_lora.checkpoint import load_adapter, read_adapter, write_adapter
+from stiefel_lora.convert import read_peft, write_peft
+from stiefel_lora.errors import InputError
+from stiefel_lora.info import adapter_info
+
+# Loads a model and its tokenizer (or None) by folder, hub name or .gguf file.
+LoadModel: TypeAlias = Callable[[str], tuple[nn.Module, Any]]
+
+
+def add_adapter_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", load_model: LoadModel
+) -> None:
+    """Register the commands; each parser's ``run`` takes the parsed arguments.
+
+    Args:
+        commands: What ``ArgumentParser.add_subparsers()`` returned.
+        load_model: Used by ``export --format merged``.
+    """
+    export = commands.add_parser("export", help="write an adapter as a PEFT LoRA, or merged into its base model")
+    export.add_argument("adapter", type=Path, help="adapter folder")
+    export.add_argument("--format", choices=["peft", "merged"], required=True, help="what to write")
+    export.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold anything yet")
+    export.add_argument("--model", help="base model for 'merged' (default: the one named in the adapter)")
+    export.set_defaults(run=lambda args: _export(args, load_model))
+
+    imported = commands.add_parser("import", help="turn any PEFT LoRA into a Stiefel adapter of the same function")
+    imported.add_argument("adapter", type=Path, help="PEFT adapter folder")
+    imported.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold anything yet")
+    imported.add_argument(
+        "--orthonormal", choices=["A", "B", "both"], default="A", help="factor to make orthonormal (default: A)"
+    )
+    imported.set_defaults(run=_import)
+
+    info = commands.add_parser("info", help="show what an adapter folder holds, Stiefel or PEFT")
+    info.add_argument("adapter", type=Path, help="adapter folder")
+    info.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    info.set_defaults(run=_info)
+
+
+def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
+    state = read_adapter(args.adapter)
+    _check_new(args.output)
+    if args.format == "peft":
+        write_peft(state, args.output)
+        print(f"PEFT LoRA of {len(state.modules)} linears written to {args.output}")
+        return
+    name = args.model or state.base_model.get("name_or_path")
+    if not name:
+        raise InputError(f"{args.adapter} does not name its base model; give it with --model")
+    model, tokenizer = load_model(name)
+    load_adapter(model, args.adapter)
+    merged: Any = merge_adapters(model)
+    with atomic_folder(args.output) as folder:
+        merged.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    print(f"{type(merged).__name__} with {len(state.modules)} merged linears written to {args.output}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    state = read_peft(args.adapter, orthonormal=args.orthonormal)
+    _check_new(args.output)
+    write_adapter(state, args.output)
+    print(f"Stiefel adapter of {len(state.modules)} linears written to {args.output}")
+
+
+def _info(args: argparse.Namespace) -> None:
+    info = adapter_info(args.adapter)
+    print(json.dumps(asdict(info), indent=1) if args.json else info.table())
+
+
+def _check_new(path: Path) -> None:
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"{path} exists already; give another --output or remove it first")
