@@ -9,6 +9,7 @@ import geoopt
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -160,6 +161,27 @@ def test_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         out.double(), layer.base(x).double() + x.double() @ dense_update(layer).T, rtol=0.05, atol=0.5
     )
+
+
+def test_autocast_makes_no_wide_copy_of_the_input() -> None:
+    class Casts(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: list[torch.Size] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and out.dtype == torch.float32:
+                self.shapes.append(out.shape)
+            return out
+
+    layer, x = make_layer(dtype=torch.bfloat16), torch.randn(5, 12, dtype=torch.bfloat16)
+    with Casts() as casts, torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    assert x.shape not in casts.shapes
+    with Casts() as casts:
+        layer(x)
+    assert x.shape in casts.shapes
 
 
 @pytest.mark.parametrize("orthonormal", FORMS)
