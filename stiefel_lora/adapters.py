@@ -18,7 +18,7 @@ from torch import nn
 from stiefel_lora._models import named_linears
 from stiefel_lora._targets import find_targets, last_names, listed, module_ranks
 from stiefel_lora.errors import InputError
-from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics
+from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics, is_plain
 
 logger = logging.getLogger("stiefel_lora")
 
@@ -181,7 +181,8 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
     """Merge the adapters in use into the base weights and return the plain model, in place.
 
     The sums are taken in float32 and rounded once to the base's dtype. Where that is a low precision, the part of the
-    updates that is lost is logged as a warning. The output head is untied from the embedding if it had an adapter.
+    updates that is lost is logged as a warning. The output head is untied from the embedding if it had an adapter. A
+    model that transformers dequantised while loading it (GGUF) can be saved afterwards.
 
     Args:
         model: A model with adapters.
@@ -215,6 +216,7 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
         for name, layer in layers.items():
             _replace(bare, name, layer.base)
         _forget(bare)
+        _forget_quantiser(bare)
     return bare  # type: ignore[return-value]
 
 
@@ -355,6 +357,25 @@ def _forget(model: nn.Module) -> None:
             parameters[name].requires_grad_(True)
     if hasattr(model, "_stiefel_adapters"):
         del model._stiefel_adapters
+
+
+def _forget_quantiser(model: nn.Module) -> None:
+    """Let a model save itself that was dequantised while it was loaded, as GGUF files are.
+
+    transformers still takes such a model for a quantised one and refuses to write it.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    if any(not is_plain(linear) for _, linear in named_linears(model)):
+        return
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (getattr(model, "config", None), "quantization_config"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False  # type: ignore[assignment]
 
 
 def _required_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:

@@ -375,13 +375,20 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
+def is_plain(base: nn.Module) -> bool:
+    """Tell whether a linear's weight is an ordinary floating-point matrix, not a quantised one."""
+    weight = getattr(base, "weight", None)
+    # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
+        return False
+    return weight.dim() == 2 and weight.numel() == math.prod(linear_shape(base))
+
+
 def plain_weight(base: nn.Module) -> nn.Parameter:
     """Return the weight if it is an ordinary floating-point matrix, or say why nothing can be merged into it."""
     weight = getattr(base, "weight", None)
-    # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
-    if type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.is_floating_point():
-        if weight.dim() == 2 and weight.numel() == math.prod(linear_shape(base)):
-            return weight
+    if is_plain(base):
+        return cast(nn.Parameter, weight)
     kind = f"a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
     raise InputError(
         f"the weight of {type(base).__name__} is {kind}, not a plain floating-point matrix (it is quantised); "

@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import geoopt
@@ -490,6 +491,26 @@ def test_generation_is_that_of_the_merged_model() -> None:
     ids = BATCH["input_ids"][:1]
     generated = model.generate(ids, **options)
     assert torch.equal(generated, merge_adapters(model).generate(ids, **options))
+
+
+@pytest.mark.parametrize("still", [False, True])
+def test_a_base_that_was_dequantised_while_loading_can_be_saved(still: bool, tmp_path: Path) -> None:
+    """transformers keeps its quantiser on a model read from a GGUF file, and refuses to save that."""
+    model = LLAMA.build()
+    if still:
+        model.model.layers[1].mlp.up_proj = QuantisedLinear(model.model.layers[1].mlp.up_proj)
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gguf"))
+    model.config.quantization_config = {"quant_method": "gguf"}
+    model.is_quantized = True
+    add_adapters(model, layers=[0], rank=4)
+    train(model)
+    merge_adapters(model)
+    if still:
+        assert model.is_quantized and model.hf_quantizer is not None
+        return
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_quantised_linears_forward_and_train() -> None:
