@@ -1,7 +1,7 @@
 """Tiny, randomly initialised models of real classes, each with a batch to train it on.
 
-``FAMILIES`` maps a name to a `Family`; ``build()`` gives a fresh seeded model in evaluation mode and ``batch(n, length)``
-a batch with labels. Configurations are as small as the classes allow; what matters is that the classes are real.
+``FAMILIES`` maps a name to a `Family`; ``build()`` gives a fresh seeded model in evaluation mode and
+``batch(n, length)`` a batch with labels. Configurations are as small as the classes allow; the classes are real.
 """
 
 from collections.abc import Callable

@@ -284,7 +284,7 @@ def test_quantised_linears_are_scored() -> None:
         scores.select(normalize="weight")
 
 
-# -- the model comes back as it was --------------------------------------------------------------------------------------
+# -- the model comes back as it was ------------------------------------------------------------------------------------
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def test_the_model_comes_back_as_it_was(labels: str, fails: bool) -> None:
     assert_unchanged(before, model)
 
 
-# -- samples that are not finite, errors ---------------------------------------------------------------------------------
+# -- samples that are not finite, errors -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -402,7 +402,7 @@ def test_errors_say_what_is_wrong() -> None:
             call()
 
 
-# -- selection -----------------------------------------------------------------------------------------------------------
+# -- selection ---------------------------------------------------------------------------------------------------------
 
 
 def test_select_takes_the_highest_layers_sorted() -> None:

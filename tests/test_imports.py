@@ -29,8 +29,8 @@ LEVELS: list[dict[str, set[str]]] = [
         "initialisation": {"adapters"},
         "info": {"checkpoint", "convert"},
     },
-    {"data": set(), "pretrained": set(), "training": {"data"}, "trainer": set()},
-    {"report": set(), "cli": {"report"}, "__main__": {"cli"}},
+    {"data": set(), "pretrained": set(), "training": {"data", "pretrained"}, "trainer": set()},
+    {"report": set(), "adapter_commands": set(), "cli": {"report", "adapter_commands"}, "__main__": {"cli"}},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
 

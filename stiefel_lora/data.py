@@ -1,0 +1,284 @@
+"""From files to batches: plain text packed into blocks, instructions with the loss on the answer alone."""
+
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stiefel_lora.errors import InputError
+
+IGNORED = -100  # the label of a token without a loss
+
+TEXT_ENDINGS = (".txt", ".md", ".py")
+# As much of the standard library as any default run needs; tokenised in two seconds.
+_STANDARD_LIBRARY_CHARS = 2_500_000
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised examples.
+
+    Attributes:
+        input_ids: Token ids of each example, shape (length,), int64.
+        labels: The same, with -100 where there is no loss.
+        description: What it is, for people.
+    """
+
+    input_ids: list[Tensor]
+    labels: list[Tensor]
+    description: str
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Return examples as one batch, padded on the right: input_ids, attention_mask, labels, (batch, length)."""
+        ids = [self.input_ids[i] for i in indices]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            # What stands at a masked position is never looked at.
+            "input_ids": pad(ids, batch_first=True, padding_value=0),
+            "attention_mask": pad([torch.ones_like(x) for x in ids], batch_first=True, padding_value=0),
+            "labels": pad([self.labels[i] for i in indices], batch_first=True, padding_value=IGNORED),
+        }
+
+
+def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Return the examples of the step-th batch in an endless stream of shuffled epochs.
+
+    It depends on nothing else, so a run that is resumed at a step needs no state of its data.
+    """
+    indices = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, count)
+        order = list(range(count))
+        random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311  not for secrets
+        indices.append(order[place])
+    return indices
+
+
+def load_data(
+    source: str | Path | None, tokenizer: Any, *, seq_len: int, held_out: float = 0.1
+) -> tuple[Dataset, Dataset]:
+    """Read and tokenise data, and hold a part of it out.
+
+    Text is packed into blocks of ``seq_len`` tokens. It is held out by whole files where there are several, so that
+    no held-out block continues a training block. Instructions are one example each.
+
+    Args:
+        source: A .txt, .md or .py file, a folder of them, or a .jsonl file whose lines have "text", or "instruction"
+            and "output", or "prompt" and "completion", or "messages"; None for the standard library's source.
+        tokenizer: A transformers tokenizer.
+        seq_len: Longest example, in tokens; at least 2.
+        held_out: Share of the data that is held out, in (0, 1).
+
+    Returns:
+        Training and held-out data, neither empty. The split depends on the data alone.
+
+    Raises:
+        InputError: If the source is missing, empty, of an unknown form, or too short.
+    """
+    if seq_len < 2:
+        raise InputError(f"seq_len must be at least 2 tokens, got {seq_len}")
+    if source is None:
+        return _from_texts(_standard_library(), tokenizer, seq_len, held_out, "the Python standard library's source")
+    path = check_source(source)
+    if path.suffix == ".jsonl":
+        return _from_records(path, tokenizer, seq_len, held_out)
+    return _from_texts(_read_texts(path), tokenizer, seq_len, held_out, str(path))
+
+
+def check_source(source: str | Path) -> Path:
+    """Return the path of a data source, without reading it.
+
+    Raises:
+        InputError: If it is missing or of an unknown form.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"there is no data at {path}")
+    if path.is_file() and path.suffix not in (*TEXT_ENDINGS, ".jsonl"):
+        allowed = ", ".join((*TEXT_ENDINGS, ".jsonl"))
+        raise InputError(f"{path} is of an unknown form {path.suffix!r}; allowed: {allowed}, or a folder of text files")
+    return path
+
+
+# -- plain text --------------------------------------------------------------------------------------------------------
+
+
+def _standard_library() -> list[str]:
+    """Return the source of top-level modules of the running interpreter, in an order that depends on nothing else."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda file: _hash(file.name))
+    texts, size = [], 0
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        if text.strip() and size < _STANDARD_LIBRARY_CHARS:
+            texts.append(text)
+            size += len(text)
+    if not texts:
+        raise InputError("this Python has no standard library source to train on; give --data")
+    return texts
+
+
+def _read_texts(path: Path) -> list[str]:
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in TEXT_ENDINGS and f.is_file())
+    if not files:
+        raise InputError(f"the folder {path} has no {', '.join(TEXT_ENDINGS)} files")
+    files.sort(key=lambda file: _hash(str(file.relative_to(path))))
+    texts = [text for file in files if (text := _read(file)).strip()]
+    if not texts:
+        raise InputError(f"{path} is empty")
+    return texts
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+
+
+def _from_texts(
+    texts: list[str], tokenizer: Any, seq_len: int, held_out: float, description: str
+) -> tuple[Dataset, Dataset]:
+    streams = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    if len(streams) > 1:
+        cut = _cut([len(s) for s in streams], held_out)
+        parts = [_blocks(streams[cut:], seq_len), _blocks(streams[:cut], seq_len)]
+    else:
+        blocks = _blocks(streams, seq_len)
+        cut = max(1, round(len(blocks) * held_out))
+        parts = [blocks[:-cut], blocks[-cut:]]
+    if not all(parts):
+        total = sum(map(len, streams))
+        raise InputError(
+            f"{description} is too short: its {total} tokens do not make a training and a held-out block of {seq_len}"
+        )
+    return tuple(Dataset(p, p, f"{description}, {len(p)} blocks of {seq_len} tokens") for p in parts)  # type: ignore[return-value]
+
+
+def _cut(sizes: Sequence[int], share: float) -> int:
+    """Return how many of the first items make about a share of the whole, at least one and not all."""
+    total, taken = sum(sizes), 0
+    for count, size in enumerate(sizes, start=1):
+        taken += size
+        if taken >= share * total:
+            return min(count, len(sizes) - 1)
+    return len(sizes) - 1
+
+
+def _blocks(streams: list[list[int]], seq_len: int) -> list[Tensor]:
+    joined = torch.tensor([token for stream in streams for token in stream])
+    return list(joined[: len(joined) // seq_len * seq_len].split(seq_len)) if len(joined) >= seq_len else []
+
+
+# -- instructions ------------------------------------------------------------------------------------------------------
+
+
+def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> tuple[Dataset, Dataset]:
+    records = list(_read_records(path))
+    if not records:
+        raise InputError(f"{path} is empty")
+    if all("text" in record for record in records):
+        return _from_texts([r["text"] for r in records if r["text"].strip()], tokenizer, seq_len, held_out, str(path))
+    examples = [e for r in records if (e := _example(r, tokenizer, seq_len)) is not None]
+    if len(examples) < 2:
+        raise InputError(f"{path} has {len(examples)} usable example(s); a training and a held-out one are needed")
+    # By a hash of the content: the same record is on the same side, wherever it stands and however often.
+    examples.sort(key=lambda example: _hash(str(example[0].tolist())))
+    cut = min(max(1, round(len(examples) * held_out)), len(examples) - 1)
+    return tuple(  # type: ignore[return-value]
+        Dataset([ids for ids, _ in part], [labels for _, labels in part], f"{path}, {len(part)} examples")
+        for part in (examples[cut:], examples[:cut])
+    )
+
+
+# The forms of a record: its keys, and its prompt and answer.
+_PAIRS = (("instruction", "output"), ("prompt", "completion"))
+
+
+def _read_records(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+        if not _is_record(record):
+            keys = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+            raise InputError(
+                f"{path}, line {number}: expected an object with the strings text; instruction and output; prompt and "
+                f"completion; or a list messages of objects with role and content; got {keys or 'an empty object'}"
+            )
+        yield record
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict):
+        return False
+    if isinstance(record.get("messages"), list):
+        strings = (
+            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+            for m in record["messages"]
+        )
+        return bool(record["messages"]) and all(strings)
+    return isinstance(record.get("text"), str) or any(
+        all(isinstance(record.get(k), str) for k in pair) for pair in _PAIRS
+    )
+
+
+def _example(record: dict[str, Any], tokenizer: Any, seq_len: int) -> tuple[Tensor, Tensor] | None:
+    """Tokenise one record, with labels on what the model is to answer; None if nothing of that is left."""
+    pieces: list[tuple[str, bool]]
+    if "messages" in record:
+        pieces = _turns(record["messages"], tokenizer)
+    elif "text" in record:
+        pieces = [(record["text"] + tokenizer.eos_token, True)]
+    else:
+        prompt, answer = next((record[a], record[b]) for a, b in _PAIRS if a in record and b in record)
+        pieces = [(prompt_text(prompt), False), (answer + tokenizer.eos_token, True)]
+    ids: list[int] = []
+    labels: list[int] = []
+    for text, learn in pieces:
+        tokens = tokenizer(text, add_special_tokens=not ids, verbose=False)["input_ids"]
+        ids += tokens
+        labels += tokens if learn else [IGNORED] * len(tokens)
+    # The answer is at the end, so a long prompt is cut at its beginning.
+    ids, labels = ids[-seq_len:], labels[-seq_len:]
+    if all(label == IGNORED for label in labels[1:]):
+        return None
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def prompt_text(prompt: str) -> str:
+    """Return what a model is given of an instruction; its answer follows."""
+    return f"{prompt}\n\n"
+
+
+def _turns(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
+    """Split a conversation into texts, those of the assistant to be learnt."""
+    if not tokenizer.chat_template:
+        return [(f"{m['role']}: {m['content']}{tokenizer.eos_token}\n", m["role"] == "assistant") for m in messages]
+    render: Callable[..., str] = tokenizer.apply_chat_template
+    pieces, done = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            asked = render(messages[:i], tokenize=False, add_generation_prompt=True)
+            pieces.append((asked[len(done) :], False))
+            done = asked
+        whole = render(messages[: i + 1], tokenize=False)
+        pieces.append((whole[len(done) :], message["role"] == "assistant"))
+        done = whole
+    return pieces
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

