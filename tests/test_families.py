@@ -13,6 +13,7 @@ from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters,
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.convert import export_peft, import_peft
 from stiefel_lora.fisher import fisher_select
+from stiefel_lora.initialisation import gradient_init
 from stiefel_lora.optim import RiemannianAdam
 from tests.models import FAMILIES
 
@@ -95,3 +96,27 @@ def test_life_of_an_adapter(family: str, tmp_path: Path) -> None:
     assert not adapter_layers(merged)
     torch.testing.assert_close(outputs(merged, batch), trained, **SAME)
     torch.testing.assert_close(outputs(reloaded(merged, tmp_path / "merged"), batch), trained, **SAME)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", ["random", "svd", "gradient"])
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_every_form_trains(orthonormal: Any, start: str, dtype: torch.dtype) -> None:
+    model, batch = FAMILIES["llama"].build().to(dtype), FAMILIES["llama"].batch(3, 7)
+    options: dict[str, Any] = {"layers": [0, 2], "rank": 4, "orthonormal": orthonormal}
+    init: Any = gradient_init(model, [batch], **options) if start == "gradient" else start
+    add_adapters(model, **options, init=init)
+    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    before = {id(f): f.detach().clone() for layer in adapter_layers(model).values() for f in layer.factors().values()}
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    for layer in adapter_layers(model).values():
+        assert all(not torch.equal(f, before[id(f)]) for f in layer.factors().values())
+        assert all(f.dtype == torch.float32 for f in layer.factors().values())
+    assert all(m["orthogonality_error"] < 1e-5 for m in adapter_metrics(model).values())
