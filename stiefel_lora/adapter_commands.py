@@ -20,9 +20,7 @@ from stiefel_lora.info import adapter_info
 LoadModel: TypeAlias = Callable[[str], tuple[nn.Module, Any]]
 
 
-def add_adapter_commands(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", load_model: LoadModel
-) -> None:
+def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model: LoadModel) -> None:
     """Register the commands; each parser's ``run`` takes the parsed arguments.
 
     Args:
