@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stiefel_lora._files import atomic_file
 from stiefel_lora._models import linear_shape
 from stiefel_lora._progress import progress
-from stiefel_lora._targets import find_targets, module_ranks
+from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data
@@ -152,11 +152,12 @@ def finetune(
 def check_targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
     """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
     targets = find_targets(model, None, config.target_modules, None)
-    module_ranks(targets, config.rank, {})
-    for name in targets:
-        limit = min(linear_shape(model.get_submodule(name)))
-        if config.rank > limit:
-            raise InputError(f"rank must be in [1, {limit}], the smallest dimension of {name}, got {config.rank}")
+    limits = {name: min(linear_shape(model.get_submodule(name))) for name in targets}
+    smallest = min(limits, key=limits.__getitem__)
+    if config.rank > limits[smallest]:
+        raise InputError(
+            f"rank must be in [1, {limits[smallest]}], the smallest dimension of {smallest}, got {config.rank}"
+        )
     return targets
 
 

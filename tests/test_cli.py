@@ -1,0 +1,178 @@
+"""The command line as a user meets it: real processes, real files, on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stiefel_lora.cli import main
+from tests.tiny import TEXT, save_tiny_model
+
+COMMAND = [sys.executable, "-W", "ignore", "-m", "stiefel_lora"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "text.py").write_text(TEXT)
+    model = save_tiny_model(folder / "model")
+    return ["--model", str(model), "--data", str(folder / "text.py"), "--seq-len", "32", "--batch-size", "2"]
+
+
+def finetune(base: list[str], output: Path, *more: str) -> list[str]:
+    words = ["--rank", "4", "--calibration-samples", "4", "--eval-samples", "4", "--steps", "6", "--warmup", "1"]
+    return ["finetune", *base, *words, "--save-every", "1", "--output", str(output), *more]
+
+
+def run(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_finetune_from_end_to_end(base: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "run"
+    done = run(*finetune(base, output))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "held-out perplexity" in done.stdout
+    names = {path.name for path in output.iterdir()}
+    assert names == {"run.json", "metrics.json", "fisher.png", "loss.png", "adapter"}
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["versions"].keys() >= {"torch", "geoopt", "transformers", "stiefel_lora"}
+    assert f"{metrics['held_out']['after']['loss']:.4f}" in done.stdout
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    told = run("generate", "--adapter", str(output), "--prompt", "def add_1(", "--max-new-tokens", "8")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("def add_1(")
+    assert (
+        told.stdout
+        == run("generate", "--adapter", str(output), "--prompt", "def add_1(", "--max-new-tokens", "8").stdout
+    )
+
+    about = run("info", str(output / "adapter"))
+    assert about.returncode == 0, about.stderr
+    again = run(*finetune(base, output))
+    assert again.returncode == 2
+    assert "holds another run" in again.stderr and "--overwrite" in again.stderr
+    assert run(*finetune(base, output, "--overwrite")).returncode == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_same_bits(base: list[str], tmp_path: Path, how: signal.Signals) -> None:
+    more = ("--steps", "120", "--dropout", "0.1")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(*finetune(base, whole, *more)).returncode == 0
+    process = subprocess.Popen(
+        [*COMMAND, *finetune(base, broken, *more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    checkpoint = broken / "checkpoint.pt"
+    deadline = time.monotonic() + 100
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first = checkpoint.stat().st_mtime_ns
+    while checkpoint.stat().st_mtime_ns == first and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert not (broken / "metrics.json").exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert stderr.strip().startswith("interrupted; go on with: stiefel-lora finetune")
+        assert "--resume" in stderr
+    changed = run(*finetune(base, broken, *more, "--lr", "0.5", "--resume"))
+    assert changed.returncode == 2
+    assert "lr was 0.002, now 0.5" in changed.stderr
+    resumed = run(*finetune(base, broken, *more, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    for file in ("adapter.safetensors", "adapter.json"):
+        assert (whole / "adapter" / file).read_bytes() == (broken / "adapter" / file).read_bytes()
+    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, broken))
+    for key in ("loss_curve", "held_out", "selected_layers", "greatest_orthogonality_error", "mean_effective_rank"):
+        assert a[key] == b[key], key
+
+
+def test_select_prints_the_ranking(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, plot = tmp_path / "scores.json", tmp_path / "scores.png"
+    words = ["select", *base, "--calibration-samples", "4", "--budget", "1", "--output", str(file), "--plot", str(plot)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    scores = json.loads(file.read_text())
+    best = max(range(4), key=lambda i: scores["scores"][i])
+    assert f"selected: {best}\n" in out
+    assert f"* model.layers.{best} " in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_command_explains_itself() -> None:
+    for words in ([], ["finetune"], ["select"], ["generate"], ["export"], ["import"], ["info"]):
+        done = run(*words, "--help")
+        assert done.returncode == 0
+        assert "usage: stiefel-lora" in done.stdout
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
+    (["--model", "./nowhere"], "is no model"),
+    (["--data", "nowhere.txt"], "there is no data at nowhere.txt"),
+    (["--data", "setup.cfg"], "unknown form '.cfg'"),
+    (["--rank", "40"], "rank must be in [1, 16]"),
+    (["--rank", "0"], "rank must be at least 1"),
+    (["--target-modules", "wq"], "q_proj"),
+    (["--budget", "0"], "[1, 4]"),
+    (["--budget", "1.5"], "(0, 1]"),
+    (["--budget", "9"], "[1, 4]"),
+    (["--budget", "half"], "invalid"),
+    (["--device", "cuda:99"], "there is no device 'cuda:99'"),
+    (["--lr", "-1"], "lr must be positive"),
+    (["--optimizer", "lion"], "invalid choice: 'lion'"),
+    (["--resume"], "there is no run to resume"),
+    (["--save-every", "0"], "save-every must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_input_is_one_line_and_code_2(
+    base: list[str], tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    try:
+        code = main(finetune(base, output, *words))
+    except SystemExit as stopped:
+        code = stopped.code  # type: ignore[assignment]
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+    assert captured.out == ""
+    assert not output.exists()
+
+
+def test_bad_input_from_a_process_has_no_traceback(base: list[str], tmp_path: Path) -> None:
+    done = run(*finetune(base, tmp_path / "run", "--rank", "40"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_peoples_files_are_left_alone(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        assert main(finetune(base, tmp_path, *more)) == 2
+    assert "is not empty and holds no run" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    file = tmp_path / "file"
+    file.touch()
+    assert main(finetune(base, file)) == 2
+    assert sorted(os.listdir(tmp_path)) == ["file", "thesis.txt"]
+
+
+def test_generate_refuses_what_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--adapter", str(tmp_path), "--prompt", "x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

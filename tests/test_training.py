@@ -1,0 +1,166 @@
+"""The training loop on a tiny model: exact resumption, accumulation, schedule, metrics."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stiefel_lora import training
+from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.checkpoint import load_adapter, read_adapter
+from stiefel_lora.data import load_data
+from stiefel_lora.errors import InputError
+from stiefel_lora.pretrained import load_pretrained
+from stiefel_lora.training import CHECKPOINT_FILE, FinetuneConfig, evaluate, finetune, learning_rate
+from tests.tiny import TEXT, save_tiny_model, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.py").write_text(TEXT)
+    return FinetuneConfig(
+        model=str(save_tiny_model(folder / "model")),
+        data=str(folder / "text.py"),
+        rank=4,
+        calibration_samples=6,
+        steps=9,
+        batch_size=2,
+        seq_len=32,
+        warmup=2,
+        lr=1e-2,
+        eval_samples=6,
+        dropout=0.1,
+    )
+
+
+def adapters(folder: Path) -> dict[str, torch.Tensor]:
+    state = read_adapter(folder / "adapter")
+    return {f"{name}.{key}": t for name, factors in state.factors.items() for key, t in factors.items()}
+
+
+def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in metrics.items() if k not in ("seconds", "tokens_per_second")}
+    return {**kept, "fisher": {k: v for k, v in metrics["fisher"].items() if k != "seconds"}}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_run_that_broke_off_ends_with_the_same_bits(
+    config: FinetuneConfig, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, optimizer=optimizer)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    expected = finetune(config, whole, save_every=2)
+
+    step, calls = training._Run._step, []
+
+    def failing(run: Any) -> int:
+        calls.append(run.step)
+        if run.step == 5 and calls.count(5) == 1:
+            raise RuntimeError("power cut")
+        return step(run)
+
+    monkeypatch.setattr(training._Run, "_step", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        finetune(config, broken, save_every=2)
+    # Scoring is in the checkpoint.
+    monkeypatch.setattr(training, "score_layers", lambda *_: pytest.fail("scored twice"))
+    resumed = finetune(config, broken, save_every=2)
+    assert calls == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    assert without_times(resumed) == without_times(expected)
+    for name, tensor in adapters(whole).items():
+        assert torch.equal(tensor, adapters(broken)[name]), name
+    assert not (broken / CHECKPOINT_FILE).exists()
+
+
+def test_training_lowers_the_loss_and_stays_on_the_manifold(config: FinetuneConfig, tmp_path: Path) -> None:
+    metrics = finetune(replace(config, steps=30, dropout=0.0, lr=3e-2), tmp_path)
+    # Of a random model only the inside of two layers is trained; 0.35 were seen.
+    assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.2
+    assert metrics["perplexity_change"] < -0.15
+    assert len(metrics["loss_curve"]) == 30
+    assert 0 < metrics["greatest_orthogonality_error"] < 5e-6
+    assert 1 <= metrics["mean_effective_rank"] <= 4
+    assert metrics["selected_layers"] == sorted(metrics["selected_layers"])
+    assert len(metrics["selected_layers"]) == 2
+    assert len(metrics["adapted_modules"]) == 10
+    assert metrics["seconds"].keys() >= {"loading", "selection", "training", "optimizer", "evaluation", "total"}
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_the_saved_adapter_gives_the_reported_loss(config: FinetuneConfig, tmp_path: Path) -> None:
+    metrics = finetune(config, tmp_path)
+    model, tokenizer = load_pretrained(config.model)
+    _, held_out = load_data(config.data, tokenizer, seq_len=config.seq_len)
+    assert evaluate(model, held_out, config, "") == metrics["held_out"]["before"]
+    load_adapter(model, tmp_path / "adapter")
+    assert evaluate(model, held_out, config, "") == metrics["held_out"]["after"]
+    parameters = [f.numel() for layer in adapter_layers(model).values() for f in layer.factors().values()]
+    assert metrics["trainable_parameters"] == sum(parameters)
+
+
+def test_accumulated_batches_are_one_large_batch(config: FinetuneConfig, tmp_path: Path) -> None:
+    """Also with unequal numbers of label tokens, where a mean of means would be another loss."""
+    records = [{"instruction": f"add {i}", "output": "total " * (1 + 3 * (i % 3))} for i in range(24)]
+    data = str(write_jsonl(tmp_path / "d.jsonl", records))
+    config = replace(config, data=data, dropout=0.0, steps=4, calibration_samples=4)
+    curves = []
+    for batch_size, grad_accum in ((4, 1), (1, 4)):
+        folder = tmp_path / str(grad_accum)
+        folder.mkdir()
+        metrics = finetune(replace(config, batch_size=batch_size, grad_accum=grad_accum, budget=1.0), folder)
+        curves.append(metrics["loss_curve"])
+    # float32 sums in another order, four steps of them.
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    config = FinetuneConfig(steps=20, warmup=4, lr=1.0)
+    rates = [learning_rate(config, step) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0
+    assert rates[12] == pytest.approx(0.5)
+    assert rates[19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"warmup": 10}, r"warmup must be in \[0, 9\]"),
+        ({"budget": 0.0}, r"\(0, 1\], got 0.0"),
+        ({"budget": 1.5}, r"\(0, 1\], got 1.5"),
+        ({"alpha": -1.0}, "alpha must be positive"),
+        ({"dropout": 1.0}, "dropout must be in"),
+        ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
+        ({"retraction": "svd"}, "retraction must be one of"),
+    ],
+)
+def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(config, **change).check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 17}, r"rank must be in \[1, 16\], the smallest dimension of .*k_proj, got 17"),
+        ({"target_modules": ("wq",)}, "q_proj"),
+        ({"budget": 5}, r"in \[1, 4\].*got 5"),
+        ({"seq_len": 100_000}, "too short"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_named_before_anything_is_trained(
+    config: FinetuneConfig, change: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        finetune(replace(config, **change), tmp_path)
+    assert list(tmp_path.iterdir()) == []
