@@ -1,0 +1,325 @@
+"""What does exact per-sample Fisher scoring cost, in time and memory?
+
+On SmolLM2-135M (or --model) with random tokens: our scores against a forward pass, against a loop over single samples
+with full weight gradients, and against the ghost norms of opacus; all of them over the same samples, in turn, with the
+agreement of the scores. The peak memory of each is measured in a process of its own. Also: the time against a forward
+pass for a wide random model, what share of a training run the scoring takes, and what early stopping saves.
+
+    python -m benchmarks fisher_cost
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import subprocess  # noqa: S404  runs this very file again
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks import _harness
+from stiefel_lora import add_adapters, fisher_scores
+from stiefel_lora._models import find_linears
+from stiefel_lora.optim import RiemannianAdam
+from stiefel_lora.pretrained import load_pretrained
+
+Batch = dict[str, Tensor]
+OURS, LOOP, GHOST, FORWARD = "ours", "loop of single samples", "opacus ghost norms", "forward pass"
+# The paper's setting: calibration samples, epochs, training samples.
+PAPER = (128, 3, 170_000)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this study's options."""
+    parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--samples", type=int, default=64, help="samples of 128 tokens (default: 64)")
+    parser.add_argument("--long-samples", type=int, default=16, help="samples of 512 tokens (default: 16)")
+    parser.add_argument("--rounds", type=int, default=2, help="timed rounds (default: 2)")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything, or (in a child process) the peak memory of one method."""
+    if args.peak_of:
+        print(f"peak {_peak(args.peak_of, _load(args))}")
+        sys.exit(0)
+    rounds = 1 if args.quick else args.rounds
+    lengths = {128: args.samples, 512: args.long_samples} if not args.quick else {16: 4}
+    model = _load(args)
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {
+        "model": "tiny" if args.quick else model.config._name_or_path.rsplit("/", 1)[-1],
+        "model_mib": model_bytes / 2**20,
+        "lengths": {str(t): _compare(model, _batches(model, n, t), rounds) for t, n in lengths.items()},
+        "peak_mib": {} if args.quick else {m: _child_peak(m, args) for m in (FORWARD, OURS, LOOP, GHOST)},
+        "wide": _wide(rounds, quick=args.quick),
+        "share": _share(model, *((4, 16) if args.quick else (32, 128))),
+        "early_stopping": _early_stopping(model, _batches(model, *((8, 16) if args.quick else (64, 64)))),
+    }
+
+
+def _load(args: argparse.Namespace) -> Any:
+    if not args.quick:
+        return load_pretrained(args.model)[0]
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, hidden_size=32, intermediate_size=64, vocab_size=99)).eval()
+
+
+_SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def _batches(model: Any, samples: int, length: int, size: int = 4) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (samples, length), generator=generator)
+    return [{"input_ids": part, "labels": part} for part in ids.split(size)]
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: m.weight for layer in find_linears(model).values() for name, m in layer.items()}
+
+
+# -- the methods: each returns a score for every layer -----------------------------------------------------------------
+
+
+def forward(model: Any, batches: list[Batch]) -> Tensor:
+    """Only predict, without gradients."""
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch, use_cache=False)
+    return torch.zeros(0)
+
+
+def ours(model: Any, batches: list[Batch]) -> Tensor:
+    """Score all layers with the library."""
+    return torch.tensor(fisher_scores(model, batches, progress=False).scores)
+
+
+def loop(model: Any, batches: list[Batch]) -> Tensor:
+    """One sample at a time, with the gradient of every parameter, as the definition says."""
+    model.requires_grad_(True)
+    weights = _weights(model)
+    total = torch.zeros(len(weights))
+    for batch in batches:
+        for n in range(len(batch["labels"])):
+            model.zero_grad(set_to_none=True)
+            model(**{key: value[n : n + 1] for key, value in batch.items()}, use_cache=False).loss.backward()
+            total += torch.stack([w.grad.square().sum() for w in weights.values()])  # type: ignore[union-attr]
+    model.zero_grad(set_to_none=True)
+    model.requires_grad_(False)
+    return _by_layer(model, total / sum(len(batch["labels"]) for batch in batches))
+
+
+def ghost(model: Any, batches: list[Batch]) -> Tensor:
+    """The per-sample norms of opacus' ghost clipping, on the linear maps of the layers."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+
+    weights = _weights(model)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    # It refuses eval mode; this model has no dropout. Its hooks warn that the first layer's inputs need no gradients.
+    model.train()
+    warnings.filterwarnings("ignore", "Full backward hook is firing")
+    wrapped = GradSampleModuleFastGradientClipping(
+        model, batch_first=True, loss_reduction="mean", strict=False, max_grad_norm=1.0, use_ghost_clipping=True
+    )
+    total = torch.zeros(len(weights))
+    for batch in batches:
+        wrapped(**batch, use_cache=False).loss.backward()
+        total += torch.stack([w._norm_sample.square().sum() for w in weights.values()])  # type: ignore[attr-defined]
+        wrapped.zero_grad(set_to_none=True)
+    wrapped.to_standard_module()
+    model.requires_grad_(False).eval()
+    return _by_layer(model, total / sum(len(batch["labels"]) for batch in batches))
+
+
+METHODS: dict[str, Callable[[Any, list[Batch]], Tensor]] = {FORWARD: forward, OURS: ours, LOOP: loop, GHOST: ghost}
+
+
+def _by_layer(model: nn.Module, values: Tensor) -> Tensor:
+    sizes = [len(layer) for layer in find_linears(model).values()]
+    return torch.stack([part.sum() for part in values.split(sizes)])
+
+
+# -- the measurements --------------------------------------------------------------------------------------------------
+
+
+def _compare(model: Any, batches: list[Batch], rounds: int) -> dict[str, Any]:
+    scores: dict[str, Tensor] = {}
+    absent: dict[str, str] = {}
+    methods = dict(METHODS)
+    try:
+        ghost(copy.deepcopy(model), batches[:1])
+    except Exception as error:  # another package on a model it was not made for: whatever it raises is the finding
+        absent[GHOST] = f"{type(error).__name__}: {str(error)[:200]}"
+        methods.pop(GHOST)
+
+    def recorded(name: str, method: Callable[[Any, list[Batch]], Tensor]) -> Callable[[], None]:
+        return lambda: scores.update({name: method(model, batches)})
+
+    forward(model, batches[:1])
+    times = _harness.interleave(
+        {name: recorded(name, method) for name, method in methods.items()},
+        rounds=rounds,
+        warmup=0,
+        label=f"{len(batches)} batches of {tuple(batches[0]['labels'].shape)}",
+    )
+    rows = {
+        name: {
+            **_harness.summary(times[name]),
+            "times_forward": _harness.median_ratio(times, name, FORWARD),
+            "times_ours": _harness.median_ratio(times, name, OURS),
+            "score_difference": float(((scores[name] - scores[LOOP]).abs() / scores[LOOP]).max())
+            if name != FORWARD
+            else 0,
+        }
+        for name in methods
+    }
+    return {
+        "samples": sum(len(b["labels"]) for b in batches),
+        "batch": len(batches[0]["labels"]),
+        "rows": rows,
+        "absent": absent,
+    }
+
+
+def _child_peak(method: str, args: argparse.Namespace) -> float:
+    words = ["--peak-of", method] + (["--model", args.model] if args.model else [])
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "benchmarks.fisher_cost", *words, "--threads", str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout.split("peak ")[-1].split()[0])
+
+
+def _peak(method: str, model: Any) -> float:
+    """Return by how many MiB the resident memory grows over the loaded model, for one batch of 4 x 128."""
+    batches = _batches(model, 4, 128)
+    forward(model, _batches(model, 1, 8))
+    base, peak, done = _resident(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, _resident())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    METHODS[method](model, batches)
+    done.set()
+    watcher.join()
+    return peak - base
+
+
+def _resident() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:
+    """Compare with a forward pass where layers are wide and T (in + out) is small against in * out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden = 64 if quick else 2048
+    config = LlamaConfig(**_SIZES, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=1000)
+    model = LlamaForCausalLM(config).eval()
+    batches = _batches(model, 16, 128 if not quick else 8)
+    forward(model, batches)
+    times = _harness.interleave(
+        {FORWARD: lambda: forward(model, batches), OURS: lambda: ours(model, batches)},
+        rounds=max(3, rounds) if not quick else 1,
+        warmup=0,
+        label="wide model",
+    )
+    return {"hidden_size": hidden, "layers": 4, "times_forward": _harness.median_ratio(times, OURS, FORWARD)}
+
+
+def _share(model: Any, calibration: int, length: int) -> dict[str, Any]:
+    """Relate scoring to training with adapters on the upper half of the layers, sample by sample."""
+    batches = _batches(model, calibration, length)
+    start = time.perf_counter()
+    ours(model, batches)
+    scoring = (time.perf_counter() - start) / calibration
+    student = copy.deepcopy(model)
+    count = len(find_linears(student))
+    add_adapters(student, layers=range(count // 2, count), rank=8)
+    optimizer = RiemannianAdam(p for p in student.parameters() if p.requires_grad)
+    seconds = []
+    for batch in batches[:4]:
+        start = time.perf_counter()
+        student(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append((time.perf_counter() - start) / len(batch["labels"]))
+    training = statistics.median(seconds)
+    samples, epochs, data = PAPER
+    return {
+        "scoring_s_per_sample": scoring,
+        "training_s_per_sample": training,
+        "paper": samples * scoring / (epochs * data * training),
+        "default_run": 32 * scoring / (50 * 4 * training),
+    }
+
+
+def _early_stopping(model: Any, batches: list[Batch]) -> list[dict[str, Any]]:
+    full = set(fisher_scores(model, batches, progress=False).select())
+    rows = []
+    for tol in tqdm((0.5, 0.1), desc="early stopping", leave=False, disable=None):
+        scores = fisher_scores(model, batches, tol=tol, progress=False)
+        chosen = set(scores.select())
+        rows.append(
+            {
+                "tol": tol,
+                "samples": scores.n_samples,
+                "of": sum(len(b["labels"]) for b in batches),
+                "stable": scores.stable,
+                "jaccard": len(full & chosen) / len(full | chosen),
+            }
+        )
+    return rows
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    parts = []
+    for length, part in results["lengths"].items():
+        rows: list[list[object]] = [
+            [name, row["median_s"], row["times_forward"], row["times_ours"], row["score_difference"] or ""]
+            for name, row in part["rows"].items()
+        ]
+        rows += [[name, why, "", "", ""] for name, why in part["absent"].items()]
+        header = ["method", "s", "times a forward pass", "times ours", "largest difference to the loop"]
+        parts.append(
+            f"{results['model']}, {part['samples']} samples of {length} tokens in batches of {part['batch']}\n\n"
+            + _harness.markdown(header, rows)
+        )
+    if results["peak_mib"]:
+        rows = [[name, mib, f"{mib / results['model_mib']:.0%}"] for name, mib in results["peak_mib"].items()]
+        title = f"Peak memory above the loaded model ({results['model_mib']:.0f} MiB), one batch of 4 x 128"
+        parts.append(f"{title}\n\n" + _harness.markdown(["method", "MiB", "of the model"], rows))
+    wide, share = results["wide"], results["share"]
+    parts.append(
+        f"Random LLaMA of hidden size {wide['hidden_size']}, batches of 4 x 128: {wide['times_forward']:.2f} forward "
+        "passes."
+    )
+    parts.append(
+        f"Share of a training run: {share['paper']:.2%} at the paper's setting ({PAPER[0]} samples against {PAPER[1]} "
+        f"epochs of {PAPER[2]:,}), {share['default_run']:.0%} of the 50 steps of `stiefel-lora finetune`."
+    )
+    rows = [[r["tol"], f"{r['samples']} of {r['of']}", r["stable"], r["jaccard"]] for r in results["early_stopping"]]
+    parts.append("Early stopping\n\n" + _harness.markdown(["tol", "samples", "stable", "Jaccard overlap"], rows))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    _harness.main(sys.modules[__name__])
