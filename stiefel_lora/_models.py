@@ -6,8 +6,10 @@ linear map is a leaf module with an input and an output width.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from stiefel_lora.errors import InputError
@@ -190,3 +192,30 @@ def _describe(model: nn.Module, found: dict[str, Layers]) -> str:
         kind, count = _block_counts(blocks).most_common(1)[0]
         parts.append(f"{name or type(model).__name__!r} ({count} x {kind.__name__})")
     return ", ".join(parts)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Within the context the model is frozen and in eval mode; afterwards it is as it was, whatever happened.
+
+    That is: training modes, ``requires_grad`` of the parameters, the configuration, and the random state of torch.
+    """
+    training = {module: module.training for module in model.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    devices = sorted({p.device.index for p in trainable if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.requires_grad_(False).eval()
+            if cached:
+                # A cache of keys and values would only take memory.
+                config.use_cache = False  # type: ignore[union-attr]
+            yield
+    finally:
+        if cached:
+            config.use_cache = cached  # type: ignore[union-attr]
+        for parameter, flag in trainable.items():
+            parameter.requires_grad_(flag)
+        for module, mode in training.items():
+            module.training = mode

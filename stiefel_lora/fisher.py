@@ -7,7 +7,6 @@ Fisher information, summed over a layer's linear maps.)
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Literal
 from warnings import warn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses, batch_size, take, to_device
-from stiefel_lora._models import find_layers, find_linears, join, linear_shape
+from stiefel_lora._models import find_layers, find_linears, join, linear_shape, undisturbed
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora.errors import InputError
 from stiefel_lora.scores import FisherScores, Normalize, count_of
@@ -142,7 +141,7 @@ def fisher_scores(
     count = count_of(budget, len(groups))
     rows: list[Tensor] = []
     sampler = LabelSampler(model, seed) if labels == "model" else None
-    with _undisturbed(model), GradientNorms(model, linears) as norms:
+    with undisturbed(model), GradientNorms(model, linears) as norms:
         losses = SampleLosses(model, norms, loss_fn)
         bar = progress_bar(total=max_samples, label="Fisher scores", enabled=None if progress else False)
         with bar:
@@ -215,31 +214,6 @@ def _device(linears: dict[str, nn.Module]) -> torch.device:
     first = next(iter(linears.values()))
     tensors = [*first.parameters(), *first.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Freeze the model in eval mode, and put everything back whatever happens."""
-    training = {module: module.training for module in model.modules()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    config = getattr(model, "config", None)
-    cached = getattr(config, "use_cache", None)
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            model.eval()
-            model.requires_grad_(False)
-            if cached:
-                # A cache of keys and values would only take memory.
-                config.use_cache = False  # type: ignore[union-attr]
-            yield
-    finally:
-        if cached:
-            config.use_cache = cached  # type: ignore[union-attr]
-        for p in trainable:
-            p.requires_grad_(True)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _finite(rows: list[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._losses import LossFn, to_device
-from stiefel_lora._models import is_conv1d
+from stiefel_lora._models import is_conv1d, undisturbed
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora.adapters import adapter_layers, unwrap
 from stiefel_lora.errors import InputError
@@ -75,12 +75,9 @@ def _gradients(
     loss_fn: LossFn | None,
 ) -> list[Tensor]:
     """Return the weights' gradients, summed over the batches, in evaluation mode; the model comes back as it was."""
-    flags = {p: p.requires_grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
     totals = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
     empty = True
-    try:
-        model.requires_grad_(False).eval()
+    with undisturbed(model):
         for weight in weights:
             weight.requires_grad_(True)
         for batch in batches:
@@ -89,11 +86,6 @@ def _gradients(
             loss = model(**batch)["loss"] if loss_fn is None else loss_fn(model, batch)
             for total, gradient in zip(totals, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True):
                 total.add_(gradient)
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
     if empty:
         raise InputError("no batches to take gradients of")
     return totals
