@@ -124,26 +124,25 @@ def _polar(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
 def _cayley(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
     # (I - W/2)^-1 (I + W/2) X = X (I - Q B / 2) + U B with S = X^T U, Q = U^T (I - X X^T) U and
     # B = (I - S/2 + Q/4)^-1. The symmetric part of B^-1 is I + Q/4 >= I: never singular, however long the step.
-    repair = _newton_schulz(x)
-    s = _skew(repair @ (x.mT @ u))
+    repair, s, h, n = _tangent_grams(x, u)
     eye = _eye_like(s)
-    q = u.mT @ u + s @ s
+    q = n + s @ s
     b = _inverse(eye - s / 2 + q / 4)
-    return _combine(x, repair @ (eye - q @ b / 2), u, b, into)
+    return _combine(x, repair @ (eye - q @ b / 2 - h @ b), u, b, into)
 
 
 def _exp(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
     # [X U] expm([[S, -U^T U], [I, S]]) [expm(-S); 0]. U / t in place of U is a similarity of the 2r x 2r matrix
     # that brings its norm from |U|^2 down to |U|.
     r = x.shape[-1]
-    repair = _newton_schulz(x)
-    s = _skew(repair @ (x.mT @ u))
+    repair, s, h, n = _tangent_grams(x, u)
     t = torch.linalg.matrix_norm(u, keepdim=True).clamp_min(1)
-    top = torch.cat((s, u.mT @ u / -t), dim=-1)
+    top = torch.cat((s, n / -t), dim=-1)
     bottom = torch.cat((t * _eye_like(s), s), dim=-1)
     flow = torch.linalg.matrix_exp(torch.cat((top, bottom), dim=-2))[..., :r] @ torch.linalg.matrix_exp(-s)
     c1, c2 = flow.split(r, dim=-2)
-    return _combine(x, repair @ c1, u, c2 / t, into)
+    c2 = c2 / t
+    return _combine(x, repair @ (c1 - h @ c2), u, c2, into)
 
 
 RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
@@ -163,8 +162,19 @@ def _combine(x: Tensor, c1: Tensor, u: Tensor, c2: Tensor, into: Tensor | None) 
     return x @ c1 + u @ c2 if into is None else torch.bmm(x, c1, out=into).baddbmm_(u, c2)
 
 
-def _skew(z: Tensor) -> Tensor:
-    return (z - z.mT) / 2
+def _tangent_grams(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what a retraction needs that relies on U being tangent, which it is only up to rounding.
+
+    Where a gradient is almost normal to the manifold, as near an optimum, its projection has lost most of its digits,
+    and the step would leave the manifold by what is left of the normal part. So U is replaced by V = U - X H.
+
+    Returns:
+        The factor that repairs X, S = X^T V (skew), H = sym(X^T U), and V^T V, all (..., r, r).
+    """
+    repair = _newton_schulz(x)
+    z = repair @ (x.mT @ u)
+    h = sym(z)
+    return repair, z - h, h, u.mT @ u - z.mT @ h - h @ z + h @ h
 
 
 def _newton_schulz(x: Tensor) -> Tensor:

@@ -290,6 +290,21 @@ def test_error_if_nonfinite_names_the_parameter_and_changes_nothing(kind: str) -
     assert all(torch.equal(a, b.detach()) for a, b in zip(before, (p, q, w), strict=True))
 
 
+@pytest.mark.parametrize("retraction", METHODS)
+def test_a_gradient_that_is_almost_normal_keeps_the_manifold(retraction: str) -> None:
+    """Near an optimum the projection cancels nearly all of a gradient, and Adam makes a full step of what is left."""
+    x = stiefel.random_point(576, 16)
+    symmetric = torch.randn(16, 16)
+    normal = x @ (symmetric + symmetric.T)
+    p = geoopt.ManifoldParameter(x, manifold=geoopt.EuclideanStiefel())
+    optimizer = RiemannianAdam([p], lr=1e-2, retraction=retraction)
+    for _ in range(5):
+        p.grad = 1e4 * normal + 1e-2 * torch.randn(576, 16)
+        optimizer.step()
+        # The bound that holds for any other gradient.
+        assert gram_error(p) < 5e-6
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("scale", [0.0, 1e-12, 1e-25])
 def test_zero_and_tiny_gradients(kind: str, scale: float) -> None:
