@@ -37,6 +37,19 @@ class _Weight:
     arrived: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # inputs and output gradients, (batch, T, width)
 
 
+class _Kept:
+    """An input that is kept until its gradient arrives, and must not be written to in between."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._version = x._version
+
+    def get(self) -> Tensor:
+        if self._x._version != self._version:
+            raise InputError("the input of a linear map was changed in place after its use, so it cannot be scored")
+        return self._x
+
+
 class GradientNorms:
     """Measures per-sample squared gradient norms while it is entered as a context.
 
@@ -137,16 +150,16 @@ class GradientNorms:
                 return _tap(output, lambda g: None)
             weight.uses += 1
             if self._keep_inputs:
-                a = self._by_sample(inputs[0], n_in)
-                arrive = lambda g: weight.arrived.append((a, self._by_sample(g, n_out)))  # noqa: E731
+                a = _Kept(self._by_sample(inputs[0], n_in))
+                arrive = lambda g: weight.arrived.append((a.get(), self._by_sample(g, n_out)))  # noqa: E731
             elif weight.uses > 1:
                 raise _UsedAgainError
             elif self._gram_is_cheaper(inputs[0].numel() // n_in // self._batch_size, n_in, n_out):
                 gram = self._input_gram(inputs[0], n_in)
                 arrive = lambda g: self._add(weight, _gram_norms(gram, self._by_sample(g, n_out)))  # noqa: E731
             else:
-                a = self._by_sample(inputs[0], n_in)
-                arrive = lambda g: self._add(weight, _direct_norms(a, self._by_sample(g, n_out)))  # noqa: E731
+                a = _Kept(self._by_sample(inputs[0], n_in))
+                arrive = lambda g: self._add(weight, _direct_norms(a.get(), self._by_sample(g, n_out)))  # noqa: E731
             return _tap(output, arrive)
 
         return hook
@@ -184,25 +197,11 @@ class GradientNorms:
 
 
 def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
-    tapped: Tensor = _Tap.apply(output, torch.zeros((), device=output.device, requires_grad=True), arrive)
-    return tapped
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, which hands the gradient that passes through it to a function.
-
-    The anchor requires a gradient, so there is a graph from the first tap on and none below it.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
-        ctx.arrive = arrive
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        ctx.arrive(grads[0])
-        return grads[0] if ctx.needs_input_grad[0] else None, None, None
+    """Hand the gradient of ``output`` to a function, and start the graph here if there is none below."""
+    if not output.requires_grad:
+        output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+    output.register_hook(arrive)
+    return output
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

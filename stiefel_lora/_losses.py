@@ -15,6 +15,10 @@ LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
 IGNORED = -100  # the label of a position without a loss, as in torch's cross entropy
 
 
+# Of the largest share of a linear map: what low precision may change, far below what mixed-up samples do.
+_AGREEMENT = 0.02
+
+
 class SampleLosses:
     """Measures the gradient norms of each sample's own loss, as if it were scored alone.
 
@@ -34,6 +38,7 @@ class SampleLosses:
         self._norms = norms
         self._loss_fn = loss_fn
         self._fitting: set[str] | None = None  # None: nothing tried yet; empty: one at a time
+        self._checked = False
 
     def measure(self, batch: Any) -> Tensor:
         """Return the squared gradient norms, shape (batch size, number of linears), NaN if the loss is not finite."""
@@ -57,12 +62,25 @@ class SampleLosses:
         except NotBatchedError:
             self._fitting = set()
             return self._one_by_one(batch, size)
+        if size > 1 and not self._checked:
+            self._checked = True
+            # Sequence-first layers whose length is the batch size look as if they had the batch in front.
+            if not self._first_is_alone(batch, size, squared, losses):
+                self._fitting = set()
+                return self._one_by_one(batch, size)
         if losses.dim() or size == 1:
             return squared.masked_fill(~losses.detach().isfinite().reshape(-1, 1), torch.nan)
         weights = self._weights(batch, size, total) if bool(total.isfinite()) else None
         if weights is None:
             return self._one_by_one(batch, size)
         return squared / weights.to(squared)[:, None].square()
+
+    def _first_is_alone(self, batch: Any, size: int, squared: Tensor, losses: Tensor) -> bool:
+        """Tell whether the first sample's norms have the same proportions in the batch as alone."""
+        alone, _ = self._norms.measure(lambda: self._losses(sample(batch, 0, size)).sum(), 1)
+        shares = [row / row.sum() for row in (alone[0], squared[0])]
+        known = bool(torch.stack(shares).isfinite().all())
+        return not known or bool((shares[0] - shares[1]).abs().max() <= _AGREEMENT)
 
     def _losses(self, batch: Any) -> Tensor:
         if self._loss_fn is not None:
@@ -218,14 +236,25 @@ class LabelSampler:
         if logits is None or loss is None or logits.shape[:-1] != labels.shape:
             raise InputError("labels='model' needs a model with a loss, and logits of the labels' shape and classes")
         if self._shift is None:
-            self._shift = _label_shift(loss, logits, labels)
+            self._shift = self._find_shift(batch)
         if self._generator is None:
             self._generator = torch.Generator(logits.device).manual_seed(self._seed)
-        probabilities = logits.reshape(-1, logits.shape[-1]).float().softmax(-1)
+        # Of a sample that is not finite it does not matter what is drawn: it will be left out.
+        probabilities = logits.reshape(-1, logits.shape[-1]).float().softmax(-1).nan_to_num(nan=1.0)
         drawn = torch.multinomial(probabilities, 1, generator=self._generator).view(labels.shape)
         if self._shift:
             drawn = torch.cat((labels[..., :1], drawn[..., :-1]), dim=-1)
         return {**batch, "labels": torch.where(labels == IGNORED, labels, drawn)}
+
+    def _find_shift(self, batch: Any) -> int:
+        """Find out from the first sample with a finite loss; 0 if there is none, as all will be left out."""
+        size = batch_size(batch)
+        for n in range(size):
+            one = sample(batch, n, size)
+            output = self._model(**one)
+            if bool(output["loss"].isfinite()):
+                return _label_shift(output["loss"], output["logits"], one["labels"])
+        return 0
 
 
 def _label_shift(loss: Tensor, logits: Tensor, labels: Tensor) -> int:

@@ -67,6 +67,9 @@ def fisher_select(
     Raises:
         InputError: See `fisher_scores` and `FisherScores.select`.
     """
+    check_choice("normalize", normalize, ("raw", "params", "weight"))
+    if budget_params is not None and (rank is None or rank < 1):
+        raise InputError(f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}")
     scores = fisher_scores(
         model,
         batches,
@@ -101,7 +104,8 @@ def fisher_scores(
     """Score every layer by the squared gradient norm of its linear maps, exact for each sample, in one pass.
 
     The model is evaluated in eval mode; only gradients of activations are computed. It comes back as it was: training
-    mode, ``requires_grad``, gradients, hooks, configuration and random state, also after an error.
+    mode, ``requires_grad``, gradients, hooks, configuration and random state, also after an error. Linear maps are
+    modules that are called: projections inside ``nn.MultiheadAttention`` and experts kept as one tensor are not scored.
 
     Args:
         model: A model with a list of repeated layers, on any device.

@@ -197,8 +197,8 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(
         _hf("ViTForImageClassification", "ViTConfig", **_VIT, image_size=16, patch_size=8),
         image_batch,
-        "vit.encoder.layer",
-        (),
+        "vit.layers",
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"),
     ),
     "sequential": Family(_sequential, plain_batch, "net", ("1", "3")),
     "transformer-encoder": Family(_transformer_encoder, plain_batch, "net.layers", ("linear1", "linear2")),

@@ -159,8 +159,9 @@ def test_a_weight_shared_with_something_else_is_refused_by_name() -> None:
         fisher_scores(Tied(), [], progress=False)
 
 
-def test_an_input_without_the_batch_in_front_falls_back_to_single_samples() -> None:
-    """Sequence-first layers: (T, batch, width)."""
+@pytest.mark.parametrize("length", [5, 3])
+def test_an_input_without_the_batch_in_front_falls_back_to_single_samples(length: int) -> None:
+    """Sequence-first layers, (T, batch, width); with T = batch the shape alone does not tell."""
 
     class SequenceFirst(nn.Module):
         def __init__(self) -> None:
@@ -171,7 +172,7 @@ def test_an_input_without_the_batch_in_front_falls_back_to_single_samples() -> N
             return {"loss": (self.net(x.transpose(0, 1)).transpose(0, 1) - y).square().mean()}
 
     model = SequenceFirst().double()
-    batch = {k: v.double() for k, v in plain_batch(3, 5).items()}
+    batch = {k: v.double() for k, v in plain_batch(3, length).items()}
     torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)
 
 
@@ -207,6 +208,38 @@ def test_gradient_checkpointing_and_cache_of_transformers_do_no_harm() -> None:
     model.train()
     torch.testing.assert_close(by_module(model, [batch]), plain, rtol=1e-6, atol=0)
     assert model.config.use_cache is True
+
+
+def test_an_operation_in_place_after_a_linear_does_no_harm_and_on_its_input_is_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self, spoil: bool) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.spoil = spoil
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu_(self.a(x))
+            # A detour past autograd's own check of its saved tensors.
+            return self.b(h) + (h.detach().mul_(2) if self.spoil else h).sum() * 0
+
+    def model(spoil: bool) -> nn.Module:
+        torch.manual_seed(2)
+        return Loss(nn.Sequential(*[Block(spoil) for _ in range(2)])).double()
+
+    batch = {k: v.double() for k, v in plain_batch(3, 40).items()}
+    torch.testing.assert_close(
+        by_module(model(False), [batch]).double(), expected_by_module(model(False), batch), rtol=1e-6, atol=0
+    )
+    with pytest.raises(InputError, match="changed in place"):
+        by_module(model(True), [batch])
+
+
+def test_model_labels_leave_out_a_sample_that_is_not_finite() -> None:
+    model, batch = FAMILIES["vit"].build(), FAMILIES["vit"].batch(3, 0)
+    batch["pixel_values"][0, 0, 0, 0] = torch.nan
+    with pytest.warns(UserWarning, match="1 of 3 samples"):
+        scores = fisher_scores(model, [batch], labels="model", progress=False)
+    assert scores.n_samples == 2
 
 
 def test_autocast_stays_close_to_full_precision() -> None:
@@ -396,6 +429,7 @@ def test_errors_say_what_is_wrong() -> None:
         (lambda: fisher_select(model, [batch], budget=0.0), InputError, r"in \(0, 1\], got 0.0"),
         (lambda: fisher_select(model, [batch], budget=4), InputError, r"in \[1, 3\].*got 4"),
         (lambda: fisher_select(model, [batch], budget=True), TypeError, "got bool"),
+        (lambda: fisher_select(model, [], budget_params=100), InputError, "give rank >= 1, got None"),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):
