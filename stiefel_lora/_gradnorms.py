@@ -198,6 +198,9 @@ class GradientNorms:
 
 def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
     """Hand the gradient of ``output`` to a function, and start the graph here if there is none below."""
+    if output._is_view():
+        # Of a view that is then changed in place, as by ReLU(inplace=True), autograd would leave out the hook.
+        output = output.clone()
     if not output.requires_grad:
         output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
     output.register_hook(arrive)
