@@ -54,11 +54,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     lengths = {128: args.samples, 512: args.long_samples} if not args.quick else {16: 4}
     model = _load(args)
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    compared = {str(t): _compare(model, _batches(model, n, t), rounds) for t, n in lengths.items()}
+    able = {name for part in compared.values() for name in part["rows"]}
     return {
         "model": "tiny" if args.quick else model.config._name_or_path.rsplit("/", 1)[-1],
         "model_mib": model_bytes / 2**20,
-        "lengths": {str(t): _compare(model, _batches(model, n, t), rounds) for t, n in lengths.items()},
-        "peak_mib": {} if args.quick else {m: _child_peak(m, args) for m in (FORWARD, OURS, LOOP, GHOST)},
+        "lengths": compared,
+        "peak_mib": {} if args.quick else {m: _child_peak(m, args) for m in METHODS if m in able},
         "wide": _wide(rounds, quick=args.quick),
         "share": _share(model, *((4, 16) if args.quick else (32, 128))),
         "early_stopping": _early_stopping(model, _batches(model, *((8, 16) if args.quick else (64, 64)))),
@@ -215,9 +217,11 @@ def _peak(method: str, model: Any) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    METHODS[method](model, batches)
-    done.set()
-    watcher.join()
+    try:
+        METHODS[method](model, batches)
+    finally:
+        done.set()
+        watcher.join()
     return peak - base
 
 
