@@ -192,15 +192,16 @@ def _compare(model: Any, batches: list[Batch], rounds: int) -> dict[str, Any]:
     }
 
 
-def _child_peak(method: str, args: argparse.Namespace) -> float:
+def _child_peak(method: str, args: argparse.Namespace) -> float | None:
+    """Return the peak of one method in a process of its own, None if it failed there."""
     words = ["--peak-of", method] + (["--model", args.model] if args.model else [])
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "benchmarks.fisher_cost", *words, "--threads", str(torch.get_num_threads())],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    return float(done.stdout.split("peak ")[-1].split()[0])
+    return float(done.stdout.split("peak ")[-1].split()[0]) if done.returncode == 0 else None
 
 
 def _peak(method: str, model: Any) -> float:
@@ -308,7 +309,10 @@ def report(results: dict[str, Any]) -> str:
             + _harness.markdown(header, rows)
         )
     if results["peak_mib"]:
-        rows = [[name, mib, f"{mib / results['model_mib']:.0%}"] for name, mib in results["peak_mib"].items()]
+        rows = [
+            [name, "failed" if mib is None else mib, "" if mib is None else f"{mib / results['model_mib']:.0%}"]
+            for name, mib in results["peak_mib"].items()
+        ]
         title = f"Peak memory above the loaded model ({results['model_mib']:.0f} MiB), one batch of 4 x 128"
         parts.append(f"{title}\n\n" + _harness.markdown(["method", "MiB", "of the model"], rows))
     wide, share = results["wide"], results["share"]
