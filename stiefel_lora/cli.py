@@ -1,14 +1,18 @@
 """The command line: ``stiefel-lora finetune | select | generate | export | import | info``."""
 
 import argparse
+import json
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from stiefel_lora import __version__
+from stiefel_lora._files import remove_leftovers
 from stiefel_lora.adapter_commands import add_adapter_commands
 from stiefel_lora.errors import InputError
 
@@ -195,7 +199,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     from stiefel_lora import report
     from stiefel_lora.data import check_source
     from stiefel_lora.pretrained import find_device, find_source
-    from stiefel_lora.training import finetune
+    from stiefel_lora.training import CHECKPOINT_FILE, finetune
 
     config = _config(args)
     config.check()
@@ -207,18 +211,18 @@ def run_finetune(args: argparse.Namespace) -> None:
     if config.data is not None:
         check_source(config.data)
     folder: Path = args.output
-    fresh = not folder.exists()
-    _prepare(folder, asdict(config), resume=args.resume, overwrite=args.overwrite)
-    try:
-        metrics = finetune(config, folder, device=getattr(args, "device", None), save_every=args.save_every)
-    except InputError:
-        # Nothing was trained; leave no trace of the attempt.
-        if not args.resume:
-            (folder / RUN_FILE).unlink(missing_ok=True)
-            if fresh and not any(folder.iterdir()):
-                folder.rmdir()
-        raise
+    content = json.loads(json.dumps(asdict(config)))
+    _check_folder(folder, content, resume=args.resume, overwrite=args.overwrite)
+    with _made(folder):
+        metrics = finetune(
+            config,
+            folder,
+            device=getattr(args, "device", None),
+            save_every=args.save_every,
+            on_start=lambda: _take_folder(folder, content, resume=args.resume),
+        )
     files = report.write_run(folder, metrics)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     print(report.table(metrics))
     print(f"\nadapter     {folder / 'adapter'}\n" + "\n".join(f"{file.suffix[1:]:11} {file}" for file in files))
     if len(files) == 1:
@@ -234,13 +238,8 @@ def _config(args: argparse.Namespace) -> Any:
     return replace(config, target_modules=tuple(config.target_modules) if config.target_modules else None)
 
 
-def _prepare(folder: Path, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Make the output folder ready, or say why it is not."""
-    import json
-
-    from stiefel_lora.report import write_json
-
-    config = json.loads(json.dumps(config))
+def _check_folder(folder: Path, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Raise InputError unless the run may go into the folder; change nothing."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder as --output")
     run_file = folder / RUN_FILE
@@ -260,16 +259,40 @@ def _prepare(folder: Path, config: dict[str, Any], *, resume: bool, overwrite: b
         raise InputError(f"{folder} holds another run ({', '.join(occupied)}); use --overwrite, --resume or --output")
     if folder.exists() and not occupied and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run; give another folder as --output")
-    for name in occupied:
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder that is writable, and leave no trace of it if nothing comes of it."""
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        if fresh and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Put a run that is about to train in the place of what the folder holds of another, or of a killed one."""
+    from stiefel_lora.report import write_json
+
+    for name in () if resume else OWN_FILES:
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(run_file, config)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    remove_leftovers(folder)
+    write_json(folder / RUN_FILE, config)
 
 
 def _resume_line(args: argparse.Namespace) -> str:
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
     if not (args.output / "checkpoint.pt").is_file():
-        return "nothing saved yet, start again with --overwrite"
+        return "nothing saved yet, start again"
     return "stiefel-lora " + " ".join([*words, "--resume"])
 
 
@@ -326,7 +349,10 @@ def run_generate(args: argparse.Namespace) -> None:
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     else:
         prompt = prompt_text(args.prompt) if args.format == "instruction" else args.prompt
-    inputs = tokenizer(prompt, return_tensors="pt").to(device)
+    # A chat template has written the special tokens itself.
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=args.format != "chat").to(device)
+    if not inputs["input_ids"].numel():
+        raise InputError("the prompt is empty")
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     torch.manual_seed(args.seed)
     model.generate(

@@ -1,5 +1,6 @@
 """Put the results of a run into files, a table and pictures."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,19 +15,19 @@ METRICS_FILE = "metrics.json"
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with atomic_file(path) as file:
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     """Write the metrics and the pictures of a run; returns the files. Without matplotlib there are no pictures."""
+    pictures = []
+    if importlib.util.find_spec("matplotlib"):
+        pictures = [folder / "fisher.png", folder / "loss.png"]
+        FisherScores(**metrics["fisher"]).plot(pictures[0], metrics["selected_layers"])
+        plot_loss(metrics, pictures[1])
+    # Last: where there are metrics, the run is finished.
     write_json(folder / METRICS_FILE, metrics)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return [folder / METRICS_FILE]
-    FisherScores(**metrics["fisher"]).plot(folder / "fisher.png", metrics["selected_layers"])
-    plot_loss(metrics, folder / "loss.png")
-    return [folder / METRICS_FILE, folder / "fisher.png", folder / "loss.png"]
+    return [folder / METRICS_FILE, *pictures]
 
 
 def plot_loss(metrics: Mapping[str, Any], path: Path) -> None:

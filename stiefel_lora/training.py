@@ -3,7 +3,7 @@
 import importlib.metadata
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from stiefel_lora.stiefel import RETRACTIONS, check_choice, orthogonality_error
 
 VERSIONED = ("torch", "geoopt", "transformers", "numpy")
 CHECKPOINT_FILE = "checkpoint.pt"
+_REMEDY = "a lower learning rate or a wider dtype may help"
 
 
 @dataclass(frozen=True)
@@ -97,21 +98,30 @@ class FinetuneConfig:
 
 
 def finetune(
-    config: FinetuneConfig, folder: Path, *, device: str | None = None, save_every: int = 10
+    config: FinetuneConfig,
+    folder: Path,
+    *,
+    device: str | None = None,
+    save_every: int = 10,
+    on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run the main job, or go on with it where the folder has a checkpoint of it.
+
+    The last checkpoint stays, until whoever called has put the metrics into safety.
 
     Args:
         config: What to do.
         folder: Where the adapter and the checkpoints go; it exists.
         device: Where to compute; None for CUDA if there is one, else the CPU.
         save_every: Steps between checkpoints.
+        on_start: Called once the model and the data have turned out to fit, before anything is written.
 
     Returns:
         The metrics, ready for JSON, with the scores under "fisher".
 
     Raises:
-        InputError: If the configuration does not fit the model or the data, before anything is trained.
+        InputError: If the configuration does not fit the model or the data, before anything is trained or written;
+            or if the training diverges.
     """
     clock = Clock()
     target = find_device(device)
@@ -139,14 +149,13 @@ def finetune(
         target_modules=config.target_modules,
         dropout=config.dropout,
     )
+    on_start()
     run.start(saved, scores, before)
     run.train(save_every)
     with clock.time("evaluation"):
         after = evaluate(model, held_out, config, "after")
     save_adapter(model, folder / "adapter")
-    metrics = run.metrics(selected, names, before, after)
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    return metrics
+    return run.metrics(selected, names, before, after)
 
 
 def check_targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
@@ -191,6 +200,8 @@ def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str
             total += float(model(**batch).loss) * n
         tokens += n
     loss = total / max(tokens, 1)
+    if not math.isfinite(loss):
+        raise InputError(f"the held-out loss {label} training is {loss}; {_REMEDY}")
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
 
 
@@ -315,6 +326,8 @@ class _Run:
                 part = self.model(**batch).loss * (count / sum(counts))
             part.backward()
             loss += float(part.detach())
+        if not math.isfinite(loss):
+            raise InputError(f"the loss at step {self.step + 1} is {loss}; {_REMEDY}")
         with self.clock.time("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(config, self.step)

@@ -59,7 +59,15 @@ def test_finetune_from_end_to_end(base: list[str], tmp_path: Path) -> None:
     again = run(*finetune(base, output))
     assert again.returncode == 2
     assert "holds another run" in again.stderr and "--overwrite" in again.stderr
-    assert run(*finetune(base, output, "--overwrite")).returncode == 0
+    # An overwriting run that cannot start leaves the old one whole; what a killed process left behind goes with it.
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    for wrong in (["--budget", "9"], ["--rank", "40"], ["--target-modules", "wq"], ["--seq-len", "100000"]):
+        assert main(finetune(base, output, "--overwrite", *wrong)) == 2
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    (output / f".checkpoint.pt.{'0a' * 16}.tmp").touch()
+    assert run(*finetune(base, output, "--overwrite", "--steps", "2")).returncode == 0
+    assert {path.name for path in output.iterdir()} == names
+    assert len(json.loads((output / "metrics.json").read_text())["loss_curve"]) == 2
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
@@ -167,8 +175,11 @@ def test_other_peoples_files_are_left_alone(
         assert main(finetune(base, tmp_path, *more)) == 2
     assert "is not empty and holds no run" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+    below_a_file = finetune(base, tmp_path / "file" / "below")
     file = tmp_path / "file"
     file.touch()
+    assert main(below_a_file) == 2
+    assert "cannot write to" in capsys.readouterr().err
     assert main(finetune(base, file)) == 2
     assert sorted(os.listdir(tmp_path)) == ["file", "thesis.txt"]
 

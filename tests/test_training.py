@@ -15,7 +15,7 @@ from stiefel_lora.checkpoint import load_adapter, read_adapter
 from stiefel_lora.data import load_data
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import load_pretrained
-from stiefel_lora.training import CHECKPOINT_FILE, FinetuneConfig, evaluate, finetune, learning_rate
+from stiefel_lora.training import FinetuneConfig, evaluate, finetune, learning_rate
 from tests.tiny import TEXT, save_tiny_model, write_jsonl
 
 
@@ -76,7 +76,6 @@ def test_a_run_that_broke_off_ends_with_the_same_bits(
     assert without_times(resumed) == without_times(expected)
     for name, tensor in adapters(whole).items():
         assert torch.equal(tensor, adapters(broken)[name]), name
-    assert not (broken / CHECKPOINT_FILE).exists()
 
 
 def test_training_lowers_the_loss_and_stays_on_the_manifold(config: FinetuneConfig, tmp_path: Path) -> None:
@@ -162,5 +161,11 @@ def test_what_does_not_fit_the_model_is_named_before_anything_is_trained(
     config: FinetuneConfig, change: Any, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
-        finetune(replace(config, **change), tmp_path)
+        finetune(replace(config, **change), tmp_path, on_start=lambda: pytest.fail("started"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_diverges_stops_and_says_so(config: FinetuneConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"loss at step \d is (nan|inf); a lower learning rate"):
+        finetune(replace(config, lr=1e30), tmp_path)
+    assert not (tmp_path / "adapter").exists()
