@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
+from stiefel_lora._entropy import LeanCrossEntropy
 from stiefel_lora._models import linear_shape
 from stiefel_lora.errors import InputError
 
@@ -41,13 +43,21 @@ class _Kept:
     """An input that is kept until its gradient arrives, and must not be written to in between."""
 
     def __init__(self, x: Tensor) -> None:
-        self._x = x
+        self.x = x
         self._version = x._version
 
     def get(self) -> Tensor:
-        if self._x._version != self._version:
+        if self.x._version != self._version:
             raise InputError("the input of a linear map was changed in place after its use, so it cannot be scored")
-        return self._x
+        return self.x
+
+
+@dataclass(frozen=True)
+class _Again:
+    """An activation that is computed again from its input, which is kept anyway."""
+
+    function: Callable[[Tensor], Tensor]
+    x: Tensor
 
 
 class GradientNorms:
@@ -74,6 +84,8 @@ class GradientNorms:
         self._norms: Tensor | None = None
         self._in_backward = False
         self._keep_inputs = len(self._weights) < len(linears)
+        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._saved: dict[int, int] = {}
         # The last input and its Gram matrix: query, key and value projections share theirs.
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -121,7 +133,8 @@ class GradientNorms:
 
     def _forward(self, forward: Callable[[], Tensor]) -> Tensor:
         self._forget()
-        with torch.enable_grad():
+        self._saved.clear()
+        with torch.enable_grad(), LeanCrossEntropy(), torch.autograd.graph.saved_tensors_hooks(self._save, _saved):
             loss = forward()
         self._last = None
         if loss.dim() != 0:
@@ -132,6 +145,24 @@ class GradientNorms:
                 "checkpoint with use_reentrant=True; use_reentrant=False keeps them)"
             )
         return loss
+
+    @property
+    def saved_bytes(self) -> int:
+        """What the latest forward pass kept for its backward pass, besides parameters."""
+        return sum(self._saved.values())
+
+    def _save(self, x: Tensor) -> Tensor | _Again:
+        """Keep a tensor for the backward pass, or what it is cheaply computed from."""
+        node = x.grad_fn
+        if node is not None and node.name() == "SiluBackward0":
+            return _Again(silu, node._saved_self.detach())  # type: ignore[attr-defined]
+        self._count(x)
+        return x
+
+    def _count(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._saved[storage.data_ptr()] = storage.nbytes()
 
     def _forget(self) -> None:
         self._norms, self._last, self._in_backward = None, None, False
@@ -149,20 +180,22 @@ class GradientNorms:
                 # A checkpointed segment runs again. Its first run is the one that counts, but the same must be saved.
                 return _tap(output, lambda g: None)
             weight.uses += 1
-            if self._keep_inputs:
-                a = _Kept(self._by_sample(inputs[0], n_in))
-                arrive = lambda g: weight.arrived.append((a.get(), self._by_sample(g, n_out)))  # noqa: E731
-            elif weight.uses > 1:
-                raise _UsedAgainError
-            elif self._gram_is_cheaper(inputs[0].numel() // n_in // self._batch_size, n_in, n_out):
-                gram = self._input_gram(inputs[0], n_in)
-                arrive = lambda g: self._add(weight, _gram_norms(gram, self._by_sample(g, n_out)))  # noqa: E731
-            else:
-                a = _Kept(self._by_sample(inputs[0], n_in))
-                arrive = lambda g: self._add(weight, _direct_norms(a.get(), self._by_sample(g, n_out)))  # noqa: E731
-            return _tap(output, arrive)
+            return _tap(output, self._arrival(weight, inputs[0], n_in, n_out))
 
         return hook
+
+    def _arrival(self, weight: _Weight, x: Tensor, n_in: int, n_out: int) -> Callable[[Tensor], None]:
+        """Return what to do with the output gradient of a linear map; what it holds is let go when that is done."""
+        if not self._keep_inputs and weight.uses > 1:
+            raise _UsedAgainError
+        if not self._keep_inputs and self._gram_is_cheaper(x.numel() // n_in // self._batch_size, n_in, n_out):
+            grams = [self._input_gram(x, n_in)]
+            return lambda g: self._add(weight, _gram_norms(grams.pop(), self._by_sample(g, n_out)))
+        kept = [_Kept(self._by_sample(x, n_in))]
+        self._count(kept[0].x)
+        if self._keep_inputs:
+            return lambda g: weight.arrived.append((kept.pop().get(), self._by_sample(g, n_out)))
+        return lambda g: self._add(weight, _direct_norms(kept.pop().get(), self._by_sample(g, n_out)))
 
     def _by_sample(self, x: Tensor, width: int) -> Tensor:
         """Return ``x`` as (batch, T, width) in float32 or wider."""
@@ -178,6 +211,7 @@ class GradientNorms:
         if self._last is None or self._last[0] is not x:
             a = self._by_sample(x, width)
             self._last = (x, _product(a, a.mT))
+            self._count(self._last[1])
         return self._last[1]
 
     def _finish(self, weight: _Weight) -> None:
@@ -194,6 +228,10 @@ class GradientNorms:
             self._norms = norms.new_zeros(self._batch_size, len(self._linears))
         for row in weight.rows:
             self._norms[:, row] = norms
+
+
+def _saved(kept: Tensor | _Again) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept.function(kept.x)
 
 
 def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
@@ -218,7 +256,8 @@ def _gram_norms(gram: Tensor, g: Tensor) -> Tensor:
 
 
 def _direct_norms(a: Tensor, g: Tensor) -> Tensor:
-    return _product(g.mT, a).square().sum(dim=(1, 2))
+    # One sample at a time: the gradient of a weight is as large as the weight.
+    return torch.stack([_product(g[n].mT, a[n]).square_().sum() for n in range(len(a))])
 
 
 def _key(module: nn.Module) -> Hashable:

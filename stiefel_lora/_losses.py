@@ -1,6 +1,6 @@
 """From the loss of a batch to the gradient of each sample's own loss."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +17,9 @@ IGNORED = -100  # the label of a position without a loss, as in torch's cross en
 
 # Of the largest share of a linear map: what low precision may change, far below what mixed-up samples do.
 _AGREEMENT = 0.02
+# A batch is taken in parts that keep at most this share of the model's own size for the backward pass, or these bytes.
+_SHARE_OF_MODEL = 0.1
+_LEAST_BYTES = 32 * 2**20
 
 
 class SampleLosses:
@@ -39,12 +42,42 @@ class SampleLosses:
         self._loss_fn = loss_fn
         self._fitting: set[str] | None = None  # None: nothing tried yet; empty: one at a time
         self._checked = False
+        self._bytes_per_entry: float | None = None
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        self._most_bytes = max(_LEAST_BYTES, _SHARE_OF_MODEL * size)
 
     def measure(self, batch: Any) -> Tensor:
         """Return the squared gradient norms, shape (batch size, number of linears), NaN if the loss is not finite."""
         size = batch_size(batch)
-        if size > 1 and self._fitting == set():
+        if size == 1:
+            return self._together(batch, 1)
+        if self._fitting == set():
             return self._one_by_one(batch, size)
+        alone = self._first_alone(batch, size) if self._bytes_per_entry is None else None
+        rows = self._rows(batch, size)
+        squared = torch.cat(
+            [self._together(take(batch, slice(n, n + rows), size), min(rows, size - n)) for n in range(0, size, rows)]
+        )
+        if rows > 1 and not self._checked:
+            self._checked = True
+            # Sequence-first layers whose length is the batch size look as if they had the batch in front.
+            if not _same_shares(self._first_alone(batch, size) if alone is None else alone, squared[0]):
+                self._fitting = set()
+                return self._one_by_one(batch, size)
+        return squared
+
+    def _first_alone(self, batch: Any, size: int) -> Tensor:
+        """Return the norms of the first sample, and see how much it keeps for the backward pass."""
+        squared = self._together(sample(batch, 0, size), 1)
+        self._bytes_per_entry = size * self._norms.saved_bytes / _entries(batch)
+        return squared[0]
+
+    def _rows(self, batch: Any, size: int) -> int:
+        """Return how many samples of a batch are evaluated together, so that they fit into the memory."""
+        of_a_sample = (self._bytes_per_entry or 0) * _entries(batch) / size
+        return min(size, max(1, int(self._most_bytes / max(1.0, of_a_sample))))
+
+    def _together(self, batch: Any, size: int) -> Tensor:
         losses = torch.empty(0)
 
         def forward() -> Tensor:
@@ -52,7 +85,7 @@ class SampleLosses:
             losses = self._losses(batch)
             if losses.dim() and losses.shape != (size,):
                 raise InputError(
-                    f"the loss of a batch of {size} samples must be one number or of shape ({size},), "
+                    f"the loss of a batch of size {size} must be one number or of shape ({size},), "
                     f"got {tuple(losses.shape)}"
                 )
             return losses.sum()
@@ -62,25 +95,12 @@ class SampleLosses:
         except NotBatchedError:
             self._fitting = set()
             return self._one_by_one(batch, size)
-        if size > 1 and not self._checked:
-            self._checked = True
-            # Sequence-first layers whose length is the batch size look as if they had the batch in front.
-            if not self._first_is_alone(batch, size, squared, losses):
-                self._fitting = set()
-                return self._one_by_one(batch, size)
         if losses.dim() or size == 1:
             return squared.masked_fill(~losses.detach().isfinite().reshape(-1, 1), torch.nan)
         weights = self._weights(batch, size, total) if bool(total.isfinite()) else None
         if weights is None:
             return self._one_by_one(batch, size)
         return squared / weights.to(squared)[:, None].square()
-
-    def _first_is_alone(self, batch: Any, size: int, squared: Tensor, losses: Tensor) -> bool:
-        """Tell whether the first sample's norms have the same proportions in the batch as alone."""
-        alone, _ = self._norms.measure(lambda: self._losses(sample(batch, 0, size)).sum(), 1)
-        shares = [row / row.sum() for row in (alone[0], squared[0])]
-        known = bool(torch.stack(shares).isfinite().all())
-        return not known or bool((shares[0] - shares[1]).abs().max() <= _AGREEMENT)
 
     def _losses(self, batch: Any) -> Tensor:
         if self._loss_fn is not None:
@@ -107,7 +127,7 @@ class SampleLosses:
         return torch.stack([self._losses(sample(batch, n, size)).double().sum() for n in range(size)])
 
     def _one_by_one(self, batch: Any, size: int) -> Tensor:
-        return torch.cat([self.measure(sample(batch, n, size)) for n in range(size)])
+        return torch.cat([self._together(sample(batch, n, size), 1) for n in range(size)])
 
     def _weights(self, batch: Any, size: int, total: Tensor) -> Tensor | None:
         """Return each sample's weight in the batch's loss, None if it cannot be told."""
@@ -130,6 +150,17 @@ class SampleLosses:
         if not candidates or not _agree(list(candidates.values())):
             return None
         return next(iter(candidates.values()))
+
+
+def _same_shares(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two samples' norms have the same proportions, or are not known."""
+    shares = torch.stack([first / first.sum(), second / second.sum()])
+    return not bool(shares.isfinite().all()) or bool((shares[0] - shares[1]).abs().max() <= _AGREEMENT)
+
+
+def _entries(batch: Any) -> int:
+    """Return the number of entries of the first tensor in a batch, a measure of what its activations take."""
+    return next((value.numel() for value in _values(batch) if isinstance(value, Tensor) and value.dim()), 1)
 
 
 def _entry(output: Any, name: str) -> Tensor | None:
@@ -182,7 +213,7 @@ def take(batch: Any, rows: slice, size: int) -> Any:
     if isinstance(batch, Mapping):
         return {key: cut(value) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(cut(value) for value in batch)
+        return _like(batch, (cut(value) for value in batch))
     raise InputError(
         f"the samples of a batch of type {type(batch).__name__} cannot be taken apart; "
         "let loss_fn return one loss for each sample, or give batches of one sample"
@@ -195,9 +226,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.detach().to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple) and not hasattr(batch, "_fields"):
-        return type(batch)(to_device(value, device) for value in batch)
+    if isinstance(batch, list | tuple):
+        return _like(batch, (to_device(value, device) for value in batch))
     return batch
+
+
+def _like(batch: Any, values: Iterable[Any]) -> Any:
+    """Return values in a list, tuple or named tuple like that of a batch."""
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
 def _values(batch: Any) -> Sequence[Any]:

@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import tempfile
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from stiefel_lora._models import find_linears
+from stiefel_lora._entropy import LeanCrossEntropy
+from stiefel_lora._gradnorms import GradientNorms
+from stiefel_lora._models import find_linears, undisturbed
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores, fisher_select
 from tests.models import FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch
@@ -21,7 +25,19 @@ from tests.reference import fisher as reference
 LLAMA = FAMILIES["llama"]
 
 # These classes of transformers compute norms, rotary embeddings or the loss in float32 whatever the model's dtype.
-FLOAT32_INSIDE = {"llama", "llama-tied", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "gpt2", "gpt-neox"}
+FLOAT32_INSIDE = {
+    "opt",
+    "llama",
+    "llama-tied",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "gpt2",
+    "gpt-neox",
+}
 
 
 def linear_weights(model: nn.Module, layers: str | None = None) -> dict[str, Tensor]:
@@ -419,7 +435,7 @@ def test_errors_say_what_is_wrong() -> None:
         (
             lambda: fisher_scores(model, [batch], loss_fn=lambda *_: torch.ones(3)),
             InputError,
-            r"of shape \(2,\), got \(3,\)",
+            r"of shape \(1,\), got \(3,\)",
         ),
         (lambda: fisher_scores(model, [batch], loss_fn=lambda *_: 1.0), TypeError, "must return a tensor, got float"),  # type: ignore[arg-type, return-value]
         (
@@ -552,3 +568,69 @@ def test_masked_language_model_batches_of_unequal_counts() -> None:
     """The loss of a masked model averages over labels in place, not over next tokens."""
     model, batch = FAMILIES["bert"].build().double(), masked_batch(4, 8)
     torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of one, of some, and of all samples give the same scores."""
+    from stiefel_lora import _losses
+
+    model, batch = LLAMA.build(), causal_batch(5, 9)
+    expected = expected_by_module(model, batch).double()
+    sizes: list[int] = []
+    together = _losses.SampleLosses._together
+
+    def seen(self: Any, part: Any, size: int) -> Tensor:
+        sizes.append(size)
+        return together(self, part, size)
+
+    monkeypatch.setattr(_losses.SampleLosses, "_together", seen)
+    with undisturbed(model), GradientNorms(model, dict(find_linears(model)[0])) as norms:
+        norms.measure(lambda: model(**_losses.sample(batch, 0, 5)).loss, 1)
+    monkeypatch.setattr(_losses, "_SHARE_OF_MODEL", 0.0)
+    for samples, parts in ((100.0, [5]), (2.5, [2, 2, 1]), (0.5, [1] * 5)):
+        monkeypatch.setattr(_losses, "_LEAST_BYTES", samples * norms.saved_bytes)
+        sizes.clear()
+        got = by_module(model, [batch])
+        assert sizes[1:] == parts
+        # float32 sums over T positions in another order.
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
+
+
+def test_batches_may_be_named_tuples() -> None:
+    Pair = namedtuple("Pair", ["x", "y"])  # noqa: PYI024  the plain kind that data loaders collate
+    model, batch = FAMILIES["sequential"].build(), plain_batch(3, 4)
+
+    def loss(model: nn.Module, pair: Any) -> Tensor:
+        assert isinstance(pair, Pair)
+        return model(x=pair.x, y=pair.y)["loss"]
+
+    got = fisher_scores(model, [Pair(**batch)], loss_fn=loss, max_samples=2, progress=False)
+    first = {k: v[:2] for k, v in batch.items()}
+    assert got.scores == pytest.approx(fisher_scores(model, [first], progress=False).scores, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (5, 300_000)])
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_the_lean_cross_entropy_is_torchs(shape: tuple[int, int], ignored: int) -> None:
+    """Also in chunks, and with rows that do not count; where it does not fit, torch's own is left in place."""
+    torch.manual_seed(0)
+    x, y = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.randint(shape[1], shape[:1])
+    y[:ignored] = -100
+    expected = torch.autograd.grad(cross_entropy(x * 2, y), x)[0]
+    with LeanCrossEntropy():
+        loss = cross_entropy(x * 2, y)
+        assert type(loss.grad_fn).__name__ == "_MeanBackward"
+        for options in ({"reduction": "sum"}, {"label_smoothing": 0.1}, {"weight": torch.ones(shape[1]).double()}):
+            assert "_Mean" not in type(cross_entropy(x * 2, y, **options).grad_fn).__name__  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, cross_entropy(x * 2, y), rtol=1e-12, atol=0)
+    # Probabilities are at most 1; float64 rounds them to 1e-16.
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, x)[0], 3 * expected, rtol=1e-12, atol=1e-15)
+
+
+def test_logits_that_are_needed_elsewhere_are_an_error_instead_of_a_wrong_score() -> None:
+    x = torch.randn(4, 9, requires_grad=True)
+    with LeanCrossEntropy():
+        logits = x * 2
+        loss = logits.exp().sum() + logits.logsumexp(1).sum() + cross_entropy(logits, torch.arange(4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

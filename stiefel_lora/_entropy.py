@@ -1,0 +1,68 @@
+"""The mean cross entropy in the memory of its logits alone."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.overrides import TorchFunctionMode
+
+# Entries of the logits that are worked on at a time: few enough to stay in a processor's cache.
+_CHUNK = 1 << 20
+
+_SIGNATURE = inspect.signature(cross_entropy)
+
+
+class LeanCrossEntropy(TorchFunctionMode):
+    """While it is entered, ``cross_entropy`` keeps its logits, and its backward pass writes their gradient over them.
+
+    torch keeps the log-probabilities and makes two more tensors of their size; for a large vocabulary these are the
+    greatest tensors of a model. Should something else need the logits in the backward pass, autograd sees that they
+    have been written to and raises an error.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is cross_entropy:
+            call = _SIGNATURE.bind(*args, **(kwargs or {}))
+            call.apply_defaults()
+            if _fits(call.arguments):
+                logits, target, ignored = (call.arguments[k] for k in ("input", "target", "ignore_index"))
+                return _Mean.apply(logits, target, ignored)
+        return func(*args, **(kwargs or {}))
+
+
+def _fits(call: dict[str, Any]) -> bool:
+    logits, target = call["input"], call["target"]
+    plain = call["weight"] is None and call["reduction"] == "mean" and not call["label_smoothing"]
+    own = logits.requires_grad and not logits.is_leaf and logits.dim() == 2
+    # Autocast would widen a low precision.
+    return plain and own and logits.dtype in (torch.float32, torch.float64) and not target.is_floating_point()
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over the rows whose target is not ignored of logsumexp(logits) - logits[target]."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int) -> Tensor:
+        valid = target != ignored
+        target = torch.where(valid, target, 0)
+        # As torch's: no rows give 0 / 0.
+        weight = valid.to(logits.dtype) / valid.sum()
+        norm = torch.cat([logits[rows].logsumexp(1) for rows in _chunks(logits)])
+        ctx.save_for_backward(logits, target, weight, norm)
+        return (norm - logits.gather(1, target[:, None]).squeeze(1))[valid].mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, weight, norm = ctx.saved_tensors
+        weight = weight * grads[0]
+        for rows in _chunks(logits):
+            part = logits[rows].sub_(norm[rows, None]).exp_()
+            part.mul_(weight[rows, None]).scatter_add_(1, target[rows, None], -weight[rows, None])
+        return logits.detach(), None, None
+
+
+def _chunks(logits: Tensor) -> list[slice]:
+    step = max(1, _CHUNK // logits.shape[1])
+    return [slice(begin, begin + step) for begin in range(0, len(logits), step)]
