@@ -53,15 +53,30 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
         **environment(),
     }
     begin = time.perf_counter()
+
+    def save(results: dict[str, Any], status: str = "partial") -> None:
+        write_json(
+            output,
+            {**envelope, "results": results, "status": status, "seconds": round(time.perf_counter() - begin, 1)},
+        )
+
+    # For a study that goes on where it was stopped: what there is, and a way to keep what it has so far.
+    args.previous, args.save, args.output = _previous(output), save, output
     try:
-        envelope["results"], status = study.run(args), "finished"
+        results = study.run(args)
     except KeyboardInterrupt:
         sys.exit(130)
-    envelope["status"] = status
-    envelope["seconds"] = round(time.perf_counter() - begin, 1)
-    write_json(output, envelope)
-    print(study.report(envelope["results"]))
+    save(results, "finished")
+    print(study.report(results))
     print(f"\nwritten to {output}")
+
+
+def _previous(output: Path) -> dict[str, Any] | None:
+    """Return the results in a file of an earlier run, if there is one."""
+    if not output.is_file():
+        return None
+    found: dict[str, Any] = json.loads(output.read_text())["results"]
+    return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

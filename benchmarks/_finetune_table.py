@@ -1,0 +1,136 @@
+"""What the cells of the fine-tuning comparison say: a table, and a verdict on each claim of the paper."""
+
+import statistics
+from typing import Any
+
+from benchmarks import _harness
+from benchmarks._methods import FORA, METHODS
+
+Cell = dict[str, Any]
+
+CLAIMS = (
+    ("FoRA at half the parameters beats LoRA", FORA, "LoRA"),
+    ("FoRA at half the parameters beats DoRA", FORA, "DoRA"),
+    ("FoRA beats LoRA at half the rank, its equal in parameters", FORA, "LoRA, half the rank"),
+    ("FoRA at a quarter of the parameters beats AdaLoRA", FORA, "AdaLoRA"),
+    ("Selection beats random layers, with plain LoRA", "LoRA, Fisher half", "LoRA, random half"),
+    ("Selection beats random layers, on the manifold", FORA, "Stiefel A, random half"),
+    ("The constraint helps on the selected layers", FORA, "LoRA, Fisher half"),
+    ("The constraint helps on all layers", "Stiefel A, all layers", "LoRA"),
+)
+
+
+def best_rate(cells: list[Cell], task: str, method: str) -> float | None:
+    """Return the learning rate with the lowest validation loss over the cells of the first seed."""
+    rows = [c for c in cells if (c["task"], c["method"]) == (task, method) and "validation_loss" in c]
+    first = min((c["seed"] for c in rows), default=None)
+    return min(((c["validation_loss"], c["lr"]) for c in rows if c["seed"] == first), default=(0, None))[1]
+
+
+def at_best_rate(cells: list[Cell], task: str, method: str) -> dict[int, Cell]:
+    """Return the cells of a method at its best rate, by seed."""
+    rate = best_rate(cells, task, method)
+    rows = [c for c in cells if (c["task"], c["method"], c["lr"]) == (task, method, rate) and "test_loss" in c]
+    return {c["seed"]: c for c in rows}
+
+
+def mean(rows: dict[int, Cell], name: str) -> float | None:
+    """Return the mean over seeds of what was measured, None if it was not."""
+    values = [c[name] for c in rows.values() if c.get(name) is not None]
+    return statistics.mean(values) if values else None
+
+
+def gain(cells: list[Cell], task: str, a: str, b: str) -> list[float]:
+    """Return by how much the test loss of ``a`` is lower than that of ``b``, for each seed that both have.
+
+    The two saw the same data in the same order, so the spread of the difference is less than that of each.
+    """
+    one, two = at_best_rate(cells, task, a), at_best_rate(cells, task, b)
+    return [two[seed]["test_loss"] - one[seed]["test_loss"] for seed in sorted(one.keys() & two.keys())]
+
+
+def verdict(text: str, gains: list[float]) -> str:
+    """Say in plain words whether a claim holds by more than the spread over seeds."""
+    if not gains:
+        return f"{text}: not measured yet."
+    lead = statistics.mean(gains)
+    if len(gains) == 1:
+        return f"{text}: {'yes' if lead > 0 else 'no'}, by one seed alone (loss lower by {lead:+.4f})."
+    spread = statistics.stdev(gains)
+    word = "yes" if lead > spread else "no" if lead < -spread else "not told apart"
+    return f"{text}: {word} (loss lower by {lead:+.4f}, spread {spread:.4f} over {len(gains)} seeds)."
+
+
+def claims(cells: list[Cell], task: str) -> list[str]:
+    """Return a verdict on each claim of the paper, as far as it has been measured."""
+    lines = [verdict(text, gain(cells, task, a, b)) for text, a, b in CLAIMS]
+    parts = [gain(cells, task, m, "LoRA, random half") for m in ("LoRA, Fisher half", "Stiefel A, random half", FORA)]
+    if not all(parts):
+        return [*lines, "The two parts combine super-additively: not measured yet."]
+    selection, constraint, both = map(statistics.mean, parts)
+    word = "yes" if both > selection + constraint else "no"
+    return [
+        *lines,
+        f"The two parts combine super-additively: {word} (over plain LoRA on random layers selection gains "
+        f"{selection:+.4f}, the constraint {constraint:+.4f}, both {both:+.4f}).",
+    ]
+
+
+_HEADER = (
+    "method", "trainable", "learning rate", "seeds", "held-out loss", "accuracy", "effective rank share",
+    "time of a step", "optimizer's share", "MiB above base",
+)  # fmt: skip
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return a table and the verdicts for each task, as Markdown."""
+    return "\n\n".join(_task(results, task) for task in results["selection"])
+
+
+def _task(results: dict[str, Any], task: str) -> str:
+    frame, selection = results["frame"], results["selection"][task]
+    cells = [c for c in results["cells"] if c["task"] == task]
+    timing = results["timing"].get(task, {"base": None, "rows": {}})
+    before = selection["before"]
+    rows: list[list[object]] = [
+        ["before", "", "", "", f"{before['test_loss']:.4f}", _percent(before["accuracy"]), "", "", "", ""],
+        *(_row(method, found, cells, timing) for method in METHODS if (found := at_best_rate(cells, task, method))),
+    ]
+    notes = [
+        f"Selection took {selection['seconds']:.0f} s and chose layers {' '.join(map(str, selection['layers']))}.",
+        *(f"{c['method']} at {c['lr']:g} diverged." for c in cells if c.get("diverged")),
+        *(f"{c['method']} at {c['lr']:g} failed: {c['error']}." for c in cells if "error" in c),
+    ]
+    if timing["base"]:
+        notes.append(f"Times of a step are those of {timing['base']} and multiples of it, measured in turn in one run.")
+    title = f"{task}: {frame['steps']} steps of {frame['batch_size']} x {frame['seq_len']} tokens, rank {frame['rank']}"
+    verdicts = "\n".join(f"- {line}" for line in claims(cells, task))
+    return f"### {title}\n\n{_harness.markdown(list(_HEADER), rows)}\n\n{' '.join(notes)}\n\n{verdicts}"
+
+
+def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[str, Any]) -> list[object]:
+    losses = [c["test_loss"] for c in found.values()]
+    first = next(iter(found.values()))
+    rates = sorted({c["lr"] for c in cells if c["method"] == method})
+    timed = timing["rows"].get(method)
+    share = mean(found, "effective_rank_share")
+    return [
+        method,
+        f"{first['trainable'] / 1e6:.2f}M",
+        f"{first['lr']:g} of {', '.join(f'{x:g}' for x in rates)}",
+        len(found),
+        f"{statistics.mean(losses):.4f}" + (f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""),
+        _percent(mean(found, "accuracy")),
+        "" if share is None else f"{share:.2f}",
+        "" if timed is None else _time(timed, method == timing["base"]),
+        _percent(mean(found, "optimizer_share")),
+        f"{max(c['peak_mib_above_base'] for c in found.values()):.0f}",
+    ]
+
+
+def _time(timed: dict[str, float], is_base: bool) -> str:
+    return f"{timed['median_s']:.2f} s" if is_base else f"{timed['times_base']:.2f}x"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"

@@ -1,0 +1,239 @@
+"""The ways to fine-tune that are compared: ours, PEFT's, and full fine-tuning, each behind one function."""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._peers import NotInstalledError
+from stiefel_lora import add_adapters, gradient_init, stiefel
+from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.optim import RiemannianAdam
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may know when it is put into a model.
+
+    Attributes:
+        rank: Rank of the adapters; their scaling is 2 throughout.
+        depth: Number of decoder layers.
+        selected: The half of the layers with the highest Fisher scores.
+        modules: Linear maps chosen one by one by Fisher score per parameter, at the parameters of ``selected``.
+        calibration: The batches that were scored.
+        seed: Seed of what is random.
+        steps: Length of the training.
+        lr: Learning rate.
+    """
+
+    rank: int
+    depth: int
+    selected: tuple[int, ...]
+    modules: tuple[str, ...]
+    calibration: tuple[Mapping[str, Tensor], ...]
+    seed: int
+    steps: int
+    lr: float
+
+
+@dataclass
+class Tuned:
+    """A model made ready for training.
+
+    Attributes:
+        model: To be called with a batch that has labels; its loss is what is minimised.
+        optimizer: Holds all trainable parameters.
+        updates: Returns pairs of factors (out, r), (r, in) whose product is the update of one weight.
+        after_backward: Called with the number of the step, between the backward pass and the optimizer's step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    updates: Callable[[], Iterable[tuple[Tensor, Tensor]]] = lambda: ()
+    after_backward: Callable[[int], None] = lambda step: None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Build = Callable[[Any, Setting], Tuned]
+
+
+def random_half(setting: Setting) -> list[int]:
+    """Draw as many layers as were selected."""
+    drawn = random.Random(f"layers {setting.seed}").sample(range(setting.depth), len(setting.selected))  # noqa: S311
+    return sorted(drawn)
+
+
+def _selected(setting: Setting) -> list[int]:
+    return list(setting.selected)
+
+
+def _all(setting: Setting) -> list[int]:
+    return list(range(setting.depth))
+
+
+# -- ours --------------------------------------------------------------------------------------------------------------
+
+
+def ours(layers: Callable[[Setting], Sequence[int]], *, gradient_start: bool = False, **options: Any) -> Build:
+    """Put our adapters on some layers; ``options`` go to ``add_adapters``.
+
+    With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient.
+    """
+
+    def build(model: Any, setting: Setting) -> Tuned:
+        chosen = list(layers(setting))
+        where: dict[str, Any] = {"layers": chosen, "rank": setting.rank, "target_modules": TARGETS}
+        begin = time.perf_counter()
+        if gradient_start:
+            options["init"] = gradient_init(model, setting.calibration, **where)
+        add_adapters(model, **where, **options)
+        return _with_our_optimizer(model, setting, {"layers": chosen, "start_s": time.perf_counter() - begin})
+
+    return build
+
+
+def ours_by_module(model: Any, setting: Setting) -> Tuned:
+    """Put our adapters on single linear maps chosen over all layers."""
+    by_layer: dict[int, list[str]] = {}
+    for name in setting.modules:
+        layer = next(int(word) for word in name.split(".") if word.isdigit())
+        by_layer.setdefault(layer, []).append(name.split(".")[-1])
+    for layer, targets in sorted(by_layer.items()):
+        add_adapters(model, layers=[layer], rank=setting.rank, target_modules=targets)
+    return _with_our_optimizer(model, setting, {"modules": len(setting.modules)})
+
+
+def _with_our_optimizer(model: Any, setting: Setting, extra: dict[str, Any]) -> Tuned:
+    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=setting.lr, fused=True)
+
+    def updates() -> Iterable[tuple[Tensor, Tensor]]:
+        for layer in adapter_layers(model).values():
+            factors = {key: f.detach().as_subclass(Tensor) for key, f in layer.factors().items()}
+            middle = factors.get("lora_S", torch.eye(layer.rank))
+            middle = middle.diag() if middle.dim() == 1 else middle
+            yield factors["lora_B"] @ middle, factors["lora_A"].mT
+
+    return Tuned(model, optimizer, updates, extra=extra)
+
+
+# -- PEFT's ------------------------------------------------------------------------------------------------------------
+
+
+def lora(
+    layers: Callable[[Setting], Sequence[int]] = _all,
+    *,
+    share: float = 1.0,
+    targets: Sequence[str] = TARGETS,
+    **more: Any,
+) -> Build:
+    """PEFT's LoRA at ``share`` of the rank; ``more`` goes to its configuration."""
+
+    def build(model: Any, setting: Setting) -> Tuned:
+        peft = _peft()
+        rank, chosen = round(share * setting.rank), list(layers(setting))
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=list(targets), layers_to_transform=chosen, **more
+        )
+        return _with_adamw(peft.get_peft_model(model, config), setting, {"layers": chosen})
+
+    return build
+
+
+def adalora(model: Any, setting: Setting) -> Tuned:
+    """PEFT's AdaLoRA with its own schedule, at an average rank that makes four times the parameters of half the layers.
+
+    Its budget starts at 1.5 times that and reaches it after the first tenth and before the last half of the steps.
+    """
+    peft = _peft()
+    target = 2 * setting.rank
+    config = peft.AdaLoraConfig(
+        init_r=3 * target // 2,
+        target_r=target,
+        lora_alpha=2 * target,
+        target_modules=list(TARGETS),
+        total_step=setting.steps,
+        tinit=setting.steps // 10,
+        tfinal=setting.steps // 2,
+        deltaT=1,
+    )
+    tuned = _with_adamw(peft.get_peft_model(model, config), setting, {"layers": _all(setting)})
+    tuned.after_backward = lambda step: tuned.model.base_model.update_and_allocate(step)  # type: ignore[operator, union-attr]
+    return tuned
+
+
+def full(model: Any, setting: Setting) -> Tuned:
+    """Train the very weights that FoRA would adapt: a ceiling, not a competitor."""
+    model.requires_grad_(False)
+    for layer in setting.selected:
+        for name, module in model.get_submodule(f"model.layers.{layer}").named_modules():
+            if name.split(".")[-1] in TARGETS:
+                module.weight.requires_grad_(True)
+    return _with_adamw(model, setting, {"layers": _selected(setting)})
+
+
+def _with_adamw(model: Any, setting: Setting, extra: dict[str, Any]) -> Tuned:
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=setting.lr, weight_decay=0.0, fused=True
+    )
+
+    def updates() -> Iterable[tuple[Tensor, Tensor]]:
+        for module in model.modules():
+            factors = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
+            if not all(isinstance(f, nn.ModuleDict | nn.ParameterDict) and "default" in f for f in factors):
+                continue
+            a, b = (f["default"] for f in factors)  # type: ignore[index]
+            if isinstance(a, nn.Linear):
+                yield b.weight.detach(), a.weight.detach()
+            else:
+                # AdaLoRA: P diag(E) Q, with zeros in E for what was pruned.
+                yield b.detach() * module.lora_E["default"].detach().mT, a.detach()  # type: ignore[index, operator, union-attr]
+
+    return Tuned(model, optimizer, updates, extra=extra)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise NotInstalledError("peft is not installed: pip install 'stiefel-lora[bench]'") from error
+    return peft
+
+
+FORA = "FoRA (A)"
+METHODS: dict[str, Build] = {
+    "LoRA": lora(),
+    FORA: ours(_selected),
+    "LoRA, half the rank": lora(share=0.5),
+    "Stiefel A, all layers": ours(_all),
+    "LoRA, Fisher half": lora(_selected),
+    "DoRA": lora(use_dora=True),
+    "FoRA (A), gradient start": ours(_selected, gradient_start=True),
+    "FoRA (both)": ours(_selected, orthonormal="both"),
+    "FoRA (B)": ours(_selected, orthonormal="B"),
+    "FoRA (A), modules by score per parameter": ours_by_module,
+    "Stiefel A, random half": ours(random_half),
+    "LoRA, random half": lora(random_half),
+    "rsLoRA": lora(use_rslora=True),
+    "LoRA, MLP only": lora(targets=MLP),
+    "AdaLoRA": adalora,
+    "full fine-tuning, Fisher half": full,
+}
+
+
+def effective_rank_share(updates: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """Return the mean over updates of effective rank / rank, from the R factors of both sides alone."""
+    shares = []
+    for left, right in updates:
+        # Singular values of left @ right are those of the product of the triangular factors.
+        core = torch.linalg.qr(left.double(), mode="r").R @ torch.linalg.qr(right.double().mT, mode="r").R.mT
+        rank = int((left.abs().sum(0) > 0).sum())
+        if rank:
+            shares.append(float(stiefel.effective_rank(core)) / rank)
+    return sum(shares) / len(shares) if shares else None

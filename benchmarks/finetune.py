@@ -1,0 +1,356 @@
+"""Does FoRA at half the parameters beat LoRA, DoRA and AdaLoRA, and which of its two parts does it?
+
+Fine-tunes one model with every method on the same data in the same order, for the same steps and schedule, and measures
+the loss on held-out data. The learning rate of each method is chosen on validation data from one shared grid. A cell
+(task, method, learning rate, seed) runs in a process of its own; finished cells are in the result file and are not run
+again, so the table can be made in pieces:
+
+    python -m benchmarks finetune --minutes 60
+    python -m benchmarks finetune --tasks instructions --data FOLDER --methods LoRA "FoRA (A)"
+"""
+
+import argparse
+import copy
+import math
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import _finetune_table, _harness, _methods, _tasks
+from benchmarks._finetune_table import Cell
+from benchmarks._methods import FORA, METHODS, TARGETS, Setting, Tuned
+from stiefel_lora.data import batch_indices
+from stiefel_lora.fisher import fisher_scores
+from stiefel_lora.pretrained import find_device, load_pretrained
+
+# Rows that get all seeds; the others show a tendency.
+MAIN = ("LoRA", FORA, "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half", "Stiefel A, random half",
+        "LoRA, random half", "Stiefel A, all layers")  # fmt: skip
+CALIBRATION = 32
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What all cells of one table share.
+
+    Attributes:
+        model: Folder, .gguf file or hub name; None for SmolLM2-135M-Instruct.
+        data: Folder of question sets.
+        rank: Rank of the adapters.
+        steps: Optimizer steps.
+        batch_size: Samples of a step.
+        seq_len: Longest sample in tokens.
+        warmup: Steps over which the rate rises; it falls along half a cosine afterwards.
+        eval_samples: Samples of validation and of test data.
+        questions: Questions whose answers are counted.
+        device: Where to compute.
+        dtype: Precision of the base model.
+    """
+
+    model: str | None
+    data: str | None
+    rank: int
+    steps: int
+    batch_size: int
+    seq_len: int
+    warmup: int
+    eval_samples: int
+    questions: int
+    device: str | None
+    dtype: str | None
+
+
+Key = tuple[str, str, float, int]
+_KEY = ("task", "method", "lr", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this study's options."""
+    parser.add_argument("--tasks", nargs="+", choices=("code", "instructions"), default=["code"], help="default: code")
+    parser.add_argument("--data", help="folder of NAME_train.jsonl and NAME_test.jsonl, for --tasks instructions")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
+        help="rows to work on (default: all): " + "; ".join(METHODS),
+    )  # fmt: skip
+    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-3, 1e-3, 1e-2], help="grid of learning rates")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the main rows, at their best rate (default: 3)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so long; call again")
+    parser.add_argument("--time", action="store_true", help="also time a step of every method, all in turn in one run")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each method with --time (default: 7)")
+    parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: the device's)")
+    for name, value, text in (
+        ("rank", 16, "rank of the adapters"),
+        ("steps", 100, "optimizer steps"),
+        ("batch-size", 4, "samples of a step"),
+        ("seq-len", 128, "longest sample, in tokens"),
+        ("warmup", 10, "steps of linear warm-up"),
+        ("eval-samples", 64, "validation samples, and test samples"),
+        ("questions", 240, "test questions whose answers are counted"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: {value})")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the missing cells, saving each as it ends."""
+    if args.quick:
+        return _quick(args)
+    frame = Frame(**{key: getattr(args, key) for key in Frame.__annotations__})
+    begin = time.monotonic()
+    # Where the data are may differ from machine to machine, and is no business of the result.
+    settings = {**asdict(frame), "data": None}
+    results = args.previous or {"frame": settings, "selection": {}, "cells": [], "timing": {}}
+    changed = {k: (results["frame"][k], v) for k, v in settings.items() if results["frame"][k] != v}
+    if changed:
+        sys.exit(f"{args.output} was measured with other settings (was, now): {changed}; give another --output")
+    for task in args.tasks:
+        if task not in results["selection"]:
+            results["selection"][task] = _in_a_process(select, frame, task, args.threads)
+            args.save(results)
+    while (key := _next(args, results["cells"])) is not None:
+        if time.monotonic() - begin > 60 * args.minutes:
+            break
+        print(f"{len(results['cells'])} cells done; now {key}", file=sys.stderr, flush=True)
+        try:
+            cell = _in_a_process(run_cell, frame, key, results["selection"][key[0]], args.threads)
+        except Exception as error:  # one method that fails, say in a peer's code, must not cost the table
+            cell = {**dict(zip(_KEY, key, strict=True)), "error": f"{type(error).__name__}: {error}"}
+        results["cells"].append({**cell, "revision": _harness.environment()["revision"]})
+        args.save(results)
+    if args.time:
+        for task in args.tasks:
+            arguments = frame, task, results["selection"][task], args.methods, args.rounds, args.threads
+            results["timing"][task] = _in_a_process(time_steps, *arguments)
+            args.save(results)
+    return results
+
+
+def _quick(args: argparse.Namespace) -> dict[str, Any]:
+    """Take a few steps with every method on a tiny random model."""
+    frame = Frame(None, None, 4, 4, 2, 16, 1, 4, 4, "cpu", "float32")
+    model, task = _tasks.tiny()
+    selection = _select(model, task, frame)
+    keys = [("code", method, 1e-3, args.seed) for method in METHODS]
+    cells = [_train(copy.deepcopy(model), task, frame, key, selection) for key in keys]
+    timing = _time_steps(model, task, frame, selection, list(METHODS), rounds=2)
+    return {"frame": asdict(frame), "selection": {"code": selection}, "cells": cells, "timing": {"code": timing}}
+
+
+def _in_a_process(function: Any, *args: Any) -> Any:
+    """Run a function in a fresh process, which gives its memory back and shows its own peak."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _next(args: argparse.Namespace, cells: list[Cell]) -> Key | None:
+    return next((key for key in _plan(args, cells) if key not in {_key(cell) for cell in cells}), None)
+
+
+def _plan(args: argparse.Namespace, cells: list[Cell]) -> Iterator[Key]:
+    """Yield all cells in order: the grid with the first seed, then more seeds at the best rate of the main rows."""
+    for task in args.tasks:
+        for lr in args.lrs:
+            for method in args.methods:
+                yield task, method, lr, args.seed
+    for task in args.tasks:
+        for seed in range(args.seed + 1, args.seed + args.seeds):
+            for method in args.methods:
+                best = _finetune_table.best_rate(cells, task, method)
+                if method in MAIN and best is not None:
+                    yield task, method, best, seed
+
+
+def _key(cell: Cell) -> Key:
+    return tuple(cell[name] for name in _KEY)  # type: ignore[return-value]
+
+
+# -- in the process of a cell ------------------------------------------------------------------------------------------
+
+
+def _load(frame: Frame, task: str) -> tuple[Any, _tasks.Task]:
+    model, tokenizer = load_pretrained(frame.model, device=find_device(frame.device), dtype=frame.dtype)
+    if task == "code":
+        return model, _tasks.code(tokenizer, frame.seq_len)
+    if frame.data is None:
+        raise ValueError("the task instructions needs --data")
+    return model, _tasks.instructions(frame.data, tokenizer, frame.seq_len, frame.questions)
+
+
+def select(frame: Frame, task: str, threads: int) -> dict[str, Any]:
+    """Score a task's layers and linear maps on training samples and return what is chosen."""
+    torch.set_num_threads(threads)
+    model, data = _load(frame, task)
+    return _select(model, data, frame)
+
+
+def _select(model: Any, task: _tasks.Task, frame: Frame) -> dict[str, Any]:
+    batches = _calibration(task, frame)
+    scores = fisher_scores(model, batches, modules=TARGETS)
+    single = fisher_scores(model, batches, modules=TARGETS, granularity="module")
+    layers = scores.select(0.5)
+    size = frame.rank * sum(scores.adapter_size[scores.layers.index(i)] for i in layers)
+    modules = single.select(budget_params=size, rank=frame.rank)
+    before = {
+        "validation_loss": _tasks.mean_loss(model, task.validation, frame.eval_samples, frame.batch_size),
+        "test_loss": _tasks.mean_loss(model, task.test, frame.eval_samples, frame.batch_size),
+        "accuracy": _tasks.accuracy(model, task.questions, frame.batch_size),
+    }
+    return {
+        "depth": len(scores),
+        "layers": layers,
+        "modules": [single.names[i] for i in modules],
+        "seconds": scores.seconds,
+        "scores": scores.scores,
+        "before": before,
+        "data": [task.train.description, task.validation.description, task.test.description],
+    }
+
+
+def _calibration(task: _tasks.Task, frame: Frame) -> list[dict[str, torch.Tensor]]:
+    steps = range(CALIBRATION // frame.batch_size)
+    return [task.train.batch(batch_indices(len(task.train), frame.batch_size, step, 0)) for step in steps]
+
+
+def run_cell(frame: Frame, key: Key, selection: dict[str, Any], threads: int) -> Cell:
+    """Fine-tune once and measure."""
+    torch.set_num_threads(threads)
+    model, task = _load(frame, key[0])
+    return _train(model, task, frame, key, selection)
+
+
+def time_steps(
+    frame: Frame, task: str, selection: dict[str, Any], methods: list[str], rounds: int, threads: int
+) -> dict[str, Any]:
+    """Time one step of every method, all in turn, each on a model of its own."""
+    torch.set_num_threads(threads)
+    model, data = _load(frame, task)
+    return _time_steps(model, data, frame, selection, methods, rounds)
+
+
+def _time_steps(
+    model: Any, task: _tasks.Task, frame: Frame, selection: dict[str, Any], methods: list[str], rounds: int
+) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) for k, v in task.train.batch(range(frame.batch_size)).items()}
+    setting = _setting(frame, task, selection, seed=0, lr=1e-4)
+    steps: dict[str, Callable[[], object]] = {}
+    for method in methods:
+        tuned = METHODS[method](copy.deepcopy(model), setting)
+        tuned.model.train()
+        # AdaLoRA's schedule is about its first steps, whose cost is that of all.
+        steps[method] = lambda tuned=tuned: _step(tuned, batch, 1)  # type: ignore[misc]
+    times = _harness.interleave(steps, rounds=rounds, device=device.type, label=f"{task.name}, steps")
+    base = methods[0]
+    return {
+        "base": base,
+        "rows": {
+            name: {**_harness.summary(times[name]), "times_base": _harness.median_ratio(times, name, base)}
+            for name in steps
+        },
+    }
+
+
+def _step(tuned: Tuned, batch: dict[str, torch.Tensor], number: int) -> tuple[float, float]:
+    """Take one step; return the loss and the share of the time that was the optimizer's."""
+    begin = time.perf_counter()
+    loss = tuned.model(**batch).loss
+    loss.backward()
+    tuned.after_backward(number)
+    middle = time.perf_counter()
+    tuned.optimizer.step()
+    tuned.optimizer.zero_grad()
+    end = time.perf_counter()
+    return float(loss.detach()), (end - middle) / (end - begin)
+
+
+def _setting(frame: Frame, task: _tasks.Task, selection: dict[str, Any], *, seed: int, lr: float) -> Setting:
+    return Setting(
+        rank=frame.rank,
+        depth=selection["depth"],
+        selected=tuple(selection["layers"]),
+        modules=tuple(selection["modules"]),
+        calibration=tuple(_calibration(task, frame)),
+        seed=seed,
+        steps=frame.steps,
+        lr=lr,
+    )
+
+
+def _train(model: Any, task: _tasks.Task, frame: Frame, key: Key, selection: dict[str, Any]) -> Cell:
+    _, method, lr, seed = key
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    loaded = _peak_mib()
+    tuned = METHODS[method](model, _setting(frame, task, selection, seed=seed, lr=lr))
+    tuned.model.train()
+    trainable = sum(p.numel() for group in tuned.optimizer.param_groups for p in group["params"])
+    losses, shares = [], []
+    begin = time.perf_counter()
+    for step in tqdm(range(frame.steps), desc=f"{method}, lr {lr:g}, seed {seed}", leave=False, disable=None):
+        batch = task.train.batch(batch_indices(len(task.train), frame.batch_size, step, seed))
+        for group in tuned.optimizer.param_groups:
+            group["lr"] = lr * _schedule(step, frame)
+        loss, share = _step(tuned, {k: v.to(device) for k, v in batch.items()}, step)
+        losses.append(loss)
+        shares.append(share)
+        if not math.isfinite(loss):
+            break
+    training_s = time.perf_counter() - begin
+    peak = _peak_mib()
+    result = {
+        "task": key[0],
+        "method": method,
+        "lr": lr,
+        "seed": seed,
+        "trainable": trainable,
+        **tuned.extra,
+        "loss_curve": [round(x, 4) if math.isfinite(x) else None for x in losses],
+        "diverged": not math.isfinite(losses[-1]),
+        "training_s": round(training_s, 1),
+        "optimizer_share": statistics.median(shares),
+        "peak_mib_above_base": peak - loaded,
+    }
+    if result["diverged"]:
+        return result
+    return {**result, **_evaluated(tuned, task, frame)}
+
+
+def _evaluated(tuned: Tuned, task: _tasks.Task, frame: Frame) -> dict[str, Any]:
+    tuned.model.eval()
+    return {
+        "validation_loss": _tasks.mean_loss(tuned.model, task.validation, frame.eval_samples, frame.batch_size),
+        "test_loss": _tasks.mean_loss(tuned.model, task.test, frame.eval_samples, frame.batch_size),
+        "accuracy": _tasks.accuracy(tuned.model, task.questions, frame.batch_size),
+        "effective_rank_share": _methods.effective_rank_share(tuned.updates()),
+    }
+
+
+def _schedule(step: int, frame: Frame) -> float:
+    if step < frame.warmup:
+        return (step + 1) / (frame.warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - frame.warmup) / max(1, frame.steps - frame.warmup)))
+
+
+def _peak_mib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the tables as Markdown."""
+    return _finetune_table.report(results)
+
+
+if __name__ == "__main__":
+    _harness.main(sys.modules[__name__])
