@@ -1,5 +1,6 @@
 """What both Riemannian optimizers share: kinds of parameters, validation, state and the order of a step."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
@@ -64,6 +65,34 @@ def bounded_step(direction: Tensor, size: Tensor, out: Tensor) -> Tensor:
     return torch.mul(direction, size[:, None, None], out=out)
 
 
+class _Kinds:
+    """The parameters of a group, sorted by what updates them."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = list(params)
+        self.ordinary = [p for p in params if is_ordinary(p)]
+        self.stiefel = [p for p in params if is_stiefel(p)]
+        self.other = [p for p in params if is_other_manifold(p)]
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _reads_at_no_cost(x: Tensor) -> bool:
+    """Tell whether looking at a value does not wait for a device."""
+    return x.device.type == "cpu"
+
+
+def _riemannian_gradient(x: Tensor, g: Tensor, group: Group, out: Tensor) -> Tensor:
+    """Write the Riemannian gradient of what is minimised into ``out``, which may be ``g``; all of shape (k, n, r)."""
+    sign = -1 if group["maximize"] else 1
+    if group["metric"] == "canonical":
+        return torch.baddbmm(g, x, g.mT @ x, beta=sign, alpha=-sign, out=out)
+    z = x.mT @ g
+    return torch.baddbmm(g, x, z + z.mT, beta=sign, alpha=-sign / 2, out=out)
+
+
 class RiemannianOptimizer(torch.optim.Optimizer):
     """Base of the Riemannian optimizers; see ``RiemannianAdam`` and ``RiemannianSGD``.
 
@@ -91,8 +120,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     ) -> None:
         # torch's own constructor checks the options that it knows.
         self._ordinary = self._ordinary_class([_placeholder()], **ordinary_options)
-        self._buckets: dict[int, list[Bucket]] = {}
-        self._workspace = Workspace()
+        self._forget()
         defaults = {
             **self._ordinary.defaults,
             **own_options,
@@ -153,7 +181,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         group["manifolds"] = [manifold_name(p) for p in group["params"]]
-        self._buckets.clear()
+        self._forget()
 
     def _check_group(self, group: Group) -> None:
         check_choice("retraction", group["retraction"], tuple(RETRACTIONS))
@@ -173,7 +201,12 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         # Pickling and deepcopy keep the groups and the state only; the rest follows from them.
         self._ordinary = self._ordinary_class([_placeholder()], lr=1e-3)  # type: ignore[call-arg]
-        self._buckets = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what follows from the groups and the state."""
+        self._kinds: dict[int, _Kinds] = {}
+        self._buckets: dict[int, list[Bucket]] = {}
         self._workspace = Workspace()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,7 +225,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             if not is_ordinary(p) and i in state_dict["state"]:
                 wide = compute_dtype(p)
                 self.state[p] = {key: _onto(value, p.device, wide) for key, value in state_dict["state"][i].items()}
-        self._buckets.clear()
+        self._forget()
 
     def _check_manifolds(self, state_dict: dict[str, Any]) -> None:
         for g, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
@@ -230,49 +263,62 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._raise_if_nonfinite()
-        self._step_ordinary()
-        buckets = [self._group_buckets(index) for index in range(len(self.param_groups))]
-        largest = max((bucket.nbytes for alike in buckets for bucket in alike), default=0)
-        for group, alike in zip(self.param_groups, buckets, strict=True):
-            for bucket in alike:
-                for piece in bucket.pieces(self._workspace, largest):
-                    self._step_piece(piece, group)
-            for p in group["params"]:
-                if is_other_manifold(p) and p.grad is not None:
+        kinds = [self._group_kinds(index) for index in range(len(self.param_groups))]
+        self._step_ordinary([kind.ordinary for kind in kinds])
+        # Every attribute of a ManifoldParameter takes a detour through Python otherwise.
+        with torch._C.DisableTorchFunctionSubclass():
+            self._step_stiefel([kind.stiefel for kind in kinds])
+        for group, kind in zip(self.param_groups, kinds, strict=True):
+            for p in kind.other:
+                if p.grad is not None:
                     self._step_geoopt(p, p.grad, group)
         return loss
 
     # -- the step ----------------------------------------------------------------------------------
 
-    def _step_ordinary(self) -> None:
+    def _group_kinds(self, index: int) -> _Kinds:
+        params = self.param_groups[index]["params"]
+        kinds = self._kinds.get(index)
+        if kinds is None or not _same(kinds.params, params):
+            kinds = self._kinds[index] = _Kinds(params)
+            self._buckets.pop(index, None)
+        return kinds
+
+    def _step_ordinary(self, params: list[list[Tensor]]) -> None:
         ordinary = self._ordinary
         ordinary.state = self.state
         ordinary.param_groups = [
-            {**group, "params": params}
-            for group in self.param_groups
-            if (params := [p for p in group["params"] if is_ordinary(p)])
+            {**group, "params": own} for group, own in zip(self.param_groups, params, strict=True) if own
         ]
         ordinary.step()
 
+    def _step_stiefel(self, params: list[list[Tensor]]) -> None:
+        buckets = [self._group_buckets(index, own) for index, own in enumerate(params)]
+        largest = max((bucket.nbytes for alike in buckets for bucket in alike), default=0)
+        for group, alike in zip(self.param_groups, buckets, strict=True):
+            for bucket in alike:
+                for piece in bucket.pieces(self._workspace, largest):
+                    self._step_piece(piece, group)
+
     def _step_piece(self, piece: Piece, group: Group) -> None:
         x = piece.point
-        rgrad = piece.grad.neg_() if group["maximize"] else piece.grad
-        if group["metric"] == "canonical":
-            rgrad.baddbmm_(x, rgrad.mT @ x, alpha=-1)
-        else:
-            project_(x, rgrad)
+        rgrad = _riemannian_gradient(x, piece.grad, group, piece.work)
         # A matrix whose gradient has a NaN, an infinity or a norm that overflows stays where it is: from here on its
         # gradient is finite and all that is done with it is multiplied by zero.
         square = torch.linalg.vector_norm(rgrad, dim=(-2, -1)).square_()
         moves = square < torch.inf
-        rgrad.nan_to_num_(0, 0, 0)
-        piece.state["skipped"] += ~moves
+        all_move = _reads_at_no_cost(moves) and bool(moves.all())
+        if not all_move:
+            rgrad.nan_to_num_(0, 0, 0)
+            piece.state["skipped"] += ~moves
         u = self._stiefel_step(piece, rgrad, square, moves, group)
-        x.lerp_(RETRACTIONS[group["retraction"]](x, u, piece.spare), moves.to(x.dtype)[:, None, None])
+        new = RETRACTIONS[group["retraction"]](x, u, piece.spare)
+        if not all_move:
+            new = x.lerp_(new, moves.to(x.dtype)[:, None, None])
         momentum = self._momentum(piece.state)
         if momentum is not None:
-            project_(x, momentum)
-        piece.write_back()
+            project_(new, momentum)
+        piece.write_back(new)
 
     def _step_geoopt(self, p: ManifoldTensor, grad: Tensor, group: Group) -> None:
         # As for a Stiefel parameter: a gradient that is not finite leaves the point and its state as they are.
@@ -291,16 +337,15 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             if state["since_stabilized"] == 0:
                 self._stabilize_parameter(p)
 
-    def _group_buckets(self, index: int) -> list[Bucket]:
+    def _group_buckets(self, index: int, params: list[Tensor]) -> list[Bucket]:
         group = self.param_groups[index]
         spec = {**self._state_spec(group), "skipped": StateSpec("scalar", torch.int64)}
         buckets = self._buckets.get(index)
         if buckets is None or not all(bucket.is_current(spec, self.state) for bucket in buckets):
             alike: dict[Any, list[Tensor]] = {}
-            for p in group["params"]:
-                if is_stiefel(p):
-                    alike.setdefault((p.shape[-2:], p.dtype, p.device), []).append(p)
-            buckets = self._buckets[index] = [Bucket(params, spec, self.state) for params in alike.values()]
+            for p in params:
+                alike.setdefault((p.shape[-2:], p.dtype, p.device), []).append(p)
+            buckets = self._buckets[index] = [Bucket(same, spec, self.state) for same in alike.values()]
         return buckets
 
     # -- gradients that are not finite -------------------------------------------------------------

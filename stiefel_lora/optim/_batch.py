@@ -31,8 +31,9 @@ class Piece:
     Attributes:
         params: The parameters they belong to.
         point: The matrices in the compute dtype, shape (k, n, r): scratch memory, or the one parameter itself.
-        grad: Their Euclidean gradients, same shape and dtype; scratch memory.
-        spare: Scratch memory of the same shape and dtype.
+        grad: Their Euclidean gradients, same shape and dtype: scratch memory, or the one parameter's own gradient.
+        work: Scratch memory of the same shape and dtype, the same as ``grad`` where that is scratch memory.
+        spare: More of it.
         state: Views of the state buffers, shape (k, n, r) or (k,), to be changed in place.
         master: The float32 copies of low-precision matrices, or None.
     """
@@ -40,17 +41,18 @@ class Piece:
     params: list[Tensor]
     point: Tensor
     grad: Tensor
+    work: Tensor
     spare: Tensor
     state: dict[str, Tensor]
     master: Tensor | None
 
-    def write_back(self) -> None:
-        """Store the points in the parameters."""
-        if self.point.data_ptr() == self.params[0].data_ptr():
+    def write_back(self, new: Tensor) -> None:
+        """Store new points, shape (k, n, r), in the parameters."""
+        if new.data_ptr() == self.params[0].data_ptr():
             return
         if self.master is not None:
-            self.master.copy_(self.point)
-        rows = self.point.view(-1, self.point.shape[-1]).split([p.shape[:-1].numel() for p in self.params])
+            self.master.copy_(new)
+        rows = new.view(-1, new.shape[-1]).split([p.shape[:-1].numel() for p in self.params])
         torch._foreach_copy_(
             self.params, [r if p.dim() == 2 else r.view(p.shape) for r, p in zip(rows, self.params, strict=True)]
         )
@@ -174,17 +176,16 @@ class Bucket:
         master = state.pop("master", None)
         size = (end - begin, *first.shape[-2:])
         grads = [_dense_grad(p) for p in params]
-        if len(run) == 1 and master is None and first.is_contiguous():
-            grad, spare = workspace.take(2, size, self.dtype, first.device)
-            _stack(grads, grad)
-            return Piece(params, first.detach().view(size), grad, spare, state, None)
+        if len(run) == 1 and master is None and first.is_contiguous() and grads[0].is_contiguous():
+            work, spare = workspace.take(2, size, self.dtype, first.device)
+            return Piece(params, first.detach().view(size), grads[0].view(size), work, spare, state, None)
         point, grad, spare = workspace.take(3, size, self.dtype, first.device)
         _stack(params, point)
         _stack(grads, grad)
         if master is not None:
             # Where someone else has written to a parameter since the last step, its value wins over the master's.
             torch.where(master.to(first.dtype) == point, master, point, out=point)
-        return Piece(params, point, grad, spare, state, master)
+        return Piece(params, point, grad, grad, spare, state, master)
 
 
 def _dense_grad(p: Tensor) -> Tensor:
