@@ -1,10 +1,10 @@
-"""``python -m benchmarks list | all [--quick] | STUDY [options]``: the one entry to all studies."""
+"""``python -m benchmarks list | all [--quick] | report | STUDY [options]``: the one entry to all studies."""
 
 import importlib
 import sys
 from pathlib import Path
 
-from benchmarks import _harness
+from benchmarks import _harness, _report
 
 
 def studies() -> dict[str, str]:
@@ -20,14 +20,16 @@ def studies() -> dict[str, str]:
 
 
 def main(argv: list[str]) -> None:
-    """List the studies, run all of them, or run one with its own options."""
+    """List the studies, run all of them or one with its own options, or render the page of the results."""
     known = studies()
     usage = (
-        "usage: python -m benchmarks list | all [--quick] | STUDY [options, see STUDY --help]\n\nstudies:\n"
+        "usage: python -m benchmarks list | all [--quick] | report | STUDY [options, see STUDY --help]\n\nstudies:\n"
         + "\n".join(f"  {name:18} {question}" for name, question in known.items())
     )
     if not argv or argv[0] in ("list", "-h", "--help"):
         print(usage)
+    elif argv[0] == "report":
+        print("\n".join(map(str, _report.write())))
     elif argv[0] == "all":
         for name in known:
             _harness.main(importlib.import_module(f"benchmarks.{name}"), argv[1:])

@@ -1,6 +1,7 @@
 """What the cells of the fine-tuning comparison say: a table, and a verdict on each claim of the paper."""
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness
@@ -134,3 +135,38 @@ def _time(timed: dict[str, float], is_base: bool) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
+
+
+def plot(results: dict[str, Any], path: Path) -> Path:
+    """Draw the held-out loss of every method at its best rate, one dot a seed, best at the top; one panel a task."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(results["selection"])
+    figure = Figure(figsize=(8, 0.6 + 0.32 * len(METHODS) * len(tasks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
+        found = {method: at_best_rate(results["cells"], task, method) for method in METHODS}
+        rows = [(statistics.mean(c["test_loss"] for c in r.values()), m, r) for m, r in found.items() if r]
+        for height, (middle, method, cells) in enumerate(sorted(rows, key=lambda row: -row[0])):
+            colour = "#1f77b4" if method.startswith(("FoRA", "Stiefel")) else "#7f7f7f"
+            losses = [c["test_loss"] for c in cells.values()]
+            axes.plot(losses, [height] * len(losses), "o", color=colour, alpha=0.35, markersize=5)
+            axes.plot(middle, height, "|", color=colour, markersize=14, markeredgewidth=2)
+            trainable = next(iter(cells.values()))["trainable"] / 1e6
+            axes.annotate(
+                f"{trainable:.2f}M",
+                (1.01, height),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=8,
+                color="#555555",
+            )
+        names = [method for _, method, _ in sorted(rows, key=lambda row: -row[0])]
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_xlabel("held-out loss (nats per token); trainable parameters on the right")
+        axes.set_title(f"{task}: before {results['selection'][task]['before']['test_loss']:.3f}", fontsize=10)
+        axes.grid(axis="y", color="#eeeeee")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    return path

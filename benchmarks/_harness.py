@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess  # noqa: S404  asks git for the revision
 import sys
@@ -46,7 +47,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     output = args.output or (Path("runs") / f"{name}-quick.json" if args.quick else RESULTS / f"{name}.json")
     envelope = {
         "study": name,
-        "command": f"python -m benchmarks {name} " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": shlex.join(["python", "-m", "benchmarks", name, *(sys.argv[1:] if argv is None else argv)]),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seed": args.seed,
         "quick": args.quick,

@@ -104,25 +104,33 @@ def _questions(train: Path, test: Path, tokenizer: Any, seq_len: int, count: int
     if any(len(t) <= shared for t in tokens) or len({t[shared] for t in tokens}) < len(tokens):
         raise InputError(f"the outputs in {train} cannot be told apart by one token: {answers}")
     choices = torch.tensor([t[shared] for t in tokens])
-    # Spread over the file, which may be sorted.
     records = [r for r in read[1] if r["output"] in answers]
-    step = max(1, len(records) // count)
     return [
         Question(
             torch.tensor((tokenizer(prompt_text(r["instruction"]))["input_ids"] + tokens[0][:shared])[-seq_len:]),
             choices,
             answers.index(r["output"]),
         )
-        for r in records[::step][:count]
+        for r in (records[i] for i in spread(len(records), count))
     ]
+
+
+def spread(available: int, count: int) -> list[int]:
+    """Return ``count`` indices at equal distances, or all there are."""
+    count = min(count, available)
+    return [i * available // count for i in range(count)]
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, data: Dataset, count: int, batch_size: int) -> float:
-    """Return the mean loss a token of the first samples, from the logits: some methods add a penalty to their loss."""
+    """Return the mean loss a token, from the logits: some methods add a penalty to their loss.
+
+    The samples are spread over the data: neighbours are from the same file.
+    """
     total, tokens = 0.0, 0
-    for begin in range(0, min(count, len(data)), batch_size):
-        batch = data.batch(range(begin, min(begin + batch_size, count, len(data))))
+    chosen = spread(len(data), count)
+    for begin in range(0, len(chosen), batch_size):
+        batch = data.batch(chosen[begin : begin + batch_size])
         labels = batch.pop("labels")[:, 1:].to(_device(model))
         logits = model(**{key: value.to(_device(model)) for key, value in batch.items()}).logits[:, :-1].float()
         total += float(cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"))

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("batch-size", 4, "samples of a step"),
         ("seq-len", 128, "longest sample, in tokens"),
         ("warmup", 10, "steps of linear warm-up"),
-        ("eval-samples", 64, "validation samples, and test samples"),
+        ("eval-samples", 96, "validation samples, and test samples"),
         ("questions", 240, "test questions whose answers are counted"),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: {value})")
@@ -350,6 +351,14 @@ def _peak_mib() -> float:
 def report(results: dict[str, Any]) -> str:
     """Return the tables as Markdown."""
     return _finetune_table.report(results)
+
+
+PICTURES = ("finetune.png",)
+
+
+def plot(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw the held-out loss of every method, one panel a task."""
+    return [_finetune_table.plot(results, folder / PICTURES[0])]
 
 
 if __name__ == "__main__":

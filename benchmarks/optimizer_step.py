@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import geoopt
@@ -227,6 +228,38 @@ def report(results: dict[str, Any]) -> str:
         parts.append(f"Cost grows as {axis}^{fit['exponent']:.2f} over {axis} = {fit['grid']}.")
     parts.append(f"CUDA: {results['cuda']}.")
     return "\n\n".join(parts)
+
+
+PICTURES = ("optimizer_step.png",)
+
+
+def plot(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw the time of a step on the whole adapter as a multiple of fused AdamW's, one panel a model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = results["models"]
+    figure = Figure(figsize=(3.0 * len(models) + 1.5, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = [name for name in next(iter(models.values()))["adapter"]["rows"] if name != FLOOR]
+    for axes, (model, scopes) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
+        rows = scopes["adapter"]["rows"]
+        for height, name in enumerate(reversed(names)):
+            ratio = rows[name]["times_fused_adamw"] if name in rows else None
+            colour = "#1f77b4" if name in OURS else "#c7c7c7"
+            axes.barh(height, ratio or 0, color=colour)
+            axes.annotate(
+                "not run" if ratio is None else f"{ratio:.3g}", (ratio or 1, height), xytext=(3, 0),
+                textcoords="offset points", va="center", fontsize=8,
+            )  # fmt: skip
+        axes.set_yticks(range(len(names)), reversed(names) if model == next(iter(models)) else [], fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlim(1, 4 * max(row["times_fused_adamw"] for row in rows.values()))
+        axes.set_title(f"{model}, rank {scopes['rank']}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("time of one step, as a multiple of torch's fused AdamW on the same tensors", fontsize=9)
+    figure.savefig(folder / PICTURES[0], dpi=110)
+    return [folder / PICTURES[0]]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""The fine-tuning comparison: its data, its measures against direct ones, its resumption and its verdicts."""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import _finetune_table, _methods, _report, _tasks, finetune
+from benchmarks._methods import FORA, METHODS
+from stiefel_lora import stiefel
+from tests.tiny import save_tiny_model, write_jsonl
+
+
+def cell(method: str, lr: float, seed: int, validation: float, test: float) -> dict[str, Any]:
+    measured = {"validation_loss": validation, "test_loss": test, "trainable": 1000, "peak_mib_above_base": 1.0}
+    return {"task": "code", "method": method, "lr": lr, "seed": seed, **measured}
+
+
+# -- data and measures -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    for name, answers in (("letters", "ab"), ("digits", "123")):
+        for part, count in (("train", 30), ("test", 12)):
+            records = [
+                {"instruction": f"def {name}_{i}(x)?", "output": f"the answer is {answers[i % len(answers)]}"}
+                for i in range(count)
+            ]
+            write_jsonl(folder / f"{name}_{part}.jsonl", records)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def test_questions_ask_for_the_first_token_in_which_the_answers_differ(folder: Path, tokenizer: Any) -> None:
+    task = _tasks.instructions(folder, tokenizer, 64, 10)
+    assert len(task.questions) == 10
+    assert {len(q.choices) for q in task.questions} == {2, 3}, "both sets, in turn"
+    for question in task.questions:
+        prompt, right = tokenizer.decode(question.ids), tokenizer.decode(question.choices[question.right])
+        number = int(prompt.split("(")[0].rsplit("_", 1)[1])
+        assert prompt.rstrip().endswith("the answer is")
+        assert right.strip() == ("123"[number % 3] if "digits" in prompt else "ab"[number % 2])
+
+
+def test_training_validation_and_test_are_apart(folder: Path, tokenizer: Any) -> None:
+    task = _tasks.instructions(folder, tokenizer, 64, 4)
+    assert (len(task.train), len(task.validation), len(task.test)) == (54, 6, 24)
+    train, validation = ({tuple(ids.tolist()) for ids in part.input_ids} for part in (task.train, task.validation))
+    assert not train & validation
+
+
+def test_loss_and_accuracy_are_those_of_single_samples(folder: Path, tokenizer: Any) -> None:
+    model, _ = _tasks.tiny()
+    model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+    task = _tasks.instructions(folder, tokenizer, 64, 8)
+    total = tokens = right = 0.0
+    for i in (0, 4, 8, 12, 16, 20):
+        batch = task.test.batch([i])
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        total += float(model(**batch).loss.detach()) * count
+        tokens += count
+    for question in task.questions:
+        last = model(input_ids=question.ids[None]).logits[0, -1]
+        right += int(last[question.choices].argmax()) == question.right
+    # One float32 softmax more or less, and another order of summation.
+    assert _tasks.mean_loss(model, task.test, 6, 4) == pytest.approx(total / tokens, rel=1e-5)
+    assert _tasks.accuracy(model, task.questions, 3) == right / 8
+
+
+@pytest.mark.parametrize("method", ["LoRA", FORA, "FoRA (B)", "FoRA (both)", "LoRA, half the rank", "AdaLoRA"])
+def test_effective_rank_share_is_that_of_the_whole_update(method: str) -> None:
+    model, task = _tasks.tiny()
+    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, 4, 4, "cpu", "float32")
+    selection = finetune._select(model, task, frame)
+    tuned = METHODS[method](model, finetune._setting(frame, task, selection, seed=0, lr=1e-2))
+    before = {name: m.weight.detach().clone() for name, m in dense_linears(tuned.model).items()}
+    for step in range(3):
+        finetune._step(tuned, task.train.batch([step]), step)
+    merge(tuned.model)
+    deltas = [m.weight.detach() - before[name] for name, m in dense_linears(tuned.model).items()]
+    updates = [(a.double() @ b.double()) for a, b in tuned.updates()]
+    changed = [d.double() for d in deltas if d.abs().max() > 0]
+    assert len(updates) == len(changed) > 0
+    rank = {"LoRA, half the rank": 2, "AdaLoRA": 12}.get(method, 4)
+    # The merged weights are float32: their rounding, 6e-8 of 0.1, is 1e-3 of an update of 1e-5.
+    expected = [float(stiefel.effective_rank(u / u.norm())) / rank for u in updates]
+    assert _methods.effective_rank_share(tuned.updates()) == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+    for update, delta in zip(updates, changed, strict=True):
+        cosine = (update * delta).sum() / update.norm() / delta.norm()
+        assert float(cosine) == pytest.approx(1, abs=1e-3)
+
+
+def dense_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {
+        name: getattr(module, "base_layer", module)
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in _methods.TARGETS
+    }
+
+
+def merge(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "merge") and hasattr(module, "unmerge"):
+            module.merge()
+
+
+# -- resumption --------------------------------------------------------------------------------------------------------
+
+
+def arguments(tmp_path: Path, **more: Any) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser)
+    args = parser.parse_args(["--methods", "LoRA", FORA, "--lrs", "1e-3", "1e-2", "--seeds", "2"])
+    base = {"quick": False, "seed": 0, "threads": 1, "previous": None, "save": lambda results: None}
+    return argparse.Namespace(**{**vars(args), **base, "output": tmp_path / "x.json", **more})
+
+
+def test_finished_cells_are_not_run_again_and_more_seeds_follow_at_the_best_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+    saved: list[int] = []
+
+    def fake(function: Any, *args: Any) -> Any:
+        if function is finetune.select:
+            return {"layers": [0]}
+        task, method, lr, seed = args[1]
+        ran.append(args[1])
+        if len(ran) == 3:
+            raise RuntimeError("a peer fails once")
+        return cell(method, lr, seed, validation=lr if method == "LoRA" else -lr, test=1.0)
+
+    monkeypatch.setattr(finetune, "_in_a_process", fake)
+    first = finetune.run(arguments(tmp_path, save=lambda results: saved.append(len(results["cells"]))))
+    grid = [("code", m, lr, 0) for lr in (1e-3, 1e-2) for m in ("LoRA", FORA)]
+    # LoRA at 1e-2 failed, so its best is 1e-3; that of FoRA is 1e-2.
+    assert ran == [*grid, ("code", "LoRA", 1e-3, 1), ("code", FORA, 1e-2, 1)]
+    assert saved == [0, 1, 2, 3, 4, 5, 6]
+    assert first["cells"][2]["error"] == "RuntimeError: a peer fails once"
+    again = finetune.run(arguments(tmp_path, previous=copy.deepcopy(first)))
+    assert len(ran) == 6
+    assert again == first
+
+
+def test_a_table_is_not_continued_with_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "_in_a_process", lambda function, *args: {"layers": [0]})
+    begun = finetune.run(arguments(tmp_path, minutes=-1))
+    assert begun["cells"] == []
+    with pytest.raises(SystemExit, match=r"steps.*\(100, 7\)"):
+        finetune.run(arguments(tmp_path, previous=begun, steps=7))
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_rate_is_chosen_on_validation_data_and_gains_are_paired_by_seed() -> None:
+    cells = [
+        cell("LoRA", 1e-3, 0, 2.0, 1.0),
+        cell("LoRA", 1e-2, 0, 1.9, 3.0),
+        cell("LoRA", 1e-2, 1, 1.9, 5.0),
+        cell(FORA, 1e-3, 0, 1.0, 2.5),
+        cell(FORA, 1e-3, 1, 1.0, 4.6),
+        cell(FORA, 1e-3, 2, 1.0, 9.0),
+    ]
+    assert _finetune_table.best_rate(cells, "code", "LoRA") == 1e-2
+    assert _finetune_table.best_rate(cells, "code", "DoRA") is None
+    assert _finetune_table.gain(cells, "code", FORA, "LoRA") == pytest.approx([0.5, 0.4])
+    assert "yes" in _finetune_table.claims(cells, "code")[0]
+    assert "not measured yet" in _finetune_table.claims(cells, "code")[1]
+
+
+@pytest.mark.parametrize(
+    ("gains", "word"),
+    [([0.1, 0.12], "yes"), ([-0.1, -0.12], "no ("), ([0.1, -0.09], "not told apart"), ([0.1], "one seed alone")],
+)
+def test_a_claim_holds_only_beyond_the_spread(gains: list[float], word: str) -> None:
+    assert word in _finetune_table.verdict("It helps", gains)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_page_is_what_the_committed_results_say() -> None:
+    page = _report._harness.RESULTS / _report.PAGE
+    assert page.read_text(encoding="utf-8") == _report.render(), "run python -m benchmarks report"
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("!["):
+            assert (page.parent / line[line.index("(") + 1 : -1]).is_file()
+
+
+def test_a_page_has_the_tables_and_pictures_of_each_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finetune._harness.main(finetune, ["--quick", "--output", str(tmp_path / "finetune.json")])
+    capsys.readouterr()
+    written = _report.write(tmp_path)
+    assert sorted(path.name for path in written) == ["README.md", "finetune.png"]
+    assert all(path.is_file() for path in written)
+    page = (tmp_path / "README.md").read_text()
+    assert "![finetune.png](finetune.png)" in page
+    assert "| FoRA (A) |" in page
