@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stiefel_lora.data import IGNORED, Dataset, load_data, prompt_text
+from stiefel_lora.data import IGNORED, Dataset, load_data, prompt_text, spread
 from stiefel_lora.errors import InputError
 
 
@@ -115,17 +115,11 @@ def _questions(train: Path, test: Path, tokenizer: Any, seq_len: int, count: int
     ]
 
 
-def spread(available: int, count: int) -> list[int]:
-    """Return ``count`` indices at equal distances, or all there are."""
-    count = min(count, available)
-    return [i * available // count for i in range(count)]
-
-
 @torch.no_grad()
 def mean_loss(model: nn.Module, data: Dataset, count: int, batch_size: int) -> float:
-    """Return the mean loss a token, from the logits: some methods add a penalty to their loss.
+    """Return the mean loss a token of samples all over the data.
 
-    The samples are spread over the data: neighbours are from the same file.
+    It is made from the logits: some methods add a penalty to their loss.
     """
     total, tokens = 0.0, 0
     chosen = spread(len(data), count)

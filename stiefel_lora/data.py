@@ -64,6 +64,12 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
     return indices
 
 
+def spread(available: int, count: int) -> list[int]:
+    """Return ``count`` indices at equal distances, or all there are: neighbours are from the same file."""
+    count = min(count, available)
+    return [i * available // count for i in range(count)]
+
+
 def load_data(
     source: str | Path | None, tokenizer: Any, *, seq_len: int, held_out: float = 0.1
 ) -> tuple[Dataset, Dataset]:

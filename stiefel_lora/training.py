@@ -19,7 +19,7 @@ from stiefel_lora._progress import progress
 from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
-from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data
+from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data, spread
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
@@ -189,12 +189,12 @@ def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> Fi
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str) -> dict[str, float]:
-    """Return the mean loss per token, in nats, and the perplexity on the first held-out samples."""
+    """Return the mean loss per token, in nats, and the perplexity, on samples from all over the held-out data."""
     model.eval()
     total, tokens = 0.0, 0
-    count = min(config.eval_samples, len(data))
-    for start in progress(range(0, count, config.batch_size), label=f"held-out loss {label}"):
-        batch = _onto(model, data.batch(range(start, min(start + config.batch_size, count))))
+    chosen = spread(len(data), config.eval_samples)
+    for start in progress(range(0, len(chosen), config.batch_size), label=f"held-out loss {label}"):
+        batch = _onto(model, data.batch(chosen[start : start + config.batch_size]))
         n = _label_count(batch)
         with _autocast(model):
             total += float(model(**batch).loss) * n

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data
+from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data, spread
 from stiefel_lora.errors import InputError
 from tests.tiny import TEXT, save_tiny_model, write_jsonl
 
@@ -162,3 +162,10 @@ def test_an_empty_folder_is_named(tokenizer: Any, tmp_path: Path) -> None:
 def test_one_json_object_a_line_is_what_json_dumps_writes(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "d.jsonl", [{"text": "é\n"}])
     assert json.loads(file.read_text()) == {"text": "é\n"}
+
+
+def test_spread_covers_the_whole_at_equal_distances() -> None:
+    assert spread(12, 4) == [0, 3, 6, 9]
+    assert spread(10, 4) == [0, 2, 5, 7]
+    assert spread(3, 8) == [0, 1, 2]
+    assert spread(0, 8) == []
