@@ -79,7 +79,7 @@ def claims(cells: list[Cell], task: str) -> list[str]:
 
 _HEADER = (
     "method", "trainable", "learning rate", "seeds", "held-out loss", "accuracy", "effective rank share",
-    "time of a step", "optimizer's share", "MiB above base",
+    "time of a step", "end to end", "optimizer's share", "MiB above base",
 )  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def _task(results: dict[str, Any], task: str) -> str:
     timing = results["timing"].get(task, {"base": None, "rows": {}})
     before = selection["before"]
     rows: list[list[object]] = [
-        ["before", "", "", "", f"{before['test_loss']:.4f}", _percent(before["accuracy"]), "", "", "", ""],
-        *(_row(method, found, cells, timing) for method in METHODS if (found := at_best_rate(cells, task, method))),
+        ["before", "", "", "", f"{before['test_loss']:.4f}", _percent(before["accuracy"]), *[""] * 5],
+        *(_row(method, found, cells, timing, frame["steps"]) for method in METHODS if (found := at_best_rate(cells, task, method))),
     ]
     notes = [
         f"Selection took {selection['seconds']:.0f} s and chose layers {' '.join(map(str, selection['layers']))}.",
@@ -103,13 +103,16 @@ def _task(results: dict[str, Any], task: str) -> str:
         *(f"{c['method']} at {c['lr']:g} failed: {c['error']}." for c in cells if "error" in c),
     ]
     if timing["base"]:
-        notes.append(f"Times of a step are those of {timing['base']} and multiples of it, measured in turn in one run.")
+        notes.append(
+            f"The time of a step is {timing['base']}'s and multiples of it, measured in turn in one run; end to end "
+            f"adds the {timing['selection_s']:.0f} s of selection to all steps where layers are chosen by score."
+        )
     title = f"{task}: {frame['steps']} steps of {frame['batch_size']} x {frame['seq_len']} tokens, rank {frame['rank']}"
     verdicts = "\n".join(f"- {line}" for line in claims(cells, task))
     return f"### {title}\n\n{_harness.markdown(list(_HEADER), rows)}\n\n{' '.join(notes)}\n\n{verdicts}"
 
 
-def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[str, Any]) -> list[object]:
+def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[str, Any], steps: int) -> list[object]:
     losses = [c["test_loss"] for c in found.values()]
     first = next(iter(found.values()))
     rates = sorted({c["lr"] for c in cells if c["method"] == method})
@@ -124,6 +127,7 @@ def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[st
         _percent(mean(found, "accuracy")),
         "" if share is None else f"{share:.2f}",
         "" if timed is None else _time(timed, method == timing["base"]),
+        "" if timed is None else f"{steps * timed['median_s'] + _selects(method) * timing['selection_s']:.0f} s",
         _percent(mean(found, "optimizer_share")),
         f"{max(c['peak_mib_above_base'] for c in found.values()):.0f}",
     ]
@@ -131,6 +135,10 @@ def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[st
 
 def _time(timed: dict[str, float], is_base: bool) -> str:
     return f"{timed['median_s']:.2f} s" if is_base else f"{timed['times_base']:.2f}x"
+
+
+def _selects(method: str) -> bool:
+    return "FoRA" in method or "Fisher" in method
 
 
 def _percent(share: float | None) -> str:

@@ -254,6 +254,8 @@ def _time_steps(
     base = methods[0]
     return {
         "base": base,
+        # In the same run, so that it can be added to the steps.
+        "selection_s": fisher_scores(model, _calibration(task, frame), modules=TARGETS).seconds,
         "rows": {
             name: {**_harness.summary(times[name]), "times_base": _harness.median_ratio(times, name, base)}
             for name in steps
