@@ -95,7 +95,7 @@ def _task(results: dict[str, Any], task: str) -> str:
     before = selection["before"]
     rows: list[list[object]] = [
         ["before", "", "", "", f"{before['test_loss']:.4f}", _percent(before["accuracy"]), *[""] * 5],
-        *(_row(method, found, cells, timing, frame["steps"]) for method in METHODS if (found := at_best_rate(cells, task, method))),
+        *(_row(m, found, cells, timing, frame["steps"]) for m in METHODS if (found := at_best_rate(cells, task, m))),
     ]
     notes = [
         f"Selection took {selection['seconds']:.0f} s and chose layers {' '.join(map(str, selection['layers']))}.",
