@@ -246,6 +246,49 @@ def test_a_trained_head_becomes_a_module_to_save(tmp_path: Path) -> None:
         export_peft(model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "targets", "options"),
+    [
+        ("roberta", ["query", "output.dense"], {"task_type": "SEQ_CLS"}),  # PEFT adds the head by itself
+        ("vit", ["q_proj"], {"modules_to_save": ["classifier"]}),
+        ("llama", ["q_proj"], {"modules_to_save": ["lm_head", "norm"]}),  # "norm" is the end of every norm's name
+    ],
+)
+def test_modules_that_peft_saved_whole(
+    family: str, targets: list[str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    base = FAMILIES[family].build()
+    source = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, **options)).eval()
+    torch.manual_seed(6)
+    for p in source.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    expected = outputs(source, family)
+    source.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    model = FAMILIES[family].build()
+    import_peft(model, tmp_path / "peft")
+    torch.testing.assert_close(outputs(model, family), expected, **SAME)
+    # Trained parameters go the same ways as before: into our folder, out to PEFT, and with a PeftModel in memory.
+    save_adapter(model, tmp_path / "ours")
+    loaded = FAMILIES[family].build()
+    load_adapter(loaded, tmp_path / "ours")
+    assert torch.equal(outputs(loaded, family), outputs(model, family))
+    export_peft(model, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(FAMILIES[family].build(), tmp_path / "again")
+    torch.testing.assert_close(outputs(again, family), expected, **SAME)
+    torch.testing.assert_close(outputs(from_peft(source), family), expected, **SAME)
+
+
+def test_a_merged_peft_model_is_refused_in_place() -> None:
+    source = _peft_model()
+    expected = outputs(source)
+    source.merge_adapter()
+    with pytest.raises(InputError, match="PeftModel is merged, .* unmerge_adapter"):
+        from_peft(source)
+    source.unmerge_adapter()
+    torch.testing.assert_close(outputs(from_peft(source)), expected, **SAME)
+
+
 @pytest.mark.parametrize("shape", [(12, 9, 4), (9, 12, 4), (3, 9, 5), (9, 3, 5), (3, 4, 9)])
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
 def test_orthonormal_factors_keep_the_product(shape: tuple[int, int, int], orthonormal: Any) -> None:
@@ -278,6 +321,14 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
     return damage
 
 
+def _also_saved(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        _edit(lambda c: c.update(modules_to_save=["lm_head"]))(folder)
+        _tensors(lambda t: t.update(tensors))(folder)
+
+    return damage
+
+
 def _to_pickle(folder: Path) -> None:
     (folder / PEFT_WEIGHTS_FILE).rename(folder / "adapter_model.bin")
 
@@ -288,8 +339,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "bias": (_edit(lambda c: c.update(bias="all")), "bias='all' cannot"),
     "lora_bias": (_edit(lambda c: c.update(lora_bias=True)), "lora_bias=True cannot"),
     "modules_to_save": (
-        _edit(lambda c: c.update(modules_to_save=["lm_head"])),
-        r"modules_to_save=.* cannot",
+        _also_saved({"base_model.model.lm_head.weight": torch.full((97, 32), torch.nan)}),
+        "lm_head.weight has NaN",
+    ),
+    "modules_to_save of another shape": (
+        _also_saved({"base_model.model.lm_head.weight": torch.ones(98, 32)}),
+        "no parameter lm_head.weight of its shape",
     ),
     "layer_replication": (_edit(lambda c: c.update(layer_replication=[[0, 2]])), "layer_replication=.* cannot"),
     "an option to come": (_edit(lambda c: c.update(use_xlora=3)), "use_xlora=3 cannot"),
