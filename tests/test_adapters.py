@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from stiefel_lora._targets import describe
 from stiefel_lora.adapters import (
     adapter_layers,
     adapter_metrics,
@@ -141,6 +142,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         InputError,
         "'query' matches nothing: layer 0 has q_proj, k_proj",
     ),
+    "head": ({"target_modules": ["q_proj", "lm_head"]}, InputError, "lm_head is not in them: .*insert_adapters"),
     "no target": ({"target_modules": []}, InputError, "target_modules is empty; the layers have: q_proj"),
     "string": ({"target_modules": "q_proj"}, TypeError, "sequence of names or 'all-linear', got the string 'q_proj'"),
     "layer": ({"layers": [0, 3, -4]}, InputError, "layer 3, -4 does not exist: model.layers has the layers 0 to 2"),
@@ -165,14 +167,31 @@ def test_bad_arguments_leave_the_model_alone(case: str) -> None:
     assert not hasattr(model, "_stiefel_adapters")
 
 
-def test_a_target_must_match_in_each_named_layer() -> None:
+def test_a_target_must_match_in_each_named_layer(caplog: pytest.LogCaptureFixture) -> None:
     model = LLAMA.build()
     model.model.layers[1].mlp.up_proj = nn.Identity()
     with pytest.raises(
         InputError, match="'up_proj' matches nothing: layer 1 has q_proj, k_proj, v_proj, o_proj, gate_proj"
     ):
         add_adapters(model, layers=[0, 1], rank=2, target_modules=["up_proj"])
-    assert add_adapters(model, layers=None, rank=2, target_modules=["up_proj"]) == names([0, 2], ("mlp.up_proj",))
+    with caplog.at_level(logging.INFO, logger="stiefel_lora"):
+        added = add_adapters(model, layers=None, rank=2, target_modules=["up_proj", "layers.1.mlp.down_proj", "v_proj"])
+    assert len(added) == 6
+    # What matched is logged, and what did not; a target that names its layer is not missed elsewhere.
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "target module 'up_proj' matches in layers 0, 2 of 3 only"),
+        (
+            "INFO",
+            "adapter 'default' is on model.layers 0, 2: self_attn.v_proj, mlp.up_proj; "
+            "model.layers 1: self_attn.v_proj, mlp.down_proj",
+        ),
+    ]
+
+
+def test_names_are_described_by_layer() -> None:
+    inner = [f"h.{i}.{n}" for i in (0, 1, 2, 5) for n in ("attn.q", "mlp")]
+    assert describe([*inner, "head", "h.6.mlp"]) == "h 0-2, 5: attn.q, mlp; h 6: mlp; head"
+    assert describe(["0.1", "2.1"]) == "0, 2: 1"
 
 
 def test_modules_that_never_call_their_linears_are_refused() -> None:
