@@ -21,6 +21,10 @@ DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
     ("c_attn", "c_fc", "mlp.c_proj"),  # GPT-2
     ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
     ("query", "key", "value", "intermediate.dense", "output.dense"),  # BERT, RoBERTa: attention.output.dense as well
+    ("query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"),  # DeBERTa
+    ("q_lin", "k_lin", "v_lin", "lin1", "lin2"),  # DistilBERT
+    ("q", "k", "v", "wi", "wo"),  # T5
+    ("q", "k", "v", "wi_0", "wi_1", "wo"),  # T5 1.1
 )
 
 

@@ -338,6 +338,8 @@ def _initial_factors(layer: StiefelLoRALinear, init: Init, generator: torch.Gene
     sizes = {"lora_A": layer.in_features, "lora_B": layer.out_features}
     names = _CONSTRAINED[layer.orthonormal]
     if isinstance(init, str):
+        if init == "gradient":
+            raise InputError("init='gradient' takes data: give init=gradient_init(model, batches, ...) to add_adapters")
         check_choice("init", init, ("random", "svd"))
         if next(_tensors(layer.base)).is_meta:
             return {name: torch.empty(sizes[name], layer.rank, device="meta") for name in names}

@@ -13,6 +13,7 @@ from typing import Any
 import geoopt
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -78,6 +79,48 @@ def test_defaults_wrap_the_papers_targets_and_freeze_the_rest() -> None:
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.{factor}" for name in names([0, 2]) for factor in ("lora_A", "lora_B")}
     assert all(layer.alpha == 8 for layer in adapter_layers(model).values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "path", "expected"),
+    [
+        (
+            "DistilBertForSequenceClassification",
+            transformers.DistilBertConfig(vocab_size=97, dim=32, hidden_dim=56, n_layers=2, n_heads=4),
+            None,
+            "distilbert.transformer.layer 1: attention.q_lin, attention.k_lin, attention.v_lin, ffn.lin1, ffn.lin2",
+        ),
+        (
+            "DebertaV2ForSequenceClassification",
+            transformers.DebertaV2Config(
+                vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4
+            ),
+            None,
+            "deberta.encoder.layer 1: attention.self.query_proj, attention.self.key_proj, attention.self.value_proj, "
+            "attention.output.dense, intermediate.dense, output.dense",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            transformers.T5Config(vocab_size=97, d_model=32, d_ff=56, num_layers=2, num_heads=4, d_kv=8),
+            "encoder.block",
+            "encoder.block 1: layer.0.SelfAttention.q, layer.0.SelfAttention.k, layer.0.SelfAttention.v, "
+            "layer.1.DenseReluDense.wi, layer.1.DenseReluDense.wo",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            transformers.T5Config(
+                vocab_size=97, d_model=32, d_ff=56, num_layers=2, num_heads=4, d_kv=8, feed_forward_proj="gated-gelu"
+            ),
+            "encoder.block",
+            "encoder.block 1: layer.0.SelfAttention.q, layer.0.SelfAttention.k, layer.0.SelfAttention.v, "
+            "layer.1.DenseReluDense.wi_0, layer.1.DenseReluDense.wi_1, layer.1.DenseReluDense.wo",
+        ),
+    ],
+    ids=["distilbert", "deberta", "t5", "t5-1.1"],
+)
+def test_defaults_of_more_families(kind: str, options: Any, path: str | None, expected: str) -> None:
+    model = getattr(transformers, kind)(options)
+    assert describe(add_adapters(model, layers=[1], rank=2, layers_path=path)) == expected
 
 
 def test_explicit_targets_by_suffix_or_full_name() -> None:
@@ -151,6 +194,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "float layer": ({"layers": [0.5]}, TypeError, "layers must be a sequence of ints"),
     "rank": ({"rank": 17}, InputError, r"layers.0.self_attn.k_proj: rank must be in \[1, 16\].* got 17"),
     "dropout": ({"dropout": 2.0}, InputError, "dropout must be in"),
+    "gradient": ({"init": "gradient"}, InputError, "give init=gradient_init"),
     "path": ({"layers_path": "model.blocks"}, InputError, "does not exist"),
 }
 
