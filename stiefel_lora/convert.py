@@ -23,6 +23,7 @@ from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, remove_adapters,
 from stiefel_lora.checkpoint import (
     AdapterState,
     adapter_state,
+    check_module_config,
     insert_state,
     read_json,
     read_safetensors,
@@ -180,9 +181,10 @@ def read_peft(
     factors_only = {key: tensor for key, tensor in tensors.items() if key.removeprefix(_PREFIX) not in state.parameters}
     for name, (a, b) in _pairs(where, factors_only).items():
         factors = state.factors[name] = orthonormal_factors(a, b, orthonormal)
-        options = _scaling(config, name, a.shape[1], factors["lora_A"].shape[1])
+        options = _scaling(where, config, name, a.shape[1], factors["lora_A"].shape[1])
         shape = {"in_features": a.shape[0], "out_features": b.shape[0]}
         state.modules[name] = {**options, "dropout": dropout, "orthonormal": orthonormal, **shape}
+        check_module_config(where, name, state.modules[name])
     return state
 
 
@@ -244,13 +246,24 @@ def _check_peft_config(where: str, config: Mapping[str, Any]) -> None:
         )
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         raise InputError(f"{where} is damaged: r is {config.get('r')!r} and lora_alpha {config.get('lora_alpha')!r}")
+    alphas, modules = config.get("alpha_pattern") or {}, config.get("modules_to_save") or []
+    if not isinstance(alphas, dict) or not all(isinstance(alpha, int | float) for alpha in alphas.values()):
+        raise InputError(f"{where} is damaged: alpha_pattern is {alphas!r}")
+    if not isinstance(modules, list | set | tuple) or not all(isinstance(name, str) and name for name in modules):
+        raise InputError(f"{where} is damaged: modules_to_save is {modules!r}")
 
 
-def _scaling(config: Mapping[str, Any], name: str, peft_rank: int, rank: int) -> dict[str, Any]:
+def _scaling(where: str, config: Mapping[str, Any], name: str, peft_rank: int, rank: int) -> dict[str, Any]:
     """Return the rank and the alpha that gives it the scaling that PEFT gives the module."""
     alpha = config["lora_alpha"]
     for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):  # PEFT's rule: the first key that matches
+        try:
+            found = re.match(rf"(.*\.)?({key})$", name)  # PEFT's rule: the first key that matches
+        except re.error as error:
+            raise InputError(
+                f"{where} is damaged: {key!r} in alpha_pattern is no regular expression: {error}"
+            ) from error
+        if found:
             alpha = value
             break
     rslora = bool(config.get("use_rslora"))

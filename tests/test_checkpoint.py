@@ -242,6 +242,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "JSON list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "holds a JSON list"),
     "foreign": (_edit_config(lambda c: c.update(format="other")), "its format is 'other'"),
     "newer": (_edit_config(lambda c: c.update(format_version=2)), "version 2, .* reads up to 1; upgrade"),
+    "a base of another type": (_edit_config(lambda c: c["base_model"].update({"class": 3})), "or no base model"),
     "no modules": (_edit_config(lambda c: c.update(modules={})), "names no modules"),
     "unknown option": (_edit_config(lambda c: c["modules"][Q].update(gate=1)), "should have the entries"),
     "wrong type": (_edit_config(lambda c: c["modules"][Q].update(rank="4")), "rank of .* is '4'"),
