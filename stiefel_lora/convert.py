@@ -127,7 +127,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
     """Take the Stiefel adapters off a model and put the same update back as a PEFT adapter, in place.
 
     Returns:
-        A PeftModel around the base model.
+        A PeftModel around the base model, whose adapter can be trained on.
 
     Raises:
         InputError: If the model has no adapters.
@@ -138,6 +138,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
     config = _peft_config(state, model)
     tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
     remove_adapters(model)
+    config["inference_mode"] = False
     peft_model = get_peft_model(model, LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"}))
     set_peft_model_state_dict(peft_model, tensors)
     return peft_model

@@ -193,6 +193,7 @@ def test_models_in_memory() -> None:
     back = to_peft(model)
     assert isinstance(back, peft.PeftModelForCausalLM)
     assert not adapter_layers(back)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in back.named_parameters())
     torch.testing.assert_close(outputs(back), expected, **SAME)
     with pytest.raises(InputError, match="no PEFT adapter is named 'x'; there are: default"):
         from_peft(back, adapter_name="x")
