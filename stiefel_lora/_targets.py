@@ -1,5 +1,6 @@
 """Choose the linears of a model that get adapters: which layers, which names, which ranks."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -8,6 +9,8 @@ from torch import nn
 from stiefel_lora._models import Layers, find_layers, join, matches, named_linears
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import StiefelLoRALinear
+
+logger = logging.getLogger("stiefel_lora")
 
 # The paper's choice is query, key, value, up and down; one line for each way in which architectures name these. The
 # first line of which every name is found in every layer to adapt is taken.
@@ -18,6 +21,10 @@ DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
     ("c_attn", "c_fc", "mlp.c_proj"),  # GPT-2
     ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
     ("query", "key", "value", "intermediate.dense", "output.dense"),  # BERT, RoBERTa: attention.output.dense as well
+    ("query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"),  # DeBERTa
+    ("q_lin", "k_lin", "v_lin", "lin1", "lin2"),  # DistilBERT
+    ("q", "k", "v", "wi", "wo"),  # T5
+    ("q", "k", "v", "wi_0", "wi_1", "wo"),  # T5 1.1
 )
 
 
@@ -41,7 +48,12 @@ def find_targets(
             raise InputError(f"no linear modules in layer {', '.join(empty)} of {prefix!r}")
         return _flat(linears)
     wanted = _default_targets(linears) if targets is None else list(targets)
-    _check_targets(linears, wanted, each=layers is not None)
+    try:
+        _check_targets(linears, wanted, each=layers is not None)
+    except InputError as error:
+        raise InputError(f"{error}{_elsewhere(model, linears, wanted)}") from None
+    if layers is None and targets is not None:
+        _warn_of_gaps(linears, wanted)
     return [name for name in _flat(linears) if any(matches(name, t) for t in wanted)]
 
 
@@ -96,6 +108,51 @@ def _check_targets(linears: Mapping[int, Sequence[str]], targets: Sequence[str],
             where = f"layer {i} has" if each else "the layers have"
             what = ", ".join(map(repr, missing))
             raise InputError(f"target module {what} matches nothing: {where} {last_names(names) or 'no linear'}")
+
+
+def _warn_of_gaps(linears: Mapping[int, Sequence[str]], targets: Sequence[str]) -> None:
+    """Say which targets match in some of the layers only; a target with a layer's number is meant for that one."""
+    for target in targets:
+        found = [i for i, names in linears.items() if any(matches(name, target) for name in names)]
+        if len(found) < len(linears) and not any(part.isdigit() for part in target.split(".")):
+            logger.warning("target module %r matches in layers %s of %d only", target, ranges(found), len(linears))
+
+
+def _elsewhere(model: nn.Module, linears: Mapping[int, Sequence[str]], targets: Sequence[str]) -> str:
+    """Return where targets that the layers lack are, such as the output head, and how to adapt it all the same."""
+    missing = [target for target in targets if not any(matches(name, target) for name in _flat(linears))]
+    everything = [name for name, _ in wrappable_linears(model)]
+    found = [name for name in everything if any(matches(name, target) for target in missing)]
+    return f"; {listed(found)} is not in them: stiefel_lora.adapters.insert_adapters takes it" if found else ""
+
+
+def describe(names: Iterable[str]) -> str:
+    """Return qualified names in short, layers with the same linears together: "model.layers 0-2, 5: q_proj, k_proj"."""
+    stacks: dict[tuple[str, int], list[str]] = {}
+    others = []
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+        if at < len(parts) - 1:
+            stacks.setdefault((".".join(parts[:at]), int(parts[at])), []).append(".".join(parts[at + 1 :]))
+        else:
+            others.append(name)
+    alike: dict[tuple[str, str], list[int]] = {}
+    for (stack, layer), inner in stacks.items():
+        alike.setdefault((stack, ", ".join(inner)), []).append(layer)
+    blocks = [f"{stack} {ranges(layers)}".strip() + f": {inner}" for (stack, inner), layers in alike.items()]
+    return "; ".join(blocks + others)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Write sorted numbers with runs shortened: 3-5, 9."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
 
 
 def last_names(names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stiefel_lora._models import named_linears
-from stiefel_lora._targets import find_targets, last_names, listed, module_ranks
+from stiefel_lora._targets import describe, find_targets, last_names, listed, module_ranks
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics, is_plain
 
@@ -77,7 +77,8 @@ def add_adapters(
         name: Name of this set of adapters.
 
     Returns:
-        The qualified names of the adapted linears, in the model's order.
+        The qualified names of the adapted linears, in the model's order. They are also logged, at level INFO; with
+        ``layers=None`` a target that some layers lack is logged as a warning.
 
     Raises:
         InputError: If a target matches nothing in one of the layers (with ``layers=None``: in any), a layer does not
@@ -142,6 +143,7 @@ def insert_adapters(
     for layer in present.values():
         for factor in layer.parameters(recurse=False):
             factor.requires_grad_(True)
+    logger.info("adapter %r is on %s", name, describe(new))
     return list(new)
 
 

@@ -293,17 +293,20 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{file} has format version {version!r}, this {FORMAT} reads up to {FORMAT_VERSION}; upgrade {FORMAT}"
         )
     modules = config.get("modules")
-    if not isinstance(modules, dict) or not modules or not isinstance(config.get("base_model"), dict):
+    base = config.get("base_model")
+    known = isinstance(base, dict) and all(isinstance(value, str) for value in base.values())
+    if not isinstance(modules, dict) or not modules or not known:
         raise InputError(f"{file} is damaged: it names no modules or no base model")
     for name, options in modules.items():
-        _check_module_config(file, name, options)
+        check_module_config(file, name, options)
     parameters = config.get("parameters")
     if not isinstance(parameters, dict) or not all(isinstance(shape, list) for shape in parameters.values()):
         raise InputError(f"{file} is damaged: its parameters should be an object of shapes")
     return config
 
 
-def _check_module_config(file: Path, name: str, options: Any) -> None:
+def check_module_config(file: str | Path, name: str, options: Any) -> None:
+    """Raise InputError unless the options of a linear, read from ``file``, are complete and in range."""
     if not isinstance(options, dict) or set(options) != set(_OPTION_TYPES):
         raise InputError(f"{file} is damaged: {name} should have the entries {', '.join(_OPTION_TYPES)}")
     for key, types in _OPTION_TYPES.items():

@@ -58,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load_model(name: str) -> Any:
-    from stiefel_lora.pretrained import load_pretrained
+def _load_model(name: str, kind: str | None) -> Any:
+    from stiefel_lora.pretrained import load_base
 
-    return load_pretrained(_base_of(name))
+    return load_base(_base_of(name), kind)
 
 
 def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:

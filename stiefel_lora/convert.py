@@ -23,6 +23,7 @@ from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, remove_adapters,
 from stiefel_lora.checkpoint import (
     AdapterState,
     adapter_state,
+    check_module_config,
     insert_state,
     read_json,
     read_safetensors,
@@ -42,8 +43,8 @@ _PREFIX = "base_model.model."
 _UNDERSTOOD = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
-    "init_lora_weights", "eva_config", "runtime_config",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "megatron_core",
+    "qalora_group_size", "init_lora_weights", "eva_config", "runtime_config",
 }  # fmt: skip
 
 # Other initialisations subtract the start from the base weights, which this adapter would not find in its base.
@@ -76,7 +77,9 @@ def import_peft(
 ) -> list[str]:
     """Put a PEFT LoRA adapter into a base model as a Stiefel adapter: the same function, with orthonormal factors.
 
-    The factorisation is computed in float64. A rank above the smaller dimension of a linear is reduced to it.
+    The factorisation is computed in float64. A rank above the smaller dimension of a linear is reduced to it. Modules
+    that PEFT trained whole (``modules_to_save``, such as a classification head) overwrite the model's, as
+    `stiefel_lora.checkpoint.load_adapter` does.
 
     Args:
         model: The bare base model.
@@ -108,8 +111,12 @@ def from_peft(peft_model: "PeftModel", *, adapter_name: str = "default", orthono
         The base model with the Stiefel adapter.
 
     Raises:
-        InputError: As `import_peft`.
+        InputError: As `import_peft`, or if the PeftModel is merged.
     """
+    if any(getattr(module, "merged", False) for module in peft_model.modules()):
+        raise InputError(
+            "the PeftModel is merged, so its base weights hold the update; call its unmerge_adapter() first"
+        )
     state = read_peft(peft_model, orthonormal=orthonormal, adapter_name=adapter_name)
     base: nn.Module = peft_model.unload()
     insert_state(base, state, what="the PEFT adapter")
@@ -120,7 +127,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
     """Take the Stiefel adapters off a model and put the same update back as a PEFT adapter, in place.
 
     Returns:
-        A PeftModel around the base model.
+        A PeftModel around the base model, whose adapter can be trained on.
 
     Raises:
         InputError: If the model has no adapters.
@@ -131,6 +138,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
     config = _peft_config(state, model)
     tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
     remove_adapters(model)
+    config["inference_mode"] = False
     peft_model = get_peft_model(model, LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"}))
     set_peft_model_state_dict(peft_model, tensors)
     return peft_model
@@ -170,11 +178,14 @@ def read_peft(
     if config.get("base_model_name_or_path"):
         state.base_model["name_or_path"] = config["base_model_name_or_path"]
     dropout = float(config.get("lora_dropout") or 0.0)
-    for name, (a, b) in _pairs(where, tensors).items():
+    state.parameters.update(_saved_modules(where, config, tensors))
+    factors_only = {key: tensor for key, tensor in tensors.items() if key.removeprefix(_PREFIX) not in state.parameters}
+    for name, (a, b) in _pairs(where, factors_only).items():
         factors = state.factors[name] = orthonormal_factors(a, b, orthonormal)
-        options = _scaling(config, name, a.shape[1], factors["lora_A"].shape[1])
+        options = _scaling(where, config, name, a.shape[1], factors["lora_A"].shape[1])
         shape = {"in_features": a.shape[0], "out_features": b.shape[0]}
         state.modules[name] = {**options, "dropout": dropout, "orthonormal": orthonormal, **shape}
+        check_module_config(where, name, state.modules[name])
     return state
 
 
@@ -236,18 +247,51 @@ def _check_peft_config(where: str, config: Mapping[str, Any]) -> None:
         )
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         raise InputError(f"{where} is damaged: r is {config.get('r')!r} and lora_alpha {config.get('lora_alpha')!r}")
+    alphas, modules = config.get("alpha_pattern") or {}, config.get("modules_to_save") or []
+    if not isinstance(alphas, dict) or not all(isinstance(alpha, int | float) for alpha in alphas.values()):
+        raise InputError(f"{where} is damaged: alpha_pattern is {alphas!r}")
+    if not isinstance(modules, list | set | tuple) or not all(isinstance(name, str) and name for name in modules):
+        raise InputError(f"{where} is damaged: modules_to_save is {modules!r}")
 
 
-def _scaling(config: Mapping[str, Any], name: str, peft_rank: int, rank: int) -> dict[str, Any]:
+def _scaling(where: str, config: Mapping[str, Any], name: str, peft_rank: int, rank: int) -> dict[str, Any]:
     """Return the rank and the alpha that gives it the scaling that PEFT gives the module."""
     alpha = config["lora_alpha"]
     for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):  # PEFT's rule: the first key that matches
+        try:
+            found = re.match(rf"(.*\.)?({key})$", name)  # PEFT's rule: the first key that matches
+        except re.error as error:
+            raise InputError(
+                f"{where} is damaged: {key!r} in alpha_pattern is no regular expression: {error}"
+            ) from error
+        if found:
             alpha = value
             break
     rslora = bool(config.get("use_rslora"))
     reduced = math.sqrt(rank / peft_rank) if rslora else rank / peft_rank
     return {"rank": rank, "alpha": float(alpha * reduced), "rslora": rslora}
+
+
+def _saved_modules(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the modules that PEFT saved whole, by their names in the base."""
+    modules = tuple(config.get("modules_to_save") or ())
+    names = {key: key.removeprefix(_PREFIX) for key in tensors}
+    # PEFT's rule: the end of the module's name, not by whole components.
+    saved = {
+        name: tensors[key]
+        for key, name in names.items()
+        if ".lora_" not in name and any(parent.endswith(modules) for parent in _parents(name))
+    }
+    bad = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
+    if bad:
+        raise InputError(f"{where}: {listed(bad)} has NaN or infinite entries")
+    return saved
+
+
+def _parents(name: str) -> list[str]:
+    """Return the names of the modules that hold a parameter: a.b and a for a.b.weight."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _pairs(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

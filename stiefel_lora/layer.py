@@ -172,10 +172,13 @@ class StiefelLoRALinear(nn.Module):
             is zero or was merged already.
 
         Raises:
-            InputError: If the base is quantised, or the merged weight has a NaN or infinity; nothing is changed then.
+            InputError: If the base is quantised, the layer is disabled, or the merged weight has a NaN or infinity;
+                nothing is changed then.
         """
         if self.merged:
             return 0.0
+        if not self.enabled:
+            raise InputError("the adapter is disabled, so the layer must stay its base; merge outside disable_adapters")
         original = plain_weight(self.base)
         update = self.delta_weight()
         if is_conv1d(self.base):
@@ -335,6 +338,8 @@ def _initial_factors(layer: StiefelLoRALinear, init: Init, generator: torch.Gene
     sizes = {"lora_A": layer.in_features, "lora_B": layer.out_features}
     names = _CONSTRAINED[layer.orthonormal]
     if isinstance(init, str):
+        if init == "gradient":
+            raise InputError("init='gradient' takes data: give init=gradient_init(model, batches, ...) to add_adapters")
         check_choice("init", init, ("random", "svd"))
         if next(_tensors(layer.base)).is_meta:
             return {name: torch.empty(sizes[name], layer.rank, device="meta") for name in names}

@@ -3,7 +3,7 @@
 import importlib.util
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,57 @@ def load_pretrained(
     # What a saved adapter names as its base.
     network.config._name_or_path = str(source)
     return network.to(device).eval(), tokenizer
+
+
+def load_base(model: str | Path | None, kind: str | None) -> tuple[Any, Any]:
+    """Load a model of any class in the precision that it is stored in, to merge an adapter into it.
+
+    Args:
+        model: See `find_source`.
+        kind: Name of its class in transformers, None or unknown for what its configuration names.
+
+    Returns:
+        The model, and its tokenizer or image processor, or None if it has none.
+
+    Raises:
+        InputError: If the model cannot be found, reached or read.
+    """
+    import transformers
+
+    source = find_source(model)
+    _check_hub(source)
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    with _quiet():
+        try:
+            auto = _model_class(kind)
+            if auto is None:
+                config = transformers.AutoConfig.from_pretrained(source.name, **options)
+                auto = _model_class((config.architectures or [None])[0]) or transformers.AutoModelForCausalLM
+            network: Any = auto.from_pretrained(source.name, dtype="auto", **options)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot load a model from {source}: {str(error).strip().splitlines()[0]}") from error
+        return network.eval(), _processor(source, options)
+
+
+def _model_class(name: str | None) -> Any:
+    """Return the class of that name in transformers, None if there is none or it is no model."""
+    import transformers
+
+    found = getattr(transformers, name or "", None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def _processor(source: Source, options: dict[str, str]) -> Any:
+    """Return a tokenizer, else an image processor, else None."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    # transformers makes an empty tokenizer for some kinds of models where there is none.
+    files = [file.name for file in Path(source.name).glob("*")]
+    text = source.is_hub or bool(options) or any("tokenizer" in file or file.startswith("vocab") for file in files)
+    for auto in [AutoTokenizer] * text + [AutoImageProcessor]:
+        with suppress(OSError, ValueError):
+            return auto.from_pretrained(source.name, **options)
+    return None
 
 
 def _check_hub(source: Source) -> None:

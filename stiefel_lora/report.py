@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stiefel_lora._files import atomic_file
+from stiefel_lora._targets import describe, ranges
 from stiefel_lora.scores import FisherScores
 
 METRICS_FILE = "metrics.json"
@@ -65,7 +66,8 @@ def table(metrics: Mapping[str, Any]) -> str:
     seconds = metrics["seconds"]
     layers = metrics["selected_layers"]
     rows = [
-        ("layers adapted", f"{len(layers)} of {len(metrics['fisher']['scores'])}: {_ranges(layers)}"),
+        ("layers adapted", f"{len(layers)} of {len(metrics['fisher']['scores'])}: {ranges(layers)}"),
+        ("linears adapted", describe(metrics["adapted_modules"])),
         ("trainable parameters", f"{metrics['trainable_parameters']:,} ({metrics['trainable_share']:.2%})"),
         ("held-out loss", f"{before['loss']:.4f} -> {after['loss']:.4f}"),
         (
@@ -84,14 +86,3 @@ def table(metrics: Mapping[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Write sorted numbers with runs shortened: 3-5, 9."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1].append(n)
-        else:
-            parts.append([n])
-    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)

@@ -79,34 +79,6 @@ def test_defaults_wrap_the_papers_targets_and_freeze_the_rest() -> None:
     assert all(layer.alpha == 8 for layer in adapter_layers(model).values())
 
 
-def test_explicit_targets_by_suffix_or_full_name() -> None:
-    assert add_adapters(LLAMA.build(), layers=[1], rank=2, target_modules=["o_proj", "mlp.gate_proj"]) == names(
-        [1], ("self_attn.o_proj", "mlp.gate_proj")
-    )
-    one = names([1], ("self_attn.o_proj",))
-    assert add_adapters(LLAMA.build(), layers=None, rank=2, target_modules=one) == one
-
-
-@pytest.mark.parametrize("layers", [None, [-1, 0]])
-def test_all_linear_takes_every_linear_but_the_head(layers: list[int] | None) -> None:
-    model = LLAMA.build()
-    got = add_adapters(model, layers=layers, rank=2, target_modules="all-linear")
-    expected = [n for n, m in LLAMA.build().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
-    assert got == [n for n in expected if layers is None or "layers.1." not in n]
-
-
-def test_rank_pattern_takes_the_longest_match() -> None:
-    pattern = {"q_proj": 2, "layers.2.self_attn.q_proj": 3}
-    model = adapted(rank_pattern=pattern)
-    ranks = {name: layer.rank for name, layer in adapter_layers(model).items()}
-    assert ranks == {
-        name: 3 if name.endswith("2.self_attn.q_proj") else 2 if name.endswith("q_proj") else 4 for name in ranks
-    }
-    assert all(layer.alpha == 2 * layer.rank for layer in adapter_layers(model).values())
-    with pytest.raises(InputError, match=r"rank_pattern o_proj matches none of .* and 4 more"):
-        add_adapters(LLAMA.build(), layers=[0, 2], rank=4, rank_pattern={"o_proj": 2})
-
-
 def test_initial_factors_by_name() -> None:
     model = LLAMA.build()
     points = {name: random_point(32, 2) for name in names([1], ("self_attn.q_proj", "self_attn.k_proj"))}
@@ -133,46 +105,6 @@ def test_the_mode_of_the_base_is_kept() -> None:
         model = LLAMA.build().train(mode)
         add_adapters(model, layers=[0], rank=2, dropout=0.1)
         assert all(m.training == mode for m in model.modules())
-
-
-BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "target": (
-        {"target_modules": ["q_proj", "query"]},
-        InputError,
-        "'query' matches nothing: layer 0 has q_proj, k_proj",
-    ),
-    "no target": ({"target_modules": []}, InputError, "target_modules is empty; the layers have: q_proj"),
-    "string": ({"target_modules": "q_proj"}, TypeError, "sequence of names or 'all-linear', got the string 'q_proj'"),
-    "layer": ({"layers": [0, 3, -4]}, InputError, "layer 3, -4 does not exist: model.layers has the layers 0 to 2"),
-    "no layer": ({"layers": []}, InputError, "no layer is given: model.layers has the layers 0 to 2"),
-    "twice": ({"layers": [1, -2]}, InputError, "layer 1 is given twice"),
-    "float layer": ({"layers": [0.5]}, TypeError, "layers must be a sequence of ints"),
-    "rank": ({"rank": 17}, InputError, r"layers.0.self_attn.k_proj: rank must be in \[1, 16\].* got 17"),
-    "dropout": ({"dropout": 2.0}, InputError, "dropout must be in"),
-    "path": ({"layers_path": "model.blocks"}, InputError, "does not exist"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_leave_the_model_alone(case: str) -> None:
-    options, error, match = BAD[case]
-    model = LLAMA.build()
-    modules = list(model.modules())
-    with pytest.raises(error, match=match):
-        add_adapters(model, **{"layers": [0, 2], "rank": 4, **options})
-    assert list(model.modules()) == modules
-    assert all(p.requires_grad for p in model.parameters())
-    assert not hasattr(model, "_stiefel_adapters")
-
-
-def test_a_target_must_match_in_each_named_layer() -> None:
-    model = LLAMA.build()
-    model.model.layers[1].mlp.up_proj = nn.Identity()
-    with pytest.raises(
-        InputError, match="'up_proj' matches nothing: layer 1 has q_proj, k_proj, v_proj, o_proj, gate_proj"
-    ):
-        add_adapters(model, layers=[0, 1], rank=2, target_modules=["up_proj"])
-    assert add_adapters(model, layers=None, rank=2, target_modules=["up_proj"]) == names([0, 2], ("mlp.up_proj",))
 
 
 def test_modules_that_never_call_their_linears_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from stiefel_lora._files import atomic_folder
 from stiefel_lora.adapters import adapter_layers, adapter_names, add_adapters, remove_adapters
 from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
+from stiefel_lora.convert import export_peft, import_peft
 from stiefel_lora.errors import InputError, ManifoldError
 from tests.models import FAMILIES
 
@@ -137,6 +139,41 @@ def test_saving_replaces_an_adapter_and_keeps_other_files(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can swap two folders in one step")
+@pytest.mark.parametrize("write", [save_adapter, export_peft])
+def test_an_adapter_is_replaced_in_one_step(
+    write: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the files replaced one after another, a kill between would leave one's scaling with another's factors."""
+    write(trained(), tmp_path / "adapter")
+    steps = []
+    monkeypatch.setattr(Path, "replace", lambda *paths: steps.append(paths))
+    other = trained(alpha=3)
+    write(other, tmp_path / "adapter")
+    assert steps == []
+    monkeypatch.undo()
+    fresh = LLAMA.build()
+    (load_adapter if write is save_adapter else import_peft)(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh), logits(other), rtol=1e-5, atol=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("place", ["inside", "link", "no system call"])
+def test_a_folder_that_cannot_be_swapped_is_filled(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inode = folder.stat().st_ino
+    path = folder
+    if place == "inside":
+        monkeypatch.chdir(folder)
+    elif place == "link":
+        path = folder.parent / "link"
+        path.symlink_to(folder)
+    else:
+        monkeypatch.setattr("stiefel_lora._files._exchange", lambda a, b: False)
+    save_adapter(trained(rank=2), path)
+    assert folder.stat().st_ino == inode
+    assert all(options["rank"] == 2 for options in read_adapter(path).modules.values())
+
+
 def test_files_can_be_read_as_widely_as_the_umask_says(folder: Path) -> None:
     (folder / "other").touch()
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
@@ -205,6 +242,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "JSON list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "holds a JSON list"),
     "foreign": (_edit_config(lambda c: c.update(format="other")), "its format is 'other'"),
     "newer": (_edit_config(lambda c: c.update(format_version=2)), "version 2, .* reads up to 1; upgrade"),
+    "a base of another type": (_edit_config(lambda c: c["base_model"].update({"class": 3})), "or no base model"),
     "no modules": (_edit_config(lambda c: c.update(modules={})), "names no modules"),
     "unknown option": (_edit_config(lambda c: c["modules"][Q].update(gate=1)), "should have the entries"),
     "wrong type": (_edit_config(lambda c: c["modules"][Q].update(rank="4")), "rank of .* is '4'"),

@@ -193,6 +193,7 @@ def test_models_in_memory() -> None:
     back = to_peft(model)
     assert isinstance(back, peft.PeftModelForCausalLM)
     assert not adapter_layers(back)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in back.named_parameters())
     torch.testing.assert_close(outputs(back), expected, **SAME)
     with pytest.raises(InputError, match="no PEFT adapter is named 'x'; there are: default"):
         from_peft(back, adapter_name="x")
@@ -246,6 +247,49 @@ def test_a_trained_head_becomes_a_module_to_save(tmp_path: Path) -> None:
         export_peft(model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "targets", "options"),
+    [
+        ("roberta", ["query", "output.dense"], {"task_type": "SEQ_CLS"}),  # PEFT adds the head by itself
+        ("vit", ["q_proj"], {"modules_to_save": ["classifier"]}),
+        ("llama", ["q_proj"], {"modules_to_save": ["lm_head", "norm"]}),  # "norm" is the end of every norm's name
+    ],
+)
+def test_modules_that_peft_saved_whole(
+    family: str, targets: list[str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    base = FAMILIES[family].build()
+    source = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, **options)).eval()
+    torch.manual_seed(6)
+    for p in source.parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.3)
+    expected = outputs(source, family)
+    source.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    model = FAMILIES[family].build()
+    import_peft(model, tmp_path / "peft")
+    torch.testing.assert_close(outputs(model, family), expected, **SAME)
+    # Trained parameters go the same ways as before: into our folder, out to PEFT, and with a PeftModel in memory.
+    save_adapter(model, tmp_path / "ours")
+    loaded = FAMILIES[family].build()
+    load_adapter(loaded, tmp_path / "ours")
+    assert torch.equal(outputs(loaded, family), outputs(model, family))
+    export_peft(model, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(FAMILIES[family].build(), tmp_path / "again")
+    torch.testing.assert_close(outputs(again, family), expected, **SAME)
+    torch.testing.assert_close(outputs(from_peft(source), family), expected, **SAME)
+
+
+def test_a_merged_peft_model_is_refused_in_place() -> None:
+    source = _peft_model()
+    expected = outputs(source)
+    source.merge_adapter()
+    with pytest.raises(InputError, match="PeftModel is merged, .* unmerge_adapter"):
+        from_peft(source)
+    source.unmerge_adapter()
+    torch.testing.assert_close(outputs(from_peft(source)), expected, **SAME)
+
+
 @pytest.mark.parametrize("shape", [(12, 9, 4), (9, 12, 4), (3, 9, 5), (9, 3, 5), (3, 4, 9)])
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
 def test_orthonormal_factors_keep_the_product(shape: tuple[int, int, int], orthonormal: Any) -> None:
@@ -278,6 +322,14 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
     return damage
 
 
+def _also_saved(tensors: dict[str, torch.Tensor]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        _edit(lambda c: c.update(modules_to_save=["lm_head"]))(folder)
+        _tensors(lambda t: t.update(tensors))(folder)
+
+    return damage
+
+
 def _to_pickle(folder: Path) -> None:
     (folder / PEFT_WEIGHTS_FILE).rename(folder / "adapter_model.bin")
 
@@ -288,8 +340,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "bias": (_edit(lambda c: c.update(bias="all")), "bias='all' cannot"),
     "lora_bias": (_edit(lambda c: c.update(lora_bias=True)), "lora_bias=True cannot"),
     "modules_to_save": (
-        _edit(lambda c: c.update(modules_to_save=["lm_head"])),
-        r"modules_to_save=.* cannot",
+        _also_saved({"base_model.model.lm_head.weight": torch.full((97, 32), torch.nan)}),
+        "lm_head.weight has NaN",
+    ),
+    "modules_to_save of another shape": (
+        _also_saved({"base_model.model.lm_head.weight": torch.ones(98, 32)}),
+        "no parameter lm_head.weight of its shape",
     ),
     "layer_replication": (_edit(lambda c: c.update(layer_replication=[[0, 2]])), "layer_replication=.* cannot"),
     "an option to come": (_edit(lambda c: c.update(use_xlora=3)), "use_xlora=3 cannot"),
@@ -298,6 +354,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "='pissa', which changed the base",
     ),
     "IA3": (_edit(lambda c: c.update(peft_type="IA3")), "of type 'IA3'; only LORA"),
+    "alpha": (_edit(lambda c: c.update(lora_alpha=0)), "out of range: .*'alpha': 0.0"),
+    "alphas": (_edit(lambda c: c.update(alpha_pattern={"q_proj": "4"})), "damaged: alpha_pattern is {'q_proj': '4'}"),
+    "no pattern": (
+        _edit(lambda c: c.update(alpha_pattern={"(": 4})),
+        r"'\(' in alpha_pattern is no regular expression",
+    ),
+    "whole modules": (_edit(lambda c: c.update(modules_to_save="lm_head")), "damaged: modules_to_save is 'lm_head'"),
+    "NaN alpha": (_edit(lambda c: c.update(alpha_pattern={"q_proj": float("nan")})), "q_proj is out of range"),
+    "dropout": (_edit(lambda c: c.update(lora_dropout=1.0)), "out of range: .*'dropout': 1.0"),
     "no rank": (_edit(lambda c: c.pop("r")), "r is None"),
     "no configuration": (lambda f: (f / PEFT_CONFIG_FILE).unlink(), "holds no adapter_config.json"),
     "pickle": (_to_pickle, "pickle, adapter_model.bin, which is not read"),

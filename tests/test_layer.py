@@ -234,6 +234,8 @@ def test_disabled_is_the_base() -> None:
     layer = make_layer()
     x = torch.randn(5, 12, dtype=torch.float64)
     layer.enabled = False
+    with pytest.raises(InputError, match="disabled"):
+        layer.merge()
     assert torch.equal(layer(x), layer.base(x))
 
 

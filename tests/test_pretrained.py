@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from stiefel_lora import pretrained
 from stiefel_lora.errors import InputError
-from stiefel_lora.pretrained import find_device, find_source, load_pretrained
+from stiefel_lora.pretrained import find_device, find_source, load_base, load_pretrained
+from tests.models import FAMILIES
 from tests.tiny import save_tiny_model
 
 
@@ -21,6 +23,29 @@ def test_a_folder_is_loaded_in_eval_mode_with_a_padding_token(tmp_path: Path) ->
     assert tokenizer.pad_token is not None
     model, _ = load_pretrained(tmp_path, dtype="bfloat16")
     assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta", "vit"])
+@pytest.mark.parametrize("known", [True, False, "pipeline"])
+def test_a_base_of_any_class_without_a_tokenizer(family: str, known: bool | str, tmp_path: Path) -> None:
+    model = FAMILIES[family].build().bfloat16()
+    model.save_pretrained(tmp_path)
+    loaded, tokenizer = load_base(tmp_path, {True: type(model).__name__, False: None}.get(known, known))
+    assert type(loaded) is type(model)
+    assert tokenizer is None
+    assert loaded.dtype == torch.bfloat16
+    assert not loaded.training
+    assert all(torch.equal(p, loaded.state_dict()[name]) for name, p in model.state_dict().items())
+
+
+def test_a_base_comes_with_what_prepares_its_inputs(tmp_path: Path) -> None:
+    assert load_base(save_tiny_model(tmp_path / "text"), None)[1].decode([5, 6])
+    FAMILIES["vit"].build().save_pretrained(tmp_path / "image")
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "image")
+    assert load_base(tmp_path / "image", "ViTForImageClassification")[1].size["height"] == 16
+    (tmp_path / "image" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot load a model from .*image"):
+        load_base(tmp_path / "image", None)
 
 
 def test_verbosity_is_put_back(tmp_path: Path) -> None:
