@@ -84,7 +84,7 @@ class GradientNorms:
         self._norms: Tensor | None = None
         self._in_backward = False
         self._keep_inputs = len(self._weights) < len(linears)
-        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self._parameters = {_address(p) for p in model.parameters()}
         self._saved: dict[int, int] = {}
         # The last input and its Gram matrix: query, key and value projections share theirs.
         self._last: tuple[Tensor, Tensor] | None = None
@@ -162,9 +162,8 @@ class GradientNorms:
         return x
 
     def _count(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in self._parameters:
-            self._saved[storage.data_ptr()] = storage.nbytes()
+        if _address(x) not in self._parameters:
+            self._saved[_address(x)] = x.untyped_storage().nbytes()
 
     def _forget(self) -> None:
         self._norms, self._last, self._in_backward = None, None, False
@@ -199,8 +198,13 @@ class GradientNorms:
             return lambda g: weight.arrived.append((kept.pop().get(), self._by_sample(g, n_out)))
         return lambda g: self._add(weight, _direct_norms(kept.pop().get(), self._by_sample(g, n_out)))
 
-    def _by_sample(self, x: Tensor, width: int) -> Tensor:
+    def _by_sample(self, x: Tensor | None, width: int) -> Tensor:
         """Return ``x`` as (batch, T, width) in float32 or wider."""
+        if x is None:
+            raise InputError(
+                "no gradient reaches a linear map: an operation behind it has no backward pass, as bitsandbytes' 4-bit "
+                "linears in evaluation mode on a CPU; score the model before it is quantised, or on a GPU"
+            )
         if self._batch_size > 1 and (x.dim() < 2 or x.shape[0] != self._batch_size):
             raise NotBatchedError
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -230,6 +234,13 @@ class GradientNorms:
             self._norms = norms.new_zeros(self._batch_size, len(self._linears))
         for row in weight.rows:
             self._norms[:, row] = norms
+
+
+def _address(x: Tensor) -> int:
+    try:
+        return x.untyped_storage().data_ptr()
+    except RuntimeError:  # a quantised weight of torchao has its data in other tensors
+        return id(x)
 
 
 def _saved(kept: Tensor | _Again) -> Tensor:

@@ -282,6 +282,7 @@ def _shapes(linears: dict[str, nn.Module], members: list[int]) -> list[tuple[int
 def _square(module: nn.Module) -> float:
     """Return the squared Frobenius norm of a linear map's weight, 0 if that is not an ordinary tensor."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
         return 0.0
     return float(weight.detach().float().square().sum()) if weight.numel() == math.prod(linear_shape(module)) else 0.0

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from stiefel_lora.adapters import adapter_layers, add_adapters, merge_adapters, remove_adapters
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError
+from stiefel_lora.fisher import fisher_scores, fisher_select
 from stiefel_lora.optim import RiemannianAdam
 from tests.models import FAMILIES
 
@@ -77,3 +80,128 @@ def test_life_over_a_quantised_base(quantise: Callable[[nn.Module], None], tmp_p
     assert torch.equal(logits(), base)
     load_adapter(model, tmp_path)
     assert torch.equal(logits(), trained)
+
+
+class Wrapped(torch.Tensor):
+    """A weight like torchao's: it passes for bfloat16, has no storage of its own, and knows only a few functions."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> "Wrapped":
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            return nn.functional.linear(args[0], args[1].inner.float())
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(func)
+
+
+def test_weights_without_storage() -> None:
+    """Select, adapt and train where torchao's weights would be; this one needs no library."""
+    model, plain, batch = LLAMA.build(), LLAMA.build(), LLAMA.batch(3, 7)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight = nn.Parameter(Wrapped(layer.mlp.up_proj.weight.detach()), requires_grad=False)
+    scores = [fisher_scores(m, [batch], progress=False).scores for m in (model, plain)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)  # the same float32 sums
+    for m in (model, plain):
+        add_adapters(m, layers=[0, 2], rank=4, generator=torch.Generator().manual_seed(0))
+        optimizer = RiemannianAdam([p for p in m.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(2):
+            m(**batch).loss.backward()
+            optimizer.step()
+    for name, layer in adapter_layers(plain).items():
+        assert torch.equal(adapter_layers(model)[name].lora_A, layer.lora_A)
+    with pytest.raises(InputError, match=r"Wrapped|quantised"):
+        merge_adapters(model)
+
+
+class NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        return linear(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class OnlyForward(nn.Module):
+    """A quantised linear as bitsandbytes' 4-bit one is in evaluation mode on a CPU."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.hidden = (linear.requires_grad_(False),)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return NoBackward.apply(x, self.hidden[0])
+
+
+def test_a_linear_without_a_backward_pass_cannot_be_scored() -> None:
+    model = LLAMA.build()
+    model.model.layers[1].self_attn.o_proj = OnlyForward(model.model.layers[1].self_attn.o_proj)
+    with pytest.raises(InputError, match="no gradient reaches a linear map"):
+        fisher_scores(model, [LLAMA.batch(3, 7)], progress=False)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes-4bit", "torchao-int8"])
+def test_a_base_that_transformers_quantises(kind: str, tmp_path: Path) -> None:
+    """Adapt and train over a quantised base; bitsandbytes' can be dequantised under the adapter and merged."""
+    # Widths that 4-bit blocks of 64 divide.
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    settings: Any
+    if kind == "torchao-int8":
+        settings = transformers.TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes")
+        settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, dtype="bfloat16")
+    batch = LLAMA.batch(3, 7)
+    layers = [0, 2]
+    if kind == "torchao-int8":  # on a CPU bitsandbytes' 4-bit linears have no backward pass in evaluation mode
+        layers = fisher_select(model, [batch], budget=2, progress=False)
+    add_adapters(model, layers=layers, rank=4)
+    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    with pytest.raises(InputError, match="quantised"):
+        merge_adapters(model)
+    if kind == "torchao-int8":
+        return  # transformers cannot dequantise it
+    with torch.no_grad():
+        # In evaluation mode on a CPU bitsandbytes repacks the weights, and transformers then dequantises them wrongly.
+        trained = model.train()(**batch).logits
+    model.eval().dequantize()
+    merged = merge_adapters(model)
+    with torch.no_grad():
+        # Logits of size 2 in bf16, whose eps is 2^-8.
+        torch.testing.assert_close(merged(**batch).logits, trained, rtol=0, atol=0.03)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="bfloat16")
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, merged(**batch).logits)
