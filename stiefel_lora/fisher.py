@@ -285,4 +285,7 @@ def _square(module: nn.Module) -> float:
     # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
         return 0.0
-    return float(weight.detach().float().square().sum()) if weight.numel() == math.prod(linear_shape(module)) else 0.0
+    if weight.numel() != math.prod(linear_shape(module)):
+        return 0.0
+    # One pass, without a second tensor of the weight's size.
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32))) ** 2
