@@ -34,6 +34,8 @@ Batch = dict[str, Tensor]
 OURS, LOOP, GHOST, FORWARD = "ours", "loop of single samples", "opacus ghost norms", "forward pass"
 # The paper's setting: calibration samples, epochs, training samples.
 PAPER = (128, 3, 170_000)
+# Batches that are timed as one.
+_TOGETHER = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--samples", type=int, default=64, help="samples of 128 tokens (default: 64)")
     parser.add_argument("--long-samples", type=int, default=16, help="samples of 512 tokens (default: 16)")
-    parser.add_argument("--rounds", type=int, default=2, help="timed rounds (default: 2)")
+    parser.add_argument("--rounds", type=int, default=1, help="timed rounds over all samples (default: 1)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
 
 
@@ -60,7 +62,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "model": "tiny" if args.quick else model.config._name_or_path.rsplit("/", 1)[-1],
         "model_mib": model_bytes / 2**20,
         "lengths": compared,
-        "peak_mib": {} if args.quick else {m: _child_peak(m, args) for m in METHODS if m in able},
+        "peak_mib": {}
+        if args.quick
+        else {m: [_child_peak(m, args, trim=trim) for trim in (False, True)] for m in METHODS if m in able},
         "wide": _wide(rounds, quick=args.quick),
         "share": _share(model, *((4, 16) if args.quick else (32, 128))),
         "early_stopping": _early_stopping(model, _batches(model, *((8, 16) if args.quick else (64, 64)))),
@@ -154,7 +158,6 @@ def _by_layer(model: nn.Module, values: Tensor) -> Tensor:
 
 
 def _compare(model: Any, batches: list[Batch], rounds: int) -> dict[str, Any]:
-    scores: dict[str, Tensor] = {}
     absent: dict[str, str] = {}
     methods = dict(METHODS)
     try:
@@ -162,44 +165,53 @@ def _compare(model: Any, batches: list[Batch], rounds: int) -> dict[str, Any]:
     except Exception as error:  # another package on a model it was not made for: whatever it raises is the finding
         absent[GHOST] = f"{type(error).__name__}: {str(error)[:200]}"
         methods.pop(GHOST)
-
-    def recorded(name: str, method: Callable[[Any, list[Batch]], Tensor]) -> Callable[[], None]:
-        return lambda: scores.update({name: method(model, batches)})
-
     forward(model, batches[:1])
-    times = _harness.interleave(
-        {name: recorded(name, method) for name, method in methods.items()},
-        rounds=rounds,
-        warmup=0,
-        label=f"{len(batches)} batches of {tuple(batches[0]['labels'].shape)}",
-    )
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    sums: dict[str, Tensor] = {}
+    # A few batches in turn: the machine's other work then disturbs all methods alike.
+    parts = [batches[n : n + _TOGETHER] for n in range(0, len(batches), _TOGETHER)]
+    for part in parts:
+        scores: dict[str, Tensor] = {}
+
+        def recorded(name: str, part: list[Batch] = part, scores: dict[str, Tensor] = scores) -> Callable[[], None]:
+            return lambda: scores.update({name: methods[name](model, part)})
+
+        label = f"{len(part)} batches of {tuple(part[0]['labels'].shape)}"
+        measured = _harness.interleave({m: recorded(m) for m in methods}, rounds=rounds, warmup=0, label=label)
+        for name in methods:
+            times[name] += measured[name]
+            sums[name] = sums.get(name, 0) + len(part) * scores[name]
     rows = {
         name: {
             **_harness.summary(times[name]),
             "times_forward": _harness.median_ratio(times, name, FORWARD),
             "times_ours": _harness.median_ratio(times, name, OURS),
-            "score_difference": float(((scores[name] - scores[LOOP]).abs() / scores[LOOP]).max())
-            if name != FORWARD
-            else 0,
+            "score_difference": float(((sums[name] - sums[LOOP]).abs() / sums[LOOP]).max()) if name != FORWARD else 0,
         }
         for name in methods
     }
     return {
         "samples": sum(len(b["labels"]) for b in batches),
+        "samples_timed_together": sum(len(b["labels"]) for b in parts[0]),
         "batch": len(batches[0]["labels"]),
         "rows": rows,
         "absent": absent,
     }
 
 
-def _child_peak(method: str, args: argparse.Namespace) -> float | None:
-    """Return the peak of one method in a process of its own, None if it failed there."""
+def _child_peak(method: str, args: argparse.Namespace, *, trim: bool) -> float | None:
+    """Return the peak of one method in a process of its own, None if it failed there.
+
+    With ``trim`` the C library gives freed tensors back to the system at once, which leaves what the method needs; the
+    peak without it includes gaps in the heap.
+    """
     words = ["--peak-of", method] + (["--model", args.model] if args.model else [])
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "benchmarks.fisher_cost", *words, "--threads", str(torch.get_num_threads())],
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, **({"MALLOC_MMAP_THRESHOLD_": str(2**18)} if trim else {})},
     )
     return float(done.stdout.split("peak ")[-1].split()[0]) if done.returncode == 0 else None
 
@@ -238,7 +250,7 @@ def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:
     hidden = 64 if quick else 2048
     config = LlamaConfig(**_SIZES, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=1000)
     model = LlamaForCausalLM(config).eval()
-    batches = _batches(model, 16, 128 if not quick else 8)
+    batches = _batches(model, 8, 128 if not quick else 8)
     forward(model, batches)
     times = _harness.interleave(
         {FORWARD: lambda: forward(model, batches), OURS: lambda: ours(model, batches)},
@@ -303,18 +315,24 @@ def report(results: dict[str, Any]) -> str:
             for name, row in part["rows"].items()
         ]
         rows += [[name, why, "", "", ""] for name, why in part["absent"].items()]
-        header = ["method", "s", "times a forward pass", "times ours", "largest difference to the loop"]
+        header = [
+            "method",
+            f"s for {part['samples_timed_together']} samples",
+            "times a forward pass",
+            "times ours",
+            "largest difference to the loop",
+        ]
         parts.append(
             f"{results['model']}, {part['samples']} samples of {length} tokens in batches of {part['batch']}\n\n"
             + _harness.markdown(header, rows)
         )
     if results["peak_mib"]:
         rows = [
-            [name, "failed" if mib is None else mib, "" if mib is None else f"{mib / results['model_mib']:.0%}"]
-            for name, mib in results["peak_mib"].items()
+            [name, *("failed" if mib is None else f"{mib:.0f} ({mib / results['model_mib']:.0%})" for mib in peaks)]
+            for name, peaks in results["peak_mib"].items()
         ]
         title = f"Peak memory above the loaded model ({results['model_mib']:.0f} MiB), one batch of 4 x 128"
-        parts.append(f"{title}\n\n" + _harness.markdown(["method", "MiB", "of the model"], rows))
+        parts.append(f"{title}\n\n" + _harness.markdown(["method", "MiB (of the model)", "without gaps"], rows))
     wide, share = results["wide"], results["share"]
     parts.append(
         f"Random LLaMA of hidden size {wide['hidden_size']}, batches of 4 x 128: {wide['times_forward']:.2f} forward "

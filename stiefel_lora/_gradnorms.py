@@ -91,7 +91,9 @@ class GradientNorms:
 
     def __enter__(self) -> "GradientNorms":
         for module in dict.fromkeys(self._linears.values()):
-            self._handles.append(module.register_forward_hook(self._hook(self._weights[_key(module)], module)))
+            hook = self._hook(self._weights[_key(module)], module)
+            # First of all hooks: what others make of the output is no part of the linear map.
+            self._handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,14 +174,14 @@ class GradientNorms:
     def _hook(self, weight: _Weight, module: nn.Module) -> Callable[..., Tensor | None]:
         n_in, n_out = linear_shape(module)
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
             if self._in_backward:
                 # A checkpointed segment runs again. Its first run is the one that counts, but the same must be saved.
                 return _tap(output, lambda g: None)
             weight.uses += 1
-            return _tap(output, self._arrival(weight, inputs[0], n_in, n_out))
+            return _tap(output, self._arrival(weight, next(iter((*args, *kwargs.values()))), n_in, n_out))
 
         return hook
 

@@ -55,9 +55,12 @@ class SampleLosses:
             return self._one_by_one(batch, size)
         alone = self._first_alone(batch, size) if self._bytes_per_entry is None else None
         rows = self._rows(batch, size)
-        squared = torch.cat(
-            [self._together(take(batch, slice(n, n + rows), size), min(rows, size - n)) for n in range(0, size, rows)]
-        )
+        parts = [alone[None]] if rows == 1 and alone is not None else []
+        parts += [
+            self._together(take(batch, slice(n, n + rows), size), min(rows, size - n))
+            for n in range(len(parts), size, rows)
+        ]
+        squared = torch.cat(parts)
         if rows > 1 and not self._checked:
             self._checked = True
             # Sequence-first layers whose length is the batch size look as if they had the batch in front.
@@ -223,7 +226,8 @@ def take(batch: Any, rows: slice, size: int) -> Any:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with its tensors on a device and out of any graph."""
     if isinstance(batch, Tensor):
-        return batch.detach().to(device)
+        # A tensor of inference mode can take no part in a graph.
+        return (batch.clone() if batch.is_inference() else batch.detach()).to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):

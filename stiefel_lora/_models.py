@@ -75,6 +75,26 @@ def join(prefix: str, name: object) -> str:
     return f"{prefix}.{name}" if prefix else str(name)
 
 
+def unwrap(model: nn.Module, *, adding: bool = False) -> nn.Module:
+    """Return the model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+        InputError: If parameters are to be added under DistributedDataParallel, which would not synchronise them.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel) and adding:
+        raise InputError(
+            "DistributedDataParallel synchronises only the parameters it was made with: "
+            "add the adapters to model.module and wrap it again"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrap(model.module, adding=adding)
+    inner = getattr(model, "_orig_mod", None)
+    return unwrap(inner, adding=adding) if isinstance(inner, nn.Module) else model
+
+
 def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layers]:
     """Find the list of repeated blocks that the model stacks, such as ``model.layers`` of a LLaMA.
 
@@ -199,6 +219,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Within the context the model is frozen and in eval mode; afterwards it is as it was, whatever happened.
 
     That is: training modes, ``requires_grad`` of the parameters, the configuration, and the random state of torch.
+    Gradients can be taken in it, even within ``torch.inference_mode``.
     """
     training = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -206,7 +227,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     cached = getattr(config, "use_cache", None)
     devices = sorted({p.device.index for p in trainable if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
             model.requires_grad_(False).eval()
             if cached:
                 # A cache of keys and values would only take memory.

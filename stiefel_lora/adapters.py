@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from stiefel_lora._models import named_linears
+from stiefel_lora._models import unwrap as unwrap
 from stiefel_lora._targets import describe, find_targets, last_names, listed, module_ranks
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics, is_plain
@@ -265,26 +266,6 @@ def remove_adapters(model: Model, name: str | None = None) -> Model:
     if not registry.stored and not adapter_layers(bare):
         _forget(bare)
     return model
-
-
-def unwrap(model: nn.Module, *, adding: bool = False) -> nn.Module:
-    """Return the model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
-
-    Raises:
-        TypeError: If ``model`` is not a module.
-        InputError: If parameters are to be added under DistributedDataParallel, which would not synchronise them.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel) and adding:
-        raise InputError(
-            "DistributedDataParallel synchronises only the parameters it was made with: "
-            "add the adapters to model.module and wrap it again"
-        )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return unwrap(model.module, adding=adding)
-    inner = getattr(model, "_orig_mod", None)
-    return unwrap(inner, adding=adding) if isinstance(inner, nn.Module) else model
 
 
 def _bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, nn.Module]:

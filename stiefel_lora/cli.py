@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -37,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stiefel-lora {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = f"; go on with: {_resume_line(args)}" if args.command == "finetune" else ""
-        print(f"\ninterrupted{again}", file=sys.stderr)
+        print("\ninterrupted" + (_how_to_go_on(args) if args.command == "finetune" else ""), file=sys.stderr)
         return 130
     return 0
 
@@ -248,7 +249,10 @@ def _check_folder(folder: Path, config: dict[str, Any], *, resume: bool, overwri
             raise InputError(f"there is no run to resume in {folder}")
         if (folder / "metrics.json").is_file():
             raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
-        then = json.loads(run_file.read_text(encoding="utf-8"))
+        try:
+            then = json.loads(run_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{run_file} is damaged; --overwrite starts the run anew") from error
         changed = sorted(key for key in config if config[key] != then.get(key))
         if changed:
             differences = ", ".join(f"{key} was {then.get(key)!r}, now {config[key]!r}" for key in changed)
@@ -289,11 +293,11 @@ def _take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     write_json(folder / RUN_FILE, config)
 
 
-def _resume_line(args: argparse.Namespace) -> str:
-    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+def _how_to_go_on(args: argparse.Namespace) -> str:
     if not (args.output / "checkpoint.pt").is_file():
-        return "nothing saved yet, start again"
-    return "stiefel-lora " + " ".join([*words, "--resume"])
+        return "; nothing is saved yet, start again"
+    words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    return f"; go on with: {shlex.join(['stiefel-lora', *words, '--resume'])}"
 
 
 # -- select and generate -----------------------------------------------------------------------------------------------
@@ -301,12 +305,21 @@ def _resume_line(args: argparse.Namespace) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Score the layers and print the ranking."""
-    from stiefel_lora.data import load_data
+    from stiefel_lora.data import check_source, load_data
     from stiefel_lora.pretrained import find_device, load_pretrained
+    from stiefel_lora.report import check_picture
     from stiefel_lora.training import check_targets, score_layers
 
     config = _config(args)
     config.check()
+    # All that can be found out before the slow work.
+    for path in (getattr(args, "output", None), getattr(args, "plot", None)):
+        if path is not None:
+            _check_file(path)
+    if hasattr(args, "plot"):
+        check_picture(args.plot)
+    if config.data is not None:
+        check_source(config.data)
     device = find_device(getattr(args, "device", None))
     model, tokenizer = load_pretrained(config.model, device=device, dtype=config.dtype)
     data, _ = load_data(config.data, tokenizer, seq_len=config.seq_len)
@@ -323,6 +336,15 @@ def run_select(args: argparse.Namespace) -> None:
         scores.save(args.output)
     if hasattr(args, "plot"):
         scores.plot(args.plot, selected)
+
+
+def _check_file(path: Path) -> None:
+    """Raise InputError unless a file can be written there; change nothing."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"cannot write {path}: {above} is no folder that can be written to")
 
 
 def run_generate(args: argparse.Namespace) -> None:

