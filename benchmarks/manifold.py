@@ -5,11 +5,12 @@ diagonalisation, from 50 x 5 to 4096 x 64; float64, the streams float32. Every s
 
 Learning rates: the rate of iteration t is rate * 10^(-t / decade), for all first-order solvers alike. Both numbers are
 tuned for each solver and problem on one grid, by the iterations to a relative gap of 1e-6: rates a factor of ten apart
-at one decade, then from the best to its best neighbour until none is better; a setting is given up when its gap, at
-half the best one's iterations, is over a hundred times that one's. Gaps are measured at iterations 3 % apart, outside
-the timed part. Times are iterations times the median time of an iteration (gradient and step), taken with all solvers
-in turn; drawing a batch is not counted. pymanopt's solvers, which see the whole cost and search along lines, are timed
-as whole runs. One thread: several help no solver here at these sizes, and on a busy machine they hurt some badly.
+at one decade, then from the best to its best neighbour until none is better, at half decades and then at quarters; a
+setting is given up when its gap, at half the best one's iterations, is over a hundred times that one's. Gaps are
+measured at iterations 3 % apart, outside the timed part. Times are iterations times the median time of an iteration
+(gradient and step), taken with all solvers in turn; drawing a batch is not counted. pymanopt's solvers, which see the
+whole cost and search along lines, are timed as whole runs. One thread: several help no solver here at these sizes, and
+on a busy machine they hurt some badly.
 
     python -m benchmarks manifold --threads 1
 """
@@ -30,7 +31,7 @@ from benchmarks._problems import SUITE, Problem, pca, streaming_pca
 from benchmarks._solvers import BATCH, FIRST_ORDER, Descent, LeftOutError
 from stiefel_lora import stiefel
 
-RATES = [10 ** (k / 2) for k in range(-8, 4)]
+RATES = [10 ** (k / 4) for k in range(-16, 7)]
 DECADES: list[int | None] = [100, 300, 1000, None]
 TARGETS = (1e-3, 1e-6, 1e-9)
 # What the rates are tuned for.
@@ -175,16 +176,17 @@ def _tune(
         return scores[cell]
 
     # From the middle outwards, so that the extremes are soon given up.
-    best = min(((k, 0) for k in ((6, 8) if quick else (8, 6, 10, 4, 2))), key=score)
-    while not quick:
+    best = min(((k, 0) for k in ((12, 16) if quick else (16, 12, 20, 8, 4))), key=score)
+    for stride in () if quick else (2, 1):
         # Diagonally too where a lower rate decays more slowly: there the ridge of good settings lies.
-        moves = ((1, 0), (-1, 0), (0, 1), (0, -1), (-1, 1), (1, -1))
-        around = [(best[0] + a, best[1] + b) for a, b in moves]
-        near = [cell for cell in around if 0 <= cell[0] < len(RATES) and 0 <= cell[1] < len(DECADES)]
-        better = min(near, key=score)
-        if score(better) >= score(best):
-            break
-        best = better
+        moves = [(stride * a, b) for a, b in ((1, 0), (-1, 0), (0, 1), (0, -1), (-1, 1), (1, -1))]
+        while True:
+            around = [(best[0] + a, best[1] + b) for a, b in moves]
+            near = [cell for cell in around if 0 <= cell[0] < len(RATES) and 0 <= cell[1] < len(DECADES)]
+            better = min(near, key=score)
+            if score(better) >= score(best):
+                break
+            best = better
     tried = {
         f"{RATES[i]:.2g} / {DECADES[j]}": int(s) if math.isfinite(s) else None for (i, j), (s, _) in scores.items()
     }
