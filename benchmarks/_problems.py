@@ -144,7 +144,7 @@ def _linear(first: float, last: float, count: int) -> Tensor:
     return torch.linspace(first, last, count, dtype=torch.float64)
 
 
-def pca(n: int, r: int, condition: float, *, seed: int = 0, budget: int = 1000) -> Problem:
+def pca(n: int, r: int, condition: float, *, seed: int = 0, budget: int = 600) -> Problem:
     """Top-r PCA, cost -tr(X^T C X)/2, of a covariance whose Hessian at the optimum has the given condition number.
 
     That number is (c_1 - c_n) / (c_r - c_(r+1)) for eigenvalues c_1 >= ... >= c_n: here 1 and 0 at the ends and a gap
@@ -173,7 +173,7 @@ def pca(n: int, r: int, condition: float, *, seed: int = 0, budget: int = 1000) 
     )
 
 
-def digits(r: int = 10, *, seed: int = 0, budget: int = 1000) -> Problem:
+def digits(r: int = 10, *, seed: int = 0, budget: int = 600) -> Problem:
     """Top-r PCA of scikit-learn's 1797 handwritten digits of 8 x 8 pixels, centred.
 
     Raises:
@@ -207,7 +207,7 @@ def digits(r: int = 10, *, seed: int = 0, budget: int = 1000) -> Problem:
     )
 
 
-def procrustes(n: int, r: int, *, seed: int = 0, budget: int = 1000) -> Problem:
+def procrustes(n: int, r: int, *, seed: int = 0, budget: int = 600) -> Problem:
     """Orthogonal Procrustes, |A X^T - B|^2 / 2: points A (m x r) laid on their noisy images B (m x n).
 
     The optimum is the polar factor of B^T A, with cost (|A|^2 + |B|^2) / 2 - |B^T A|_*. The columns of A have variances
@@ -236,7 +236,7 @@ def procrustes(n: int, r: int, *, seed: int = 0, budget: int = 1000) -> Problem:
     )
 
 
-def brockett(n: int, r: int, *, seed: int = 0, budget: int = 1000) -> Problem:
+def brockett(n: int, r: int, *, seed: int = 0, budget: int = 600) -> Problem:
     """Brockett's cost tr(X^T A X N) / 2 with N = diag(r, ..., 1) / r: the lowest eigenvectors of A, in order.
 
     The eigenvalues of A are 1/(2r), ..., r/(2r) and then linear up to 1: condition number about 2 r^2.
@@ -261,7 +261,7 @@ def brockett(n: int, r: int, *, seed: int = 0, budget: int = 1000) -> Problem:
     )
 
 
-def joint_diagonalisation(n: int, r: int, *, windows: int = 16, seed: int = 0, budget: int = 1000) -> Problem:
+def joint_diagonalisation(n: int, r: int, *, windows: int = 16, seed: int = 0, budget: int = 600) -> Problem:
     """Blind separation of r non-stationary sources in n sensors: -sum_k |diag(X^T C_k X)|^2, scaled.
 
     C_k = V diag(d_k) V^T + s I is the covariance in window k, d_kj the variance of source j there. The cost is concave
@@ -296,7 +296,7 @@ def joint_diagonalisation(n: int, r: int, *, windows: int = 16, seed: int = 0, b
     )
 
 
-def streaming_pca(n: int, r: int, batch: int, *, seed: int = 0, budget: int = 1000) -> Problem:
+def streaming_pca(n: int, r: int, batch: int, *, seed: int = 0, budget: int = 600) -> Problem:
     """Top-r PCA from fresh mini-batches, in float32; the gap is that of the population's covariance.
 
     Signal variances go from 1 to 1/2; the noise in each coordinate has variance 1e-4 b / n, about 0.1 % of the energy
@@ -326,7 +326,7 @@ def streaming_pca(n: int, r: int, batch: int, *, seed: int = 0, budget: int = 10
 SUITE: dict[str, Callable[[int], Problem]] = {
     "digits": lambda seed: digits(seed=seed),
     "pca-50": lambda seed: pca(50, 5, 10, seed=seed),
-    "pca-200": lambda seed: pca(200, 8, 1000, seed=seed),
+    "pca-200": lambda seed: pca(200, 8, 1000, seed=seed, budget=1000),
     "pca-1000": lambda seed: pca(1000, 20, 100, seed=seed),
     "pca-4096": lambda seed: pca(4096, 64, 10, seed=seed, budget=400),
     "procrustes-50": lambda seed: procrustes(50, 5, seed=seed),

@@ -5,12 +5,12 @@ diagonalisation, from 50 x 5 to 4096 x 64; float64, the streams float32. Every s
 
 Learning rates: the rate of iteration t is rate * 10^(-t / decade), for all first-order solvers alike. Both numbers are
 tuned for each solver and problem on one grid, by the iterations to a relative gap of 1e-9, for the streams 1e-6: rates
-a factor of ten apart at one decade, then from the best to its best neighbour until none is better, at half decades and
-then at quarters; a setting is given up when its gap, at half the best one's iterations, is over a hundred times that
-one's. Gaps are measured at iterations 3 % apart, outside the timed part. Times are iterations times the median time of
-an iteration (gradient and step), taken with all solvers in turn; drawing a batch is not counted. pymanopt's solvers,
-which see the whole cost and search along lines, are timed as whole runs. One thread: several help no solver here at
-these sizes, and on a busy machine they hurt some badly.
+a factor of ten apart at one decade (the later retractions of ours: the first one's best), then from the best to its
+best neighbour until none is better, at half decades and then at quarters; a setting is given up when its gap, at half
+the best one's iterations, is over a hundred times that one's. Gaps are measured at iterations 3 % apart, outside the
+timed part. Times are iterations times the median time of an iteration (gradient and step), taken with all solvers in
+turn; drawing a batch is not counted. pymanopt's solvers, which see the whole cost and search along lines, are timed as
+whole runs. One thread: several help no solver here at these sizes, and on a busy machine they hurt some badly.
 
     python -m benchmarks manifold --threads 1
 """
@@ -41,6 +41,8 @@ CHOICE = "ours, Adam, qr"
 SLACK = 1.1
 # A trace of gaps: (iteration, relative gap).
 Trace = list[tuple[int, float]]
+# A point of the grid: the places of a rate and a decade.
+Cell = tuple[int, int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +82,7 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
     absent: dict[str, str] = {}
     traces: dict[str, Trace] = {}
     timed: dict[str, Callable[[], object]] = {}
+    found: dict[str, Cell] = {}
     # So few steps a round that most rounds pass undisturbed on a machine that has other work.
     steps = 1 if problem.start.numel() > 1e5 else 2
     for name, make in tqdm(FIRST_ORDER.items(), desc=problem.name, leave=False, disable=None):
@@ -88,7 +91,10 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
         except (_peers.NotInstalledError, LeftOutError) as error:
             absent[name] = str(error)
             continue
-        rate, decade, tried = _tune(problem, make, budget, quick=args.quick)
+        # The retractions of ours differ little.
+        family = name.rsplit(",", 1)[0] if name.startswith("ours") else name
+        found[family], tried = _tune(problem, make, budget, found.get(family), quick=args.quick)
+        rate, decade = RATES[found[family][0]], DECADES[found[family][1]]
         descent = make(problem)
         traces[name] = _descend(problem, descent, rate, decade, budget, TARGETS[-1])
         rows[name] = {"kind": "first-order", "rate": rate, "decade": decade, "tried": tried}
@@ -158,18 +164,25 @@ def _repeat(descent: Descent, steps: int) -> Callable[[], None]:
 
 
 def _tune(
-    problem: Problem, make: Callable[[Problem], Descent], budget: int, *, quick: bool
-) -> tuple[float, int | None, dict[str, int | None]]:
+    problem: Problem, make: Callable[[Problem], Descent], budget: int, start: Cell | None = None, *, quick: bool
+) -> tuple[Cell, dict[str, int | None]]:
     """Search the grid by iterations to the gap tuned for, then by the last gap.
 
+    Args:
+        problem: What to solve.
+        make: Makes a run of the solver.
+        budget: Iterations of a run at most.
+        start: Where to begin; without it, at the best of some rates a factor of ten apart.
+        quick: Whether to end there.
+
     Returns:
-        The best rate and decade, and what was tried: "rate / decade" to the iterations, None if not reached.
+        The best, and what was tried: "rate / decade" to the iterations, None if not reached or given up.
     """
     target = _tuned(problem)
-    scores: dict[tuple[int, int], tuple[float, float]] = {}
+    scores: dict[Cell, tuple[float, float]] = {}
     limit, hurdle = budget, (0, math.inf)
 
-    def score(cell: tuple[int, int]) -> tuple[float, float]:
+    def score(cell: Cell) -> tuple[float, float]:
         nonlocal limit, hurdle
         if cell not in scores:
             trace = _descend(problem, make(problem), RATES[cell[0]], DECADES[cell[1]], limit, target, hurdle)
@@ -182,7 +195,8 @@ def _tune(
         return scores[cell]
 
     # From the middle outwards, so that the extremes are soon given up.
-    best = min(((k, 2) for k in ((12, 16) if quick else (16, 12, 20, 8, 4))), key=score)
+    coarse = [(k, 2) for k in ((12, 16) if quick else (16, 12, 20, 8, 4))]
+    best = min([start] if start else coarse, key=score)
     for stride in () if quick else (2, 1):
         # Diagonally too where a lower rate decays more slowly: there the ridge of good settings lies.
         moves = [(stride * a, b) for a, b in ((1, 0), (-1, 0), (0, 1), (0, -1), (-1, 1), (1, -1))]
@@ -196,7 +210,7 @@ def _tune(
     tried = {
         f"{RATES[i]:.2g} / {DECADES[j]}": int(s) if math.isfinite(s) else None for (i, j), (s, _) in scores.items()
     }
-    return RATES[best[0]], DECADES[best[1]], tried
+    return best, tried
 
 
 def _descend(

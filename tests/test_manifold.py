@@ -92,7 +92,8 @@ def test_thinning_keeps_the_ends() -> None:
 def test_tuning_returns_the_best_that_it_tried_and_a_run_repeats_it() -> None:
     problem = pca(12, 2, 5, budget=300)
     make = FIRST_ORDER["ours, SGD, qr"]
-    rate, decade, tried = manifold._tune(problem, make, 300, quick=False)
+    cell, tried = manifold._tune(problem, make, 300, quick=False)
+    rate, decade = manifold.RATES[cell[0]], manifold.DECADES[cell[1]]
     best = min(n for n in tried.values() if n is not None)
     assert tried[f"{rate:.2g} / {decade}"] == best
     trace = manifold._descend(problem, make(problem), rate, decade, 300, 1e-9)
@@ -101,6 +102,10 @@ def test_tuning_returns_the_best_that_it_tried_and_a_run_repeats_it() -> None:
     # The grid's own limits did not decide: its neighbours were tried.
     assert manifold.RATES[0] < rate < manifold.RATES[-1]
     assert len(tried) > 8
+    # From there it finds nothing better, with fewer runs.
+    again, fewer = manifold._tune(problem, make, 300, cell, quick=False)
+    assert again == cell
+    assert len(fewer) < len(tried)
 
 
 def test_a_run_stops_at_the_hurdle_and_where_the_point_is_lost() -> None:
