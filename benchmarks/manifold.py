@@ -262,7 +262,7 @@ def _short(x: float) -> float | None:
 def report(results: dict[str, Any]) -> str:
     """Return the tables as Markdown: first the verdict on our choice, then each problem."""
     parts = [_verdicts(results["problems"])]
-    header = ["solver", "rate / decade", "iterations to 1e-6", "ms an iteration"]
+    header = ["solver", "rate / decade", "iterations to 1e-6", "ms an iteration", f"times {CHOICE}"]
     header += [f"s to {target:.0e}" for target in TARGETS] + ["last gap", "orthogonality error"]
     for name, problem in results["problems"].items():
         rows: list[list[object]] = []
@@ -276,12 +276,13 @@ def report(results: dict[str, Any]) -> str:
                     else "line search, whole cost",
                     hits[1][0] if hits[1] else "not reached",
                     1e3 * row["seconds_an_iteration"],
+                    row.get("times_choice", ""),
                     *(hit[1] if hit else "not reached" for hit in hits),
                     _or_lost(row["gaps"][-1]),
                     _or_lost(row["orthogonality_error"]),
                 ]
             )
-        left_out = [[solver, why, *[""] * 7] for solver, why in problem["absent"].items()]
+        left_out = [[solver, why, *[""] * 8] for solver, why in problem["absent"].items()]
         parts.append(f"### {name}\n\n{problem['about']}.\n\n{_harness.markdown(header, rows + left_out)}")
     parts += [f"{key}: {why}." for key, why in results["absent"].items()]
     return "\n\n".join(parts)
