@@ -152,7 +152,7 @@ FIRST_ORDER: dict[str, Callable[[Problem], Descent]] = {
 
 @dataclass
 class Path:
-    """What a batch solver went through: its distinct points, and the seconds at which it came to each."""
+    """What a batch solver went through: its distinct points, and the CPU seconds at which it came to each."""
 
     points: list[Tensor]
     seconds: list[float]
@@ -187,13 +187,13 @@ def _pymanopt(problem: Problem, name: str, iterations: int, seconds: float) -> P
     def gradient(x: Tensor) -> Tensor:
         if not path.points or not torch.equal(path.points[-1], x):
             path.points.append(x.clone())
-            path.seconds.append(time.perf_counter() - begin)
+            path.seconds.append(time.process_time() - begin)
         return problem.gradient(x)
 
     solver = getattr(pymanopt.optimizers, name)(
         max_iterations=iterations, max_time=seconds, min_gradient_norm=1e-8, min_step_size=1e-14, verbosity=0
     )
-    begin = time.perf_counter()
+    begin = time.process_time()
     solver.run(
         pymanopt.Problem(manifold, cost, euclidean_gradient=gradient), initial_point=problem.start.numpy().copy()
     )

@@ -8,11 +8,11 @@ tuned for each solver and problem on one grid, by the iterations to a relative g
 a factor of ten apart at one decade (the later retractions of ours: the first one's best), then from the best to its
 best neighbour until none is better, at half decades and then at quarters; a setting is given up when its gap, at half
 the best one's iterations, is over a hundred times that one's. Gaps are measured at iterations 3 % apart, outside the
-timed part. Times are iterations times the median time of an iteration (gradient and step), taken with all solvers in
-turn; drawing a batch is not counted. pymanopt's solvers, which see the whole cost and search along lines, are timed as
-whole runs. One thread: several help no solver here at these sizes, and on a busy machine they hurt some badly.
+timed part. Times are iterations times the median CPU time of an iteration (gradient and step) on one thread, taken with
+all solvers in turn; drawing a batch is not counted. pymanopt's solvers, which see the whole cost and search along
+lines, are timed as whole runs.
 
-    python -m benchmarks manifold --threads 1
+    OMP_NUM_THREADS=1 python -m benchmarks manifold --threads 1
 """
 
 import argparse
@@ -20,6 +20,7 @@ import itertools
 import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,7 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
     traces: dict[str, Trace] = {}
     timed: dict[str, Callable[[], object]] = {}
     found: dict[str, Cell] = {}
-    # So few steps a round that most rounds pass undisturbed on a machine that has other work.
-    steps = 1 if problem.start.numel() > 1e5 else 2
+    steps = 1 if problem.start.numel() > 1e5 else 5
     for name, make in tqdm(FIRST_ORDER.items(), desc=problem.name, leave=False, disable=None):
         try:
             make(problem)
@@ -116,9 +116,7 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
         }
         timed[name] = lambda solve=solve, limits=limits: solve(problem, *limits)  # type: ignore[misc]
     rounds = 2 if args.quick else args.rounds
-    times = _harness.interleave(
-        timed, rounds=rounds, slow=dict.fromkeys(paths, min(2, rounds)), label=f"{problem.name}, timing"
-    )
+    times = _cpu_times(timed, rounds, dict.fromkeys(paths, min(2, rounds)), f"{problem.name}, timing")
     for name, row in rows.items():
         median = statistics.median(times[name])
         trace = traces[name]
@@ -145,6 +143,26 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "absent": absent,
     }
+
+
+def _cpu_times(
+    timed: dict[str, Callable[[], object]], rounds: int, slow: dict[str, int], label: str
+) -> dict[str, list[float]]:
+    """Return the CPU seconds of each function in each round, all in turn.
+
+    One thread's CPU time is the elapsed time of a machine that has nothing else to do. With other work there, rounds of
+    some milliseconds fall in step with the scheduler, which then takes its pause in the same solver every time.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+
+    def clocked(name: str) -> None:
+        begin = time.process_time()
+        timed[name]()
+        seconds[name].append(time.process_time() - begin)
+
+    turns = {name: lambda name=name: clocked(name) for name in timed}  # type: ignore[misc]
+    counted = _harness.interleave(turns, rounds=rounds, slow=slow, label=label)
+    return {name: seconds[name][-len(counted[name]) :] for name in timed}
 
 
 def _ratio(times: dict[str, list[float]], name: str) -> float | None:

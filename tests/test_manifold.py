@@ -1,5 +1,6 @@
 """The manifold study's tuning, verdict and picture."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +117,13 @@ def test_a_run_stops_at_the_hurdle_and_where_the_point_is_lost() -> None:
     problem_gaps = iter([1.0, 0.5, float("inf")])
     object.__setattr__(problem, "gap", lambda x: next(problem_gaps))
     assert [i for i, _ in manifold._descend(problem, descent, 0.1, None, 100, 1e-9)] == [0, 1, 2]
+
+
+def test_waiting_is_not_counted_and_warm_up_is_left_out() -> None:
+    calls: list[str] = []
+    timed = {"sleep": lambda: time.sleep(0.02), "slow": lambda: calls.append("slow")}
+    times = manifold._cpu_times(timed, 4, {"slow": 1}, "test")
+    assert {name: len(seconds) for name, seconds in times.items()} == {"sleep": 4, "slow": 1}
+    assert calls == ["slow"]
+    # It slept 80 ms; a call of sleep itself costs microseconds.
+    assert sum(times["sleep"]) < 0.04
