@@ -379,7 +379,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
             (handles[solver],) = panel.plot(*zip(*points, strict=True) if points else ([], []), **styles[solver])
         for target in TARGETS:
             panel.axhline(target, color="0.85", linewidth=0.8, zorder=0)
-        panel.set(xscale="log", yscale="log", title=name, ylim=(1e-11, 3))
+        panel.set(xscale="log", yscale="log", title=name, ylim=(1e-11, None))
         panel.tick_params(labelsize=8)
         panel.set_xlabel("seconds", fontsize=8)
         panel.set_ylabel("relative gap", fontsize=8)
