@@ -28,8 +28,17 @@ def geoopt_adam(params: Sequence[Tensor]) -> torch.optim.Optimizer:
 
 def pogo(params: Sequence[Tensor]) -> torch.optim.Optimizer:
     """POGO with Vector Adam (pogo-torch), on column-orthonormal matrices; it keeps orthogonality approximately."""
+    return _pogo(params, "VectorAdam")
+
+
+def pogo_sgd(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """POGO with SGD of momentum 0.9."""
+    return _pogo(params, "SGD", momentum=0.9)
+
+
+def _pogo(params: Sequence[Tensor], kind: str, **options: float) -> torch.optim.Optimizer:
     try:
         from pogo import POGO, base
     except ImportError as error:
         raise NotInstalledError("pogo-torch is not installed") from error
-    return POGO(params, base.VectorAdam(), 1e-3, flatten_fn=lambda x: x.unsqueeze(0), rows=False)
+    return POGO(params, getattr(base, kind)(**options), 1e-3, flatten_fn=lambda x: x.unsqueeze(0), rows=False)

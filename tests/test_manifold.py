@@ -1,0 +1,129 @@
+"""The manifold study's tuning, verdict and picture."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import manifold
+from benchmarks._problems import pca
+from benchmarks._solvers import FIRST_ORDER
+
+
+def row(seconds: float | None, kind: str = "first-order") -> dict[str, Any]:
+    """Return a row that reaches 1e-6 after so many seconds; its last gap is lost."""
+    hit = None if seconds is None else [10, seconds]
+    return {
+        "kind": kind,
+        "rate": 0.1,
+        "decade": None,
+        "orthogonality_error": 1e-15,
+        "seconds_an_iteration": 0.1,
+        "reached": {"1e-03": hit, "1e-06": hit, "1e-09": None},
+        "iterations": [0, 10, 11],
+        "seconds": [0, 1.0, 1.1],
+        "gaps": [1, 1e-6, None],
+    }
+
+
+def results(**seconds: float | None) -> dict[str, Any]:
+    """Return the results of one problem with our choice, two others of ours and two peers."""
+    names = {"chosen": manifold.CHOICE, "own": "ours, SGD, qr", "geoopt": "geoopt SGD, Euclidean", "pogo": "POGO, SGD"}
+    rows = {names[key]: row(value) for key, value in seconds.items()}
+    # Faster than all, but no first-order solver.
+    rows["pymanopt, trust regions"] = row(1e-3, "batch")
+    problem = {"about": "A problem", "stochastic": True, "rows": rows, "absent": {"geotorch, torch Adam": "not here"}}
+    return {"problems": {"problem": problem}, "absent": {"digits": "scikit-learn is not installed"}}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "peer", "all_"),
+    [
+        (
+            {"chosen": 1.0, "geoopt": 2.0, "pogo": None},
+            "yes: 2.00 times as fast as geoopt SGD, Euclidean",
+            "yes: it is",
+        ),
+        (
+            {"chosen": 1.0, "geoopt": 0.95, "own": 0.5},
+            "yes: 1.05 times the time of geoopt",
+            "no: 2.00 times the time of our",
+        ),
+        (
+            {"chosen": 1.2, "geoopt": 1.0, "pogo": 3.0},
+            "no: 1.20 times the time of geoopt",
+            "no: 1.20 times the time of geoopt",
+        ),
+        ({"chosen": None, "pogo": 3.0}, "no: POGO, SGD reaches it in 3 s", "no: POGO, SGD reaches it in 3 s"),
+        ({"chosen": 1.0, "pogo": None}, "no other reaches it", "yes: it is"),
+        ({"chosen": None, "pogo": None}, "none reaches it", "none reaches it"),
+    ],
+)
+def test_verdict_compares_with_peers_and_with_all(seconds: dict[str, float | None], peer: str, all_: str) -> None:
+    table = manifold.report(results(**seconds))
+    (line,) = [line for line in table.splitlines() if line.startswith("| problem | yes")]
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[4].startswith(peer)
+    assert cells[5].startswith(all_)
+    assert "scikit-learn is not installed" in table
+    assert "| geotorch, torch Adam | not here" in table
+    assert "lost" in table
+
+
+def test_picture_is_drawn_from_results_alone(tmp_path: Path) -> None:
+    (path,) = manifold.plot(results(chosen=1.0, geoopt=2.0), tmp_path / "new")
+    assert path.parent == tmp_path / "new"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_are_at_most_three_percent_apart_and_include_the_last() -> None:
+    checks = sorted(manifold._checkpoints(1000))
+    assert checks[0] == 1
+    assert checks[-1] == 1000
+    assert all(b - a <= max(1, 0.03 * a + 1) for a, b in zip(checks, checks[1:], strict=False))
+
+
+def test_thinning_keeps_the_ends() -> None:
+    assert manifold._thin(3) == [0, 1, 2]
+    kept = manifold._thin(1000)
+    assert (kept[0], kept[-1], len(kept)) == (0, 999, 45)
+
+
+def test_tuning_returns_the_best_that_it_tried_and_a_run_repeats_it() -> None:
+    problem = pca(12, 2, 5, budget=300)
+    make = FIRST_ORDER["ours, SGD, qr"]
+    cell, tried = manifold._tune(problem, make, 300, quick=False)
+    rate, decade = manifold.RATES[cell[0]], manifold.DECADES[cell[1]]
+    best = min(n for n in tried.values() if n is not None)
+    assert tried[f"{rate:.2g} / {decade}"] == best
+    trace = manifold._descend(problem, make(problem), rate, decade, 300, 1e-9)
+    assert trace[-1][0] == best
+    assert trace[-1][1] <= 1e-9 < trace[-2][1]
+    # The grid's own limits did not decide: its neighbours were tried.
+    assert manifold.RATES[0] < rate < manifold.RATES[-1]
+    assert len(tried) > 8
+    # From there it finds nothing better, with fewer runs.
+    again, fewer = manifold._tune(problem, make, 300, cell, quick=False)
+    assert again == cell
+    assert len(fewer) < len(tried)
+
+
+def test_a_run_stops_at_the_hurdle_and_where_the_point_is_lost() -> None:
+    problem = pca(12, 2, 5)
+    make = FIRST_ORDER["ours, SGD, qr"]
+    assert manifold._descend(problem, make(problem), 1e-4, None, 100, 1e-9, (8, 1e-3))[-1][0] == 8
+    descent = make(problem)
+    problem_gaps = iter([1.0, 0.5, float("inf")])
+    object.__setattr__(problem, "gap", lambda x: next(problem_gaps))
+    assert [i for i, _ in manifold._descend(problem, descent, 0.1, None, 100, 1e-9)] == [0, 1, 2]
+
+
+def test_waiting_is_not_counted_and_warm_up_is_left_out() -> None:
+    calls: list[str] = []
+    timed = {"sleep": lambda: time.sleep(0.02), "slow": lambda: calls.append("slow")}
+    times = manifold._cpu_times(timed, 4, {"slow": 1}, "test")
+    assert {name: len(seconds) for name, seconds in times.items()} == {"sleep": 4, "slow": 1}
+    assert calls == ["slow"]
+    # It slept 80 ms; a call of sleep itself costs microseconds.
+    assert sum(times["sleep"]) < 0.04
