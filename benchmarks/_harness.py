@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-_PEERS = ("torch", "geoopt", "transformers", "peft", "pogo-torch", "geotorch", "pymanopt", "opacus", "numpy")
+_PEERS = ("torch", "geoopt", "transformers", "peft", "pogo-torch", "geotorch", "pymanopt", "opacus", "scikit-learn", "numpy")
 
 
 def main(study: ModuleType, argv: list[str] | None = None) -> None:

@@ -15,8 +15,7 @@ from warnings import warn
 import torch
 from torch import nn
 
-from stiefel_lora._models import named_linears
-from stiefel_lora._models import unwrap as unwrap
+from stiefel_lora._models import named_linears, unwrap
 from stiefel_lora._targets import describe, find_targets, last_names, listed, module_ranks
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics, is_plain

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder
-from stiefel_lora._models import is_conv1d
+from stiefel_lora._models import is_conv1d, unwrap
 from stiefel_lora._targets import listed
-from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, remove_adapters, unwrap
+from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, remove_adapters
 from stiefel_lora.checkpoint import (
     AdapterState,
     adapter_state,

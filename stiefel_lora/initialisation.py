@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._losses import LossFn, to_device
-from stiefel_lora._models import is_conv1d, undisturbed
+from stiefel_lora._models import is_conv1d, undisturbed, unwrap
 from stiefel_lora._targets import find_targets, module_ranks
-from stiefel_lora.adapters import adapter_layers, unwrap
+from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import Init, Orthonormal, leading_singular_vectors, plain_weight
 from stiefel_lora.stiefel import check_choice
