@@ -24,7 +24,18 @@ import torch
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
-_PEERS = ("torch", "geoopt", "transformers", "peft", "pogo-torch", "geotorch", "pymanopt", "opacus", "scikit-learn", "numpy")
+_PEERS = (
+    "torch",
+    "geoopt",
+    "transformers",
+    "peft",
+    "pogo-torch",
+    "geotorch",
+    "pymanopt",
+    "opacus",
+    "scikit-learn",
+    "numpy",
+)
 
 
 def main(study: ModuleType, argv: list[str] | None = None) -> None:
@@ -61,8 +72,11 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
             {**envelope, "results": results, "status": status, "seconds": round(time.perf_counter() - begin, 1)},
         )
 
-    # For a study that goes on where it was stopped: what there is, and a way to keep what it has so far.
-    args.previous, args.save, args.output = _previous(output), save, output
+    # For a study that goes on where it was stopped: a way to keep what it has so far, what an earlier run found, and
+    # the same only if that run did not come to its end.
+    found = json.loads(output.read_text()) if output.is_file() else {}
+    args.save, args.output, args.previous = save, output, found.get("results")
+    args.interrupted = found["results"] if found.get("status") == "partial" else None
     try:
         results = study.run(args)
     except KeyboardInterrupt:
@@ -70,14 +84,6 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     save(results, "finished")
     print(study.report(results))
     print(f"\nwritten to {output}")
-
-
-def _previous(output: Path) -> dict[str, Any] | None:
-    """Return the results in a file of an earlier run, if there is one."""
-    if not output.is_file():
-        return None
-    found: dict[str, Any] = json.loads(output.read_text())["results"]
-    return found
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

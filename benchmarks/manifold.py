@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Tune, run and time all solvers on all problems."""
+    """Tune, run and time all solvers on all problems; a run that was stopped goes on with the next problem."""
     makers: dict[str, Callable[[int], Problem]] = {key: SUITE[key] for key in args.problems}
     if args.quick:
         makers = {
@@ -61,15 +61,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "pca": lambda seed: pca(20, 3, 5, seed=seed, budget=40),
             "stream": lambda seed: streaming_pca(20, 3, 16, seed=seed, budget=40),
         }
-    problems, absent = {}, {}
+    results: dict[str, Any] = {
+        "grid": {"rates": [_short(r) for r in RATES], "decades": DECADES},
+        "problems": {},
+        "absent": {},
+    }
+    if args.interrupted and args.interrupted["grid"] == results["grid"]:
+        results = args.interrupted
     for key, make in tqdm(makers.items(), desc="problems", leave=False, disable=None):
         try:
             problem = make(args.seed)
         except _peers.NotInstalledError as error:
-            absent[key] = str(error)
+            results["absent"][key] = str(error)
             continue
-        problems[problem.name] = _measure(problem, args)
-    return {"grid": {"rates": [_short(r) for r in RATES], "decades": DECADES}, "problems": problems, "absent": absent}
+        if problem.name not in results["problems"]:
+            results["problems"][problem.name] = _measure(problem, args)
+            args.save(results)
+    return results
 
 
 def _tuned(problem: Problem) -> float:
@@ -347,6 +355,9 @@ def _against(mine: float | None, others: dict[str, float]) -> str:
     return f"{'yes' if ratio <= SLACK else 'no'}: {ratio:.2f} times the time of {fastest}"
 
 
+PICTURES = ("manifold.png",)
+
+
 def plot(results: dict[str, Any], folder: Path) -> list[Path]:
     """Draw gap against time, one panel a problem, from the results alone.
 
@@ -391,7 +402,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         fontsize=9,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "manifold.png"
+    path = folder / PICTURES[0]
     figure.savefig(path, dpi=110)
     return [path]
 

@@ -1,13 +1,15 @@
 """The manifold study's tuning, verdict and picture."""
 
+import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import manifold
-from benchmarks._problems import pca
+from benchmarks import _harness, manifold
+from benchmarks._problems import Problem, pca
 from benchmarks._solvers import FIRST_ORDER
 
 
@@ -127,3 +129,23 @@ def test_waiting_is_not_counted_and_warm_up_is_left_out() -> None:
     assert calls == ["slow"]
     # It slept 80 ms; a call of sleep itself costs microseconds.
     assert sum(times["sleep"]) < 0.04
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_next_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
+        if len(measured) == 1:
+            measured.append("stopped")
+            raise KeyboardInterrupt
+        measured.append(problem.name)
+        return {"rows": {}}
+
+    monkeypatch.setattr(manifold, "_measure", measure)
+    monkeypatch.setattr(manifold, "report", lambda results: "")
+    options = ["--problems", "pca-50", "procrustes-50", "--output", str(tmp_path / "x.json")]
+    with pytest.raises(SystemExit):
+        _harness.main(manifold, options)
+    _harness.main(manifold, options)
+    assert len(measured) == 3 and len(set(measured)) == 3
+    assert set(json.loads((tmp_path / "x.json").read_text())["results"]["problems"]) == {measured[0], measured[2]}
