@@ -504,7 +504,9 @@ def test_a_step_that_does_not_look_whether_all_gradients_are_finite_is_the_same(
     steps(PAIRS[kind][0](seeing, **COMMON[kind]), seeing, range(5))
     monkeypatch.setattr(_base, "_reads_at_no_cost", lambda _: False)
     steps(PAIRS[kind][0](blind, **COMMON[kind]), blind, range(5))
-    assert_same(seeing, blind)
+    for a, b in zip(seeing, blind, strict=True):
+        # The same formulas, rounded in another order.
+        torch.testing.assert_close(a.detach().as_subclass(Tensor), b.detach().as_subclass(Tensor), atol=1e-13, rtol=0)
 
 
 def test_no_host_synchronisation_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Riemannian Adam."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from geoopt import ManifoldTensor
@@ -11,6 +11,9 @@ from stiefel_lora._types import Metric, Params, Retraction, SecondMoment
 from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_step
 from stiefel_lora.optim._batch import Piece, StateSpec
 from stiefel_lora.stiefel import check_choice, project_
+
+# A tensor, or a Python number that does the same in the same formula.
+Number: TypeAlias = Any
 
 
 class RiemannianAdam(RiemannianOptimizer):
@@ -115,7 +118,7 @@ class RiemannianAdam(RiemannianOptimizer):
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("exp_avg")
 
-    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor, group: Group) -> Tensor:
+    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group) -> Tensor:
         return adam_step(
             piece.point,
             rgrad,
@@ -150,7 +153,7 @@ def adam_step(
     x: Tensor,
     rgrad: Tensor,
     square: Tensor,
-    moves: Tensor,
+    moves: Tensor | None,
     *,
     step: Tensor,
     exp_avg: Tensor,
@@ -167,7 +170,7 @@ def adam_step(
         x: Points, shape (k, n, r).
         rgrad: Riemannian gradients, same shape.
         square: Their squared norms, shape (k,).
-        moves: Whether a matrix is updated, shape (k,); where not, its moments stay and its step is zero.
+        moves: Whether a matrix is updated, shape (k,); where not, its moments stay and its step is zero. None: all are.
         step: Number of updates so far, shape (k,).
         exp_avg: First moment, tangent at ``x``, shape (k, n, r).
         exp_avg_sq: Second moment, shape (k,); (k, n, r) with "element".
@@ -180,33 +183,89 @@ def adam_step(
     Returns:
         Steps U, shape (k, n, r).
     """
-    beta1, beta2 = betas
-    weight = moves.to(x.dtype)
-    step += weight
-    exp_avg.lerp_(rgrad, (weight * (1 - beta1))[:, None, None])
+    if moves is None:
+        exp_avg.lerp_(rgrad, 1 - betas[0])
+    else:
+        exp_avg.lerp_(rgrad, (moves.to(x.dtype) * (1 - betas[0]))[:, None, None])
     if second_moment == "element":
         square = rgrad.square()
     elif second_moment == "mean":
         square = square / rgrad.shape[-2:].numel()
-    exp_avg_sq.lerp_(torch.where(_like(moves, exp_avg_sq), square, exp_avg_sq), 1 - beta2)
-    if max_exp_avg_sq is not None:
-        exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-    # A matrix that has only been skipped has t = 0: its corrections would be 0/0, and its step is zero.
-    t = step.clamp_min(1).to(x.dtype)
-    root = (exp_avg_sq / _like(_one_minus_power(beta2, t), exp_avg_sq)).sqrt_().add_(eps)
-    # eps = 0 with a gradient of zeros must not make 0/0 of a point.
-    root.clamp_min_(torch.finfo(root.dtype).tiny ** 0.75)
-    size = weight * lr / _one_minus_power(beta1, t)
+    if moves is not None:
+        # What is kept all the same must not make a NaN of the step.
+        square = torch.where(_like(moves, square), square, exp_avg_sq)
+    kept = [step, exp_avg_sq] if max_exp_avg_sq is None else [step, exp_avg_sq, max_exp_avg_sq]
+    # The few numbers of a single matrix are Python's, at a tenth of the cost.
+    alone = moves is None and square.numel() == 1
+    old: list[Number] = [square, step.to(x.dtype), *kept[1:]]
+    if alone:
+        old = [tensor.item() for tensor in old]
+    least = torch.finfo(x.dtype).tiny ** 0.75
+    new, size, root = adam_numbers(*old, lr=float(lr) if alone else lr, betas=betas, eps=eps, least=least)
+    for tensor, value in zip(kept, new, strict=True):
+        if alone:
+            tensor.fill_(value)
+        else:
+            tensor.copy_(value if moves is None else torch.where(_like(moves, tensor), value, tensor))
+    if moves is not None:
+        size = torch.where(moves, size, 0)
     if second_moment == "element":
         return bounded_step(project_(x, torch.div(exp_avg, root, out=rgrad)), size, rgrad)
     return bounded_step(exp_avg, size / root, rgrad)
 
 
-def _one_minus_power(beta: float, t: Tensor) -> Tensor:
+def adam_numbers(
+    square: Number,
+    step: Number,
+    exp_avg_sq: Number,
+    max_exp_avg_sq: Number | None = None,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    least: float,
+) -> tuple[list[Number], Number, Number]:
+    """Advance what Adam keeps besides the first moment by one update.
+
+    Args:
+        square: Squares of the gradients, shape (k,), or (k, n, r) for a second moment of each element; or one number.
+        step: Number of updates so far, shape (k,); or one number.
+        exp_avg_sq: Second moment, like ``square``.
+        max_exp_avg_sq: The largest so far (AMSGrad), like ``square``, or None.
+        lr: Learning rate.
+        betas: Decay rates.
+        eps: Added to the root of the second moment.
+        least: The least root: eps = 0 with a gradient of zeros must not make 0/0 of a point.
+
+    Returns:
+        The next step, second moment and (if given) largest one; the size of the step that the first moment is to be
+        multiplied by, shape (k,), and the root that it is to be divided by, like ``square``.
+    """
+    beta1, beta2 = betas
+    t = step + 1
+    exp_avg_sq = exp_avg_sq + (1 - beta2) * (square - exp_avg_sq)
+    kept = [t, exp_avg_sq]
+    if max_exp_avg_sq is not None:
+        exp_avg_sq = _maximum(exp_avg_sq, max_exp_avg_sq)
+        kept.append(exp_avg_sq)
+    root = (exp_avg_sq / _like(_one_minus_power(beta2, t), exp_avg_sq)) ** 0.5 + eps
+    return kept, lr / _one_minus_power(beta1, t), _maximum(root, least)
+
+
+def _one_minus_power(beta: float, t: Number) -> Number:
     """Return 1 - beta^t without the cancellation that costs float32 four digits at beta = 0.999, t = 1."""
-    return torch.expm1(t * math.log(beta)).neg_() if beta > 0 else torch.ones_like(t)
+    if beta == 0:
+        return t**0
+    exponent = t * math.log(beta)
+    return -torch.expm1(exponent) if isinstance(exponent, Tensor) else -math.expm1(exponent)
 
 
-def _like(scalar: Tensor, state: Tensor) -> Tensor:
+def _maximum(a: Number, b: Number) -> Number:
+    if not isinstance(a, Tensor):
+        return max(a, b)
+    return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp_min(b)
+
+
+def _like(number: Any, state: Any) -> Any:
     """Shape one number a matrix, (k,), so that it broadcasts against state of shape (k,) or (k, n, r)."""
-    return scalar if state.dim() == 1 else scalar[:, None, None]
+    return number[:, None, None] if isinstance(state, Tensor) and state.dim() == 3 else number

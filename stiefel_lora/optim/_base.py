@@ -50,19 +50,22 @@ def manifold_name(p: Tensor) -> str | None:
     return None if is_ordinary(p) else type(p.manifold).__name__  # type: ignore[attr-defined]
 
 
-def bounded_step(direction: Tensor, size: Tensor, out: Tensor) -> Tensor:
+def bounded_step(direction: Tensor, size: Tensor | float, out: Tensor) -> Tensor:
     """Write -size * direction into ``out``, shortened where it is longer than a quarter turn a column, and return it.
 
     Args:
         direction: Tangent vectors, shape (k, n, r).
-        size: Step sizes, shape (k,), zero for a matrix that is to stay.
+        size: Step sizes, shape (k,), zero for a matrix that is to stay; or one number.
         out: Where the steps go, shape (k, n, r); may be ``direction``.
     """
     limit = _LONGEST_STEP * direction.shape[-1] ** 0.5
+    norm = torch.linalg.vector_norm(direction, dim=(-2, -1))
+    if len(direction) == 1 and isinstance(size, float):
+        return torch.mul(direction, -size * limit / max(size * norm.item(), limit), out=out)
     # Zero times a norm that overflows is a step of zero.
-    length = (size * torch.linalg.vector_norm(direction, dim=(-2, -1))).nan_to_num_(nan=0)
-    size = size * (-limit / length.clamp_min_(limit))
-    return torch.mul(direction, size[:, None, None], out=out)
+    length = (size * norm).nan_to_num_(nan=0)
+    factor = size * (-limit / length.clamp_min_(limit))
+    return torch.mul(direction, factor[:, None, None], out=out)
 
 
 class _Kinds:
@@ -77,6 +80,15 @@ class _Kinds:
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _moves(square: Tensor) -> Tensor | None:
+    """Tell which matrices are updated, from their gradients' squared norms, shape (k,); None if all are known to be.
+
+    A matrix whose gradient has a NaN, an infinity or a norm that overflows stays where it is.
+    """
+    moves = square < torch.inf
+    return None if _reads_at_no_cost(moves) and bool(moves.all()) else moves
 
 
 def _reads_at_no_cost(x: Tensor) -> bool:
@@ -138,14 +150,15 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         """Return the state that the update of a Stiefel parameter in this group keeps."""
         raise NotImplementedError
 
-    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor, group: Group) -> Tensor:
+    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group) -> Tensor:
         """Update a piece's state in place and return the tangent step.
 
         Args:
             piece: The matrices and their state.
             rgrad: Riemannian gradients, shape (k, n, r), without NaN or infinity; may be overwritten.
             square: Their squared norms, shape (k,); NaN or infinite where ``moves`` is false.
-            moves: Whether a matrix is updated, shape (k,); where not, it keeps its state.
+            moves: Whether a matrix is updated, shape (k,); where not, it keeps its state. None if all are known to be,
+                and then numbers may be read from tensors.
             group: The options.
 
         Returns:
@@ -285,6 +298,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         return kinds
 
     def _step_ordinary(self, params: list[list[Tensor]]) -> None:
+        if not any(params):
+            return
         ordinary = self._ordinary
         ordinary.state = self.state
         ordinary.param_groups = [
@@ -303,17 +318,15 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     def _step_piece(self, piece: Piece, group: Group) -> None:
         x = piece.point
         rgrad = _riemannian_gradient(x, piece.grad, group, piece.work)
-        # A matrix whose gradient has a NaN, an infinity or a norm that overflows stays where it is: from here on its
-        # gradient is finite and all that is done with it is multiplied by zero.
         square = torch.linalg.vector_norm(rgrad, dim=(-2, -1)).square_()
-        moves = square < torch.inf
-        all_move = _reads_at_no_cost(moves) and bool(moves.all())
-        if not all_move:
+        moves = _moves(square)
+        if moves is not None:
+            # From here on its gradient is finite, and all that is done with a matrix that stays is multiplied by zero.
             rgrad.nan_to_num_(0, 0, 0)
             piece.state["skipped"] += ~moves
         u = self._stiefel_step(piece, rgrad, square, moves, group)
         new = RETRACTIONS[group["retraction"]](x, u, piece.spare)
-        if not all_move:
+        if moves is not None:
             new = x.lerp_(new, moves.to(x.dtype)[:, None, None])
         momentum = self._momentum(piece.state)
         if momentum is not None:

@@ -52,6 +52,9 @@ class Piece:
             return
         if self.master is not None:
             self.master.copy_(new)
+        if len(self.params) == 1:
+            self.params[0].copy_(new.view(self.params[0].shape))
+            return
         rows = new.view(-1, new.shape[-1]).split([p.shape[:-1].numel() for p in self.params])
         torch._foreach_copy_(
             self.params, [r if p.dim() == 2 else r.view(p.shape) for r, p in zip(rows, self.params, strict=True)]
@@ -172,7 +175,8 @@ class Bucket:
         params = self.params[run[0] : run[-1] + 1]
         first = params[0]
         begin, end = self.starts[run[0]], self.ends[run[-1]]
-        state = {key: buffer[begin:end] for key, buffer in self.buffers.items()}
+        whole = len(run) == len(self.params)
+        state = {key: buffer if whole else buffer[begin:end] for key, buffer in self.buffers.items()}
         master = state.pop("master", None)
         size = (end - begin, *first.shape[-2:])
         grads = [_dense_grad(p) for p in params]
