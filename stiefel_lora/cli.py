@@ -147,6 +147,13 @@ def _add_finetune(commands: Any) -> None:
         default=defaults.retraction,
         help="how a step returns to the manifold",
     )
+    parser.add_argument(
+        "--init",
+        choices=("random", "svd", "gradient"),
+        default=defaults.init,
+        help="start of the orthonormal factors: random, or the leading directions of the weight or of the gradient on "
+        "the calibration samples",
+    )
     parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder for the results")
     parser.add_argument("--save-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints")

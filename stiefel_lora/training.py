@@ -3,7 +3,7 @@
 import importlib.metadata
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data, spread
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
+from stiefel_lora.initialisation import gradient_init
+from stiefel_lora.layer import Init
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.pretrained import find_device, load_pretrained
 from stiefel_lora.scores import FisherScores, count_of
@@ -52,6 +54,8 @@ class FinetuneConfig:
         warmup: Steps over which the rate rises to it; it falls along a cosine afterwards.
         optimizer: "adam" or "sgd" (with momentum 0.9).
         retraction: "qr", "cayley", "polar" or "exp".
+        init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
+            gradient on the calibration samples).
         target_modules: Names of the linear maps to adapt and score; None for the architecture's default.
         dropout: Dropout of the adapters' input.
         eval_samples: Held-out samples that are evaluated.
@@ -73,6 +77,7 @@ class FinetuneConfig:
     warmup: int = 5
     optimizer: str = "adam"
     retraction: str = "qr"
+    init: str = "random"
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
     eval_samples: int = 48
@@ -98,6 +103,7 @@ class FinetuneConfig:
             count_of(self.budget, 1)
         check_choice("optimizer", self.optimizer, ("adam", "sgd"))
         check_choice("retraction", self.retraction, tuple(RETRACTIONS))
+        check_choice("init", self.init, ("random", "svd", "gradient"))
 
 
 def finetune(
@@ -143,6 +149,11 @@ def finetune(
     else:
         scores = FisherScores(**saved["fisher"])
         selected, before = scores.select(config.budget), saved["before"]
+    init: Any = config.init
+    if init == "gradient":
+        # The checkpoint of a run that goes on has the factors.
+        with clock.time("selection"):
+            init = "random" if saved is not None else gradient_start(model, train, config, selected)
     torch.manual_seed(config.seed)
     names = add_adapters(
         model,
@@ -151,6 +162,7 @@ def finetune(
         alpha=config.alpha,
         target_modules=config.target_modules,
         dropout=config.dropout,
+        init=init,
     )
     on_start()
     run.start(saved, scores, before)
@@ -180,14 +192,29 @@ def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> Fi
         InputError: If the budget is larger than the number of layers.
     """
     samples = min(config.calibration_samples, len(train))
-    batches = (
-        train.batch(batch_indices(len(train), config.batch_size, i, config.seed))
-        for i in range(math.ceil(samples / config.batch_size))
-    )
     with _autocast(model):
         return fisher_scores(
-            model, batches, modules=check_targets(model, config), max_samples=samples, budget=config.budget
+            model,
+            _calibration(train, config),
+            modules=check_targets(model, config),
+            max_samples=samples,
+            budget=config.budget,
         )
+
+
+def gradient_start(model: nn.Module, train: Dataset, config: FinetuneConfig, layers: Sequence[int]) -> dict[str, Init]:
+    """Return starts for the adapters of some layers, from the gradient on the calibration samples."""
+    batches = progress(_calibration(train, config), label="gradient start")
+    with _autocast(model):
+        return gradient_init(model, batches, layers=layers, rank=config.rank, target_modules=config.target_modules)
+
+
+def _calibration(train: Dataset, config: FinetuneConfig) -> list[dict[str, Tensor]]:
+    samples = min(config.calibration_samples, len(train))
+    return [
+        train.batch(batch_indices(len(train), config.batch_size, i, config.seed))
+        for i in range(math.ceil(samples / config.batch_size))
+    ]
 
 
 @torch.no_grad()

@@ -48,11 +48,11 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "fisher": {k: v for k, v in metrics["fisher"].items() if k != "seconds"}}
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("options", [{"optimizer": "adam"}, {"optimizer": "sgd"}, {"init": "gradient"}])
 def test_a_run_that_broke_off_ends_with_the_same_bits(
-    config: FinetuneConfig, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: FinetuneConfig, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(config, optimizer=optimizer)
+    config = replace(config, **options)  # type: ignore[arg-type]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
@@ -71,6 +71,7 @@ def test_a_run_that_broke_off_ends_with_the_same_bits(
         finetune(config, broken, save_every=2)
     # Scoring is in the checkpoint.
     monkeypatch.setattr(training, "score_layers", lambda *_: pytest.fail("scored twice"))
+    monkeypatch.setattr(training, "gradient_start", lambda *_: pytest.fail("started twice"))
     resumed = finetune(config, broken, save_every=2)
     assert calls == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     assert without_times(resumed) == without_times(expected)
@@ -91,6 +92,25 @@ def test_training_lowers_the_loss_and_stays_on_the_manifold(config: FinetuneConf
     assert len(metrics["adapted_modules"]) == 10
     assert metrics["seconds"].keys() >= {"loading", "selection", "training", "optimizer", "evaluation", "total"}
     json.dumps(metrics, allow_nan=False)
+
+
+def test_a_gradient_start_spans_the_leading_directions_of_the_calibration_gradient(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    # At such a rate nothing moves, so the adapter that is saved is the one of the start.
+    config = replace(config, init="gradient", lr=1e-12, steps=1, warmup=0, calibration_samples=6)
+    metrics = finetune(config, tmp_path)
+    model, tokenizer = load_pretrained(config.model)
+    train, _ = load_data(config.data, tokenizer, seq_len=config.seq_len)
+    model.requires_grad_(True)
+    for start in range(3):
+        model(**train.batch(training.batch_indices(len(train), 2, start, config.seed))).loss.backward()
+    for name in metrics["adapted_modules"]:
+        gradient = model.get_submodule(name).weight.grad.double()
+        start = adapters(tmp_path)[f"{name}.lora_A"].double()
+        captured = (gradient @ start).square().sum()
+        # The best that rank 4 can capture, up to float32 gradients.
+        assert float(captured) == pytest.approx(float(torch.linalg.svdvals(gradient)[:4].square().sum()), rel=1e-4)
 
 
 def test_the_saved_adapter_gives_the_reported_loss(config: FinetuneConfig, tmp_path: Path) -> None:
@@ -141,6 +161,7 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
         ({"dropout": 1.0}, "dropout must be in"),
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
         ({"retraction": "svd"}, "retraction must be one of"),
+        ({"init": "zeros"}, "init must be one of 'random', 'svd', 'gradient'"),
     ],
 )
 def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change: Any, message: str) -> None:
