@@ -158,8 +158,8 @@ class GradientNorms:
 
     @property
     def saved_bytes(self) -> int:
-        """What the latest forward pass kept for its backward pass, besides parameters."""
-        return sum(self._saved.values())
+        """What the latest forward pass kept for its backward pass, besides parameters, and what that staged."""
+        return sum(self._saved.values()) + (0 if self.sketches is None else self.sketches.staged_bytes)
 
     def _save(self, x: Tensor) -> Tensor | _Again:
         """Keep a tensor for the backward pass, or what it is cheaply computed from."""

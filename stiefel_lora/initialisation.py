@@ -87,11 +87,12 @@ def select_and_start(
 ) -> tuple[list[int], dict[str, Init]]:
     """Choose layers as `fisher_select` does and take their starts as `gradient_init` does, in one pass over the data.
 
-    No weight gradient is formed. While the samples are scored, sketches of the gradients of all layers' targets are
-    summed up, from which the singular vectors are found up to a small error; without any, if a gradient has at most
-    rank + oversampling singular values that are not zero. (Tropp, Yurtsever, Udell, Cevher, "Streaming low-rank matrix
-    approximation with an application to scientific simulation", 2019.) The sketches take the memory of adapters of
-    that rank, once for each sample that is evaluated together with others; the inputs of the targets are kept as well.
+    No gradient of the targets is kept whole. While the samples are scored, those of all layers' targets are summed up
+    with the rank k = rank + oversampling, each sample's first; what is cut off makes the starts approximate, unless
+    the gradients of all samples together have a rank of at most k. (Halko, Martinsson, Tropp, "Finding structure with
+    randomness", 2011; Mroueh, Marcheret, Goel, "Co-occurring directions sketching for approximate matrix multiply",
+    2017.) The sums take the memory of adapters of rank k on all layers, and once more for each sample that is evaluated
+    together with others; the inputs of the targets are kept as well until their gradients arrive.
 
     Unlike in `gradient_init`, each sample counts the same, whatever its share of its batch's loss is; samples without
     a finite gradient are left out. Quantised bases are possible.
@@ -108,8 +109,8 @@ def select_and_start(
         layers_path: As for `add_adapters`.
         loss_fn: As for `fisher_scores`.
         max_samples: As for `fisher_scores`.
-        oversampling: How many columns the sketches have beyond the rank; more are more exact.
-        seed: Seed of the sketches, which do not touch torch's global generators.
+        oversampling: By how much the rank of the sums exceeds that of the adapters; more is more exact.
+        seed: Seed of the random starts of these approximations; torch's global generators are not touched.
         progress: As for `fisher_scores`.
 
     Returns:

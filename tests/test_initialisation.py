@@ -1,6 +1,9 @@
 """Gradient starts against a dense SVD of autograd's gradients."""
 
+import multiprocessing
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._losses import SampleLosses
-from stiefel_lora._models import is_conv1d
+from stiefel_lora._models import is_conv1d, linear_shape
+from stiefel_lora._sketches import GradientSketches
+from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, add_adapters
 from stiefel_lora.errors import InputError
-from stiefel_lora.fisher import fisher_select
+from stiefel_lora.fisher import fisher_scores, fisher_select
 from stiefel_lora.initialisation import gradient_init, select_and_start
 from tests.models import FAMILIES, plain_batch
 from tests.reference.fisher import singles
@@ -111,7 +116,7 @@ def check_spans(starts: dict[str, Any], gradients: dict[str, Tensor], rank: int,
             torch.testing.assert_close(x @ x.T, y @ y.T, rtol=0, atol=1e-6)
 
 
-EXACT = {"oversampling": 1000, "progress": False}  # as many columns as the gradient has: nothing is left to chance
+EXACT = {"oversampling": 1000, "progress": False}  # as many columns as the gradient has: nothing is left out
 
 
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
@@ -143,14 +148,14 @@ def test_pairs_belong_together() -> None:
 
 
 def test_few_columns_hold_most_of_the_gradient() -> None:
-    """With rank + 8 columns of 32: at least 0.7 of what the best columns hold, 0.95 on average (bert: 0.87, 0.98)."""
-    model, batches = FAMILIES["bert"].build(), [FAMILIES["bert"].batch(3, 24), FAMILIES["bert"].batch(4, 30)]
+    """With rank + 8 columns of 32, and slowly falling singular values: 0.9 of what the best 4 hold (seen: 0.967)."""
+    model, batches = FAMILIES["llama"].build(), [FAMILIES["llama"].batch(3, 24), FAMILIES["llama"].batch(4, 30)]
     _, starts = select_and_start(model, batches, rank=4, budget=1.0, progress=False)
     shares = []
     for name, gradient in mean_gradients(model, starts, batches).items():
         best = torch.linalg.svdvals(gradient)[:4].square().sum()
         shares.append(float((gradient @ starts[name]).square().sum() / best))
-    assert min(shares) > 0.7 and sum(shares) / len(shares) > 0.95
+    assert min(shares) > 0.9
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -292,3 +297,55 @@ def test_bad_input_for_one_pass() -> None:
     add_adapters(model, layers=[1], rank=2)
     with pytest.raises(InputError, match="the model has adapters"):
         select_and_start(model, [batch], rank=2)
+
+
+def test_a_gradient_of_low_rank_is_found_exactly() -> None:
+    """Three samples of one position: rank 3, of 5 columns kept, and one of the 4 directions asked for is free."""
+    model = FAMILIES["sequential"].build().double()
+    batch = to_double({k: v[:, :1] for k, v in plain_batch(3, 2).items()})
+    options: dict[str, Any] = {"target_modules": ["1"], "progress": False, "budget": 1.0}
+    _, three = select_and_start(model, [batch], rank=3, oversampling=2, **options)
+    check_spans(three, mean_gradients(model, three, [batch]), 3)
+    _, four = select_and_start(model, [batch], rank=4, oversampling=0, orthonormal="both", **options)
+    for name, gradient in mean_gradients(model, four, [batch]).items():
+        right, left = four[name]
+        eye = torch.eye(4, dtype=torch.float64)
+        torch.testing.assert_close(right.T @ right, eye, rtol=0, atol=1e-12)
+        torch.testing.assert_close(left @ left.T @ gradient @ right @ right.T, gradient, rtol=0, atol=1e-12)
+
+
+def test_no_weight_gradient_is_kept() -> None:
+    """Over 8 batches, what is held between them is k positions a target, and the test matrices of its widths."""
+    model, k = FAMILIES["llama"].build(), 5
+    sketches = GradientSketches({name: k for name in find_targets(model, None, None, None)})
+    fisher_scores(model, [FAMILIES["llama"].batch(3, 9) for _ in range(8)], sketches=sketches, progress=False)
+    assert sketches.staged_bytes == 0 and not sketches._kept
+    for name, (a, g) in sketches._total.items():
+        n_in, n_out = linear_shape(model.get_submodule(name))
+        assert a.shape == (k, n_in) and g.shape == (k, n_out)
+
+
+def _start_on_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(5, 4))
+    mine = [{k: v[[[0, 1, 2], [3, 4]][rank]] for k, v in batch.items()}] if rank < 2 else []
+    torch.save(select_and_start(model, mine, rank=2, target_modules=["1"], **EXACT), Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()
+    # At an ordinary exit of the interpreter a thread of gloo now and then aborts the process, after all is done.
+    os._exit(0)
+
+
+def test_ranks_of_a_distributed_job_get_the_starts_of_all_samples(tmp_path: Path) -> None:
+    """Also one that has no samples of its own."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_start_on_rank, args=(rank, str(tmp_path))) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(5, 4))
+    for rank in range(3):
+        layers, starts = torch.load(tmp_path / f"{rank}.pt")
+        assert layers == fisher_select(model, [batch], progress=False)
+        check_spans(starts, mean_gradients(model, starts, [batch]), 2)
