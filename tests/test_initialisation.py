@@ -175,12 +175,15 @@ def test_what_a_failed_evaluation_brought_is_not_counted(length: int) -> None:
             super().__init__()
             self.net = FAMILIES["sequential"].build().net
 
-        def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> dict[str, Tensor]:
-            error = (self.net(x.transpose(0, 1)).transpose(0, 1) - y).square().mean((1, 2))
-            return {"loss": (weight * error).mean()}
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x.transpose(0, 1)).transpose(0, 1)
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
 
     model = SequenceFirst().double()
-    batch = {**to_double(plain_batch(3, length)), "weight": torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64)}
+    # Samples of unequal weight: were positions taken for samples, theirs would be wrong.
+    labels = torch.arange(3 * length).view(3, length) % 12
+    labels[torch.arange(length) > torch.arange(3)[:, None]] = -100
+    batch = {"x": plain_batch(3, length)["x"].double(), "labels": labels}
     layers, starts = select_and_start(model, [batch], rank=2, budget=1.0, target_modules=["1"], **EXACT)
     assert layers == [0, 1, 2]
     check_spans(starts, mean_gradients(model, starts, [batch]), 2)
