@@ -15,6 +15,7 @@ from stiefel_lora.errors import ManifoldError as ManifoldError
 from stiefel_lora.fisher import fisher_scores as fisher_scores
 from stiefel_lora.fisher import fisher_select as fisher_select
 from stiefel_lora.initialisation import gradient_init as gradient_init
+from stiefel_lora.initialisation import select_and_start as select_and_start
 from stiefel_lora.layer import StiefelLoRALinear as StiefelLoRALinear
 from stiefel_lora.optim import RiemannianAdam as RiemannianAdam
 from stiefel_lora.optim import RiemannianSGD as RiemannianSGD
@@ -43,6 +44,7 @@ __all__ = [
     "RiemannianAdam",
     "RiemannianSGD",
     "save_adapter",
+    "select_and_start",
     "StiefelLoRALinear",
     "unmerge_adapters",
     "use_adapter",

@@ -19,6 +19,7 @@ from torch.nn.functional import silu
 
 from stiefel_lora._entropy import LeanCrossEntropy
 from stiefel_lora._models import linear_shape
+from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError
 
 
@@ -67,14 +68,19 @@ class GradientNorms:
         model: The model that holds the linear maps.
         linears: Linear maps by qualified name; a weight that several of them share has one gradient, the sum over all
             its uses, which is counted for each of them.
+        sketches: Has its sketches of these gradients staged by each `measure`; the inputs are kept for it.
 
     Raises:
         InputError: If a weight is shared with a module that is not among ``linears`` (an embedding, say): its gradient
             would not be seen whole.
     """
 
-    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, model: nn.Module, linears: Mapping[str, nn.Module], sketches: GradientSketches | None = None
+    ) -> None:
+        self.sketches = sketches
         self._linears = linears
+        self._names = list(linears)
         self._weights: dict[Hashable, _Weight] = {}
         for row, module in enumerate(linears.values()):
             self._weights.setdefault(_key(module), _Weight()).rows.append(row)
@@ -117,6 +123,8 @@ class GradientNorms:
             InputError: If the loss is not a scalar or depends on none of the linear maps.
         """
         self._batch_size = batch_size
+        if self.sketches is not None:
+            self.sketches.unstage()
         try:
             try:
                 loss = self._forward(forward)
@@ -150,8 +158,8 @@ class GradientNorms:
 
     @property
     def saved_bytes(self) -> int:
-        """What the latest forward pass kept for its backward pass, besides parameters."""
-        return sum(self._saved.values())
+        """What the latest forward pass kept for its backward pass, besides parameters, and what that staged."""
+        return sum(self._saved.values()) + (0 if self.sketches is None else self.sketches.staged_bytes)
 
     def _save(self, x: Tensor) -> Tensor | _Again:
         """Keep a tensor for the backward pass, or what it is cheaply computed from."""
@@ -181,7 +189,9 @@ class GradientNorms:
                 # A checkpointed segment runs again. Its first run is the one that counts, but the same must be saved.
                 return _tap(output, lambda g: None)
             weight.uses += 1
-            return _tap(output, self._arrival(weight, next(iter((*args, *kwargs.values()))), n_in, n_out))
+            x = next(iter((*args, *kwargs.values())))
+            arrive = self._arrival(weight, x, n_in, n_out)
+            return _tap(output, self._with_sketches(arrive, weight, x, n_in, n_out))
 
         return hook
 
@@ -197,6 +207,25 @@ class GradientNorms:
         if self._keep_inputs:
             return lambda g: weight.arrived.append((kept.pop().get(), self._by_sample(g, n_out)))
         return lambda g: self._add(weight, _direct_norms(kept.pop().get(), self._by_sample(g, n_out)))
+
+    def _with_sketches(
+        self, arrive: Callable[[Tensor], None], weight: _Weight, x: Tensor, n_in: int, n_out: int
+    ) -> Callable[[Tensor], None]:
+        """Return what to do with an output gradient where the weight's gradient is sketched as well."""
+        sketches = self.sketches
+        names = [self._names[row] for row in weight.rows if sketches is not None and self._names[row] in sketches]
+        if sketches is None or not names:
+            return arrive
+        kept = [_Kept(x)]  # in its own type: linear maps with the same input share it
+        self._count(x)
+
+        def arrive_and_stage(g: Tensor) -> None:
+            arrive(g)
+            inputs, gradients = self._by_sample(kept.pop().get(), n_in), self._by_sample(g, n_out)
+            for name in names:
+                sketches.stage(name, inputs, gradients)
+
+        return arrive_and_stage
 
     def _by_sample(self, x: Tensor | None, width: int) -> Tensor:
         """Return ``x`` as (batch, T, width) in float32 or wider."""

@@ -31,7 +31,8 @@ class SampleLosses:
 
     Args:
         model: The model; called as ``model(**batch)`` for its ``loss`` unless ``loss_fn`` is given.
-        norms: Entered by the caller.
+        norms: Entered by the caller. Its sketches, if it has any, sum up the gradients of each sample's own loss, each
+            sample once, without those that are not finite.
         loss_fn: Returns the losses of a batch, shape (batch,), or one number; one number for several samples is treated
             like the model's own.
     """
@@ -39,6 +40,7 @@ class SampleLosses:
     def __init__(self, model: nn.Module, norms: GradientNorms, loss_fn: LossFn | None) -> None:
         self._model = model
         self._norms = norms
+        self._sketches = norms.sketches
         self._loss_fn = loss_fn
         self._fitting: set[str] | None = None  # None: nothing tried yet; empty: one at a time
         self._checked = False
@@ -48,6 +50,12 @@ class SampleLosses:
 
     def measure(self, batch: Any) -> Tensor:
         """Return the squared gradient norms, shape (batch size, number of linears), NaN if the loss is not finite."""
+        squared = self._measure(batch)
+        if self._sketches is not None:
+            self._sketches.commit()
+        return squared
+
+    def _measure(self, batch: Any) -> Tensor:
         size = batch_size(batch)
         if size == 1:
             return self._together(batch, 1)
@@ -55,7 +63,8 @@ class SampleLosses:
             return self._one_by_one(batch, size)
         alone = self._first_alone(batch, size) if self._bytes_per_entry is None else None
         rows = self._rows(batch, size)
-        parts = [alone[None]] if rows == 1 and alone is not None else []
+        # Alone, a sample is not counted in the sketches.
+        parts = [alone[None]] if rows == 1 and alone is not None and self._sketches is None else []
         parts += [
             self._together(take(batch, slice(n, n + rows), size), min(rows, size - n))
             for n in range(len(parts), size, rows)
@@ -66,12 +75,14 @@ class SampleLosses:
             # Sequence-first layers whose length is the batch size look as if they had the batch in front.
             if not _same_shares(self._first_alone(batch, size) if alone is None else alone, squared[0]):
                 self._fitting = set()
+                if self._sketches is not None:
+                    self._sketches.drop()
                 return self._one_by_one(batch, size)
         return squared
 
     def _first_alone(self, batch: Any, size: int) -> Tensor:
         """Return the norms of the first sample, and see how much it keeps for the backward pass."""
-        squared = self._together(sample(batch, 0, size), 1)
+        squared = self._together(sample(batch, 0, size), 1, keep=False)
         self._bytes_per_entry = size * self._norms.saved_bytes / _entries(batch)
         return squared[0]
 
@@ -80,7 +91,8 @@ class SampleLosses:
         of_a_sample = (self._bytes_per_entry or 0) * _entries(batch) / size
         return min(size, max(1, int(self._most_bytes / max(1.0, of_a_sample))))
 
-    def _together(self, batch: Any, size: int) -> Tensor:
+    def _together(self, batch: Any, size: int, *, keep: bool = True) -> Tensor:
+        """Return the norms of samples that are evaluated together, and keep the sketches unless told not to."""
         losses = torch.empty(0)
 
         def forward() -> Tensor:
@@ -99,11 +111,22 @@ class SampleLosses:
             self._fitting = set()
             return self._one_by_one(batch, size)
         if losses.dim() or size == 1:
-            return squared.masked_fill(~losses.detach().isfinite().reshape(-1, 1), torch.nan)
+            squared = squared.masked_fill(~losses.detach().isfinite().reshape(-1, 1), torch.nan)
+            if keep:
+                self._keep(squared, torch.ones(size))
+            return squared
         weights = self._weights(batch, size, total) if bool(total.isfinite()) else None
         if weights is None:
             return self._one_by_one(batch, size)
-        return squared / weights.to(squared)[:, None].square()
+        squared = squared / weights.to(squared)[:, None].square()
+        self._keep(squared, weights)
+        return squared
+
+    def _keep(self, squared: Tensor, weights: Tensor) -> None:
+        """Keep the sketches of the samples that are finite, of which the loss was the weighted sum."""
+        if self._sketches is not None:
+            finite = squared.isfinite().all(1).nonzero().squeeze(1)
+            self._sketches.keep(finite, 1 / weights.to(squared)[finite])
 
     def _losses(self, batch: Any) -> Tensor:
         if self._loss_fn is not None:

@@ -18,6 +18,7 @@ from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses, batch_size, take, to_device
 from stiefel_lora._models import find_layers, find_linears, join, linear_shape, undisturbed, unwrap
 from stiefel_lora._progress import progress as progress_bar
+from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError
 from stiefel_lora.scores import FisherScores, Normalize, count_of
 from stiefel_lora.stiefel import check_choice
@@ -100,6 +101,7 @@ def fisher_scores(
     tol: float | None = None,
     seed: int = 0,
     progress: bool = True,
+    sketches: GradientSketches | None = None,
 ) -> FisherScores:
     """Score every layer by the squared gradient norm of its linear maps, exact for each sample, in one pass.
 
@@ -124,6 +126,7 @@ def fisher_scores(
             Bonferroni over the pairs). None takes all samples; ``stable`` then is decided at 0.05.
         seed: Seed of the draws of ``labels="model"``.
         progress: Show a bar, on a terminal only.
+        sketches: Comes to hold sketches of the gradients, in the same pass; `select_and_start` makes use of them.
 
     Returns:
         The scores, over the samples of all ranks if a torch.distributed group is initialised.
@@ -148,7 +151,7 @@ def fisher_scores(
     # Ranks must not draw the same numbers for their different samples.
     rank = torch.distributed.get_rank() if _distributed() else 0
     sampler = LabelSampler(model, seed + rank) if labels == "model" else None
-    with undisturbed(model), GradientNorms(model, linears) as norms:
+    with undisturbed(model), GradientNorms(model, linears, sketches) as norms:
         losses = SampleLosses(model, norms, loss_fn)
         bar = progress_bar(total=max_samples, label="Fisher scores", enabled=None if progress else False)
         with bar:
@@ -159,6 +162,8 @@ def fisher_scores(
                 if tol is not None and _is_stable(_finite(rows), count, tol):
                     break
     samples, skipped = _gathered(rows)
+    if sketches is not None and _distributed():
+        sketches.add_other_ranks()
     return FisherScores(
         scores=samples.mean(0).tolist(),
         stderr=(samples.std(0) / math.sqrt(len(samples))).tolist() if len(samples) > 1 else [0.0] * len(groups),

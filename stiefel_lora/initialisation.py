@@ -2,17 +2,21 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
 from stiefel_lora._losses import LossFn, to_device
-from stiefel_lora._models import is_conv1d, undisturbed, unwrap
-from stiefel_lora._targets import find_targets, module_ranks
+from stiefel_lora._models import is_conv1d, linear_shape, undisturbed, unwrap
+from stiefel_lora._sketches import GradientSketches
+from stiefel_lora._targets import find_targets, listed, module_ranks
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.errors import InputError
+from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.layer import Init, Orthonormal, leading_singular_vectors, plain_weight
-from stiefel_lora.stiefel import check_choice
+from stiefel_lora.scores import Normalize
+from stiefel_lora.stiefel import check_choice, random_point
 
 
 def gradient_init(
@@ -50,22 +54,132 @@ def gradient_init(
         InputError: If the model has adapters, there is no batch, a base is quantised, a gradient is not finite, or for
             what `add_adapters` raises it.
     """
-    model = unwrap(model)
+    model = _bare(model)
     check_choice("orthonormal", orthonormal, ("A", "B", "both"))
-    if adapter_layers(model):
-        raise InputError("the model has adapters; take the gradients of the bare base (remove_adapters)")
     targets = find_targets(model, layers, target_modules, layers_path)
     ranks = module_ranks(targets, rank, rank_pattern or {})
+    _check_ranks(model, ranks)
     linears = {name: model.get_submodule(name) for name in targets}
     gradients = _gradients(model, [plain_weight(linear) for linear in linears.values()], batches, loss_fn)
     starts: dict[str, Init] = {}
     for (name, linear), gradient in zip(linears.items(), gradients, strict=True):
-        limit = min(gradient.shape)
-        if not 1 <= ranks[name] <= limit:
-            raise InputError(f"{name}: rank must be in [1, {limit}], got {ranks[name]}")
-        right, left = leading_singular_vectors(gradient.T if is_conv1d(linear) else gradient, ranks[name])
-        starts[name] = (right, left) if orthonormal == "both" else right if orthonormal == "A" else left
+        vectors = leading_singular_vectors(gradient.T if is_conv1d(linear) else gradient, ranks[name])
+        starts[name] = _start(*vectors, orthonormal)
     return starts
+
+
+def select_and_start(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rank: int,
+    budget: float | int = 0.5,
+    target_modules: Sequence[str] | Literal["all-linear"] | None = None,
+    orthonormal: Orthonormal = "A",
+    rank_pattern: Mapping[str, int] | None = None,
+    normalize: Normalize = "raw",
+    layers_path: str | None = None,
+    loss_fn: LossFn | None = None,
+    max_samples: int | None = None,
+    oversampling: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[list[int], dict[str, Init]]:
+    """Choose layers as `fisher_select` does and take their starts as `gradient_init` does, in one pass over the data.
+
+    No gradient of the targets is kept whole. While the samples are scored, those of all layers' targets are summed up
+    with the rank k = rank + oversampling, each sample's first; what is cut off makes the starts approximate, unless
+    the gradients of all samples together have a rank of at most k. (Halko, Martinsson, Tropp, "Finding structure with
+    randomness", 2011; Mroueh, Marcheret, Goel, "Co-occurring directions sketching for approximate matrix multiply",
+    2017.) The sums take the memory of adapters of rank k on all layers, and once more for each sample that is evaluated
+    together with others; the inputs of the targets are kept as well until their gradients arrive.
+
+    Unlike in `gradient_init`, each sample counts the same, whatever its share of its batch's loss is; samples without
+    a finite gradient are left out. Quantised bases are possible.
+
+    Args:
+        model: The bare base model; it comes back as it was.
+        batches: As for `fisher_scores`.
+        rank: As for `add_adapters`.
+        budget: As for `fisher_select`: the share or number of layers to choose. All their linear maps count.
+        target_modules: As for `add_adapters`.
+        orthonormal: As for `add_adapters`: right singular vectors for "A", left for "B", pairs for "both".
+        rank_pattern: As for `add_adapters`.
+        normalize: As for `fisher_select`.
+        layers_path: As for `add_adapters`.
+        loss_fn: As for `fisher_scores`.
+        max_samples: As for `fisher_scores`.
+        oversampling: By how much the rank of the sums exceeds that of the adapters; more is more exact.
+        seed: Seed of the random starts of these approximations; torch's global generators are not touched.
+        progress: As for `fisher_scores`.
+
+    Returns:
+        The sorted indices of the layers, to be given to `add_adapters` as ``layers``, and for each qualified name of a
+        linear to adapt its start, to be given as ``init`` along with the same rank, targets and the like.
+
+    Raises:
+        InputError: If the model has adapters, or for what `fisher_scores` or `add_adapters` raises it.
+
+    Warns:
+        UserWarning: If no gradient reached a linear to adapt, which starts at random then, and as `fisher_scores` does.
+    """
+    model = _bare(model)
+    check_choice("orthonormal", orthonormal, ("A", "B", "both"))
+    check_choice("normalize", normalize, ("raw", "params", "weight"))
+    if oversampling < 0:
+        raise InputError(f"oversampling must not be negative, got {oversampling}")
+    candidates = module_ranks(find_targets(model, None, target_modules, layers_path), rank, rank_pattern or {})
+    _check_ranks(model, candidates)
+    shapes = {name: linear_shape(model.get_submodule(name)) for name in candidates}
+    sketches = GradientSketches({name: min(r + oversampling, *shapes[name]) for name, r in candidates.items()}, seed)
+    scores = fisher_scores(
+        model,
+        batches,
+        layers=layers_path,
+        loss_fn=loss_fn,
+        max_samples=max_samples,
+        budget=budget,
+        progress=progress,
+        sketches=sketches,
+    )
+    layers = scores.select(budget, normalize=normalize)
+    ranks = module_ranks(find_targets(model, layers, target_modules, layers_path), rank, rank_pattern or {})
+    missing = [name for name in ranks if name not in sketches]
+    if missing:
+        raise InputError(
+            f"the default target modules of the chosen layers, {listed(missing)}, are not those of all layers; give "
+            "target_modules"
+        )
+    found = {name: sketches.leading(name, r) for name, r in ranks.items()}
+    without = [name for name, vectors in found.items() if vectors is None]
+    if without:
+        warn(f"no gradient reached {listed(without)}, which will start at random", stacklevel=2)
+    generator = torch.Generator().manual_seed(seed)
+    starts: dict[str, Init] = {}
+    for name, vectors in found.items():
+        if vectors is None:
+            right, left = (random_point(n, ranks[name], generator=generator) for n in shapes[name])
+            vectors = right, left
+        starts[name] = _start(*vectors, orthonormal)
+    return layers, starts
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    model = unwrap(model)
+    if adapter_layers(model):
+        raise InputError("the model has adapters; take the gradients of the bare base (remove_adapters)")
+    return model
+
+
+def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    for name, rank in ranks.items():
+        limit = min(linear_shape(model.get_submodule(name)))
+        if not 1 <= rank <= limit:
+            raise InputError(f"{name}: rank must be in [1, {limit}], got {rank}")
+
+
+def _start(right: Tensor, left: Tensor, orthonormal: Orthonormal) -> Init:
+    return (right, left) if orthonormal == "both" else right if orthonormal == "A" else left
 
 
 def _gradients(

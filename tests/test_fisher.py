@@ -547,9 +547,9 @@ def test_a_batch_that_is_too_large_for_the_memory_is_taken_in_parts(monkeypatch:
     sizes: list[int] = []
     together = _losses.SampleLosses._together
 
-    def seen(self: Any, part: Any, size: int) -> Tensor:
+    def seen(self: Any, part: Any, size: int, **options: Any) -> Tensor:
         sizes.append(size)
-        return together(self, part, size)
+        return together(self, part, size, **options)
 
     monkeypatch.setattr(_losses.SampleLosses, "_together", seen)
     with undisturbed(model), GradientNorms(model, dict(find_linears(model)[0])) as norms:

@@ -19,9 +19,10 @@ LEVELS: list[dict[str, set[str]]] = [
         "_targets": {"layer"},
         "scores": set(),
         "_entropy": set(),
-        "_gradnorms": {"_entropy"},
+        "_sketches": set(),
+        "_gradnorms": {"_entropy", "_sketches"},
         "_losses": {"_gradnorms"},
-        "fisher": {"_gradnorms", "_losses", "scores"},
+        "fisher": {"_gradnorms", "_losses", "_sketches", "scores"},
     },
     {
         "adapters": set(),

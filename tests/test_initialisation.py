@@ -1,15 +1,25 @@
 """Gradient starts against a dense SVD of autograd's gradients."""
 
+import multiprocessing
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from stiefel_lora._losses import SampleLosses
+from stiefel_lora._models import is_conv1d, linear_shape
+from stiefel_lora._sketches import GradientSketches
+from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, add_adapters
 from stiefel_lora.errors import InputError
-from stiefel_lora.initialisation import gradient_init
-from tests.models import FAMILIES
+from stiefel_lora.fisher import fisher_scores, fisher_select
+from stiefel_lora.initialisation import gradient_init, select_and_start
+from tests.models import FAMILIES, plain_batch
+from tests.reference.fisher import singles
 from tests.test_layer import QuantisedLinear
 
 
@@ -77,3 +87,268 @@ def test_bad_input() -> None:
     add_adapters(model, layers=[1], rank=2)
     with pytest.raises(InputError, match="the model has adapters"):
         gradient_init(model, [batch], layers=[1], rank=2)
+
+
+# -- selection and starts in one pass ----------------------------------------------------------------------------------
+
+
+def mean_gradients(model: Any, names: Iterable[str], batches: list[Any]) -> dict[str, Tensor]:
+    """The mean over samples of the gradient of each sample's own loss, by autograd, shape (out, in)."""
+    modules = {name: model.get_submodule(name) for name in names}
+    weights = [module.weight.requires_grad_(True) for module in modules.values()]
+    totals = [torch.zeros_like(weight) for weight in weights]
+    samples = [one for batch in batches for one in singles(batch)]
+    for one in samples:
+        for total, gradient in zip(totals, torch.autograd.grad(model(**one)["loss"], weights), strict=True):
+            total += gradient / len(samples)
+    oriented = (g.T if is_conv1d(m) else g for g, m in zip(totals, modules.values(), strict=True))
+    return dict(zip(modules, oriented, strict=True))
+
+
+def check_spans(starts: dict[str, Any], gradients: dict[str, Tensor], rank: int, side: str = "A") -> None:
+    assert list(starts) == list(gradients)
+    for name, gradient in gradients.items():
+        u, _, vh = torch.linalg.svd(gradient)
+        expected = {"A": [vh[:rank].T], "B": [u[:, :rank]], "both": [vh[:rank].T, u[:, :rank]]}[side]
+        got = starts[name] if side == "both" else (starts[name],)
+        for x, y in zip(got, expected, strict=True):
+            # float64, but GPT-2 takes its loss in float32; a sample too much or a wrong weight would change 1e-2.
+            torch.testing.assert_close(x @ x.T, y @ y.T, rtol=0, atol=1e-6)
+
+
+EXACT = {"oversampling": 1000, "progress": False}  # as many columns as the gradient has: nothing is left out
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+@pytest.mark.parametrize("family", ["vit", "gpt2", "sequential"])
+def test_one_pass_gives_the_layers_and_the_exact_spans(family: str, orthonormal: Any) -> None:
+    """Families that compute in float64 throughout; padded rows, and batches whose loss weights them unequally."""
+    model = FAMILIES[family].build().double()
+    batches = [to_double(FAMILIES[family].batch(2, 7)), to_double(FAMILIES[family].batch(3, 9))]
+    where = {"rank": 3, "orthonormal": orthonormal, "target_modules": "all-linear"}
+    layers, starts = select_and_start(model, iter(batches), budget=2, **where, **EXACT)
+    assert layers == fisher_select(model, batches, budget=2, progress=False)
+    check_spans(starts, mean_gradients(model, starts, batches), 3, orthonormal)
+    assert add_adapters(model, layers=layers, **where, init=starts) == list(starts)
+
+
+def to_double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def test_pairs_belong_together() -> None:
+    """u_i^T G v_i is the i-th singular value, positive."""
+    model, batch = FAMILIES["gpt2"].build().double(), FAMILIES["gpt2"].batch(3, 9)
+    _, starts = select_and_start(model, [batch], rank=3, orthonormal="both", **EXACT)
+    for name, gradient in mean_gradients(model, starts, [batch]).items():
+        right, left = starts[name]
+        values = torch.linalg.svdvals(gradient)[:3]
+        # The loss is taken in float32.
+        torch.testing.assert_close(left.T @ gradient @ right, values.diag(), rtol=0, atol=1e-6 * float(values[0]))
+
+
+def test_few_columns_hold_most_of_the_gradient() -> None:
+    """With rank + 8 columns of 32, and slowly falling singular values: 0.9 of what the best 4 hold (seen: 0.967)."""
+    model, batches = FAMILIES["llama"].build(), [FAMILIES["llama"].batch(3, 24), FAMILIES["llama"].batch(4, 30)]
+    _, starts = select_and_start(model, batches, rank=4, budget=1.0, progress=False)
+    shares = []
+    for name, gradient in mean_gradients(model, starts, batches).items():
+        best = torch.linalg.svdvals(gradient)[:4].square().sum()
+        shares.append(float((gradient @ starts[name]).square().sum() / best))
+    assert min(shares) > 0.9
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_parts_of_a_batch_count_each_sample_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = FAMILIES["gpt2"].build().double(), [FAMILIES["gpt2"].batch(5, 9), FAMILIES["gpt2"].batch(3, 7)]
+    monkeypatch.setattr(SampleLosses, "_rows", lambda self, batch, size: rows)
+    _, starts = select_and_start(model, batches, rank=3, **EXACT)
+    check_spans(starts, mean_gradients(model, starts, batches), 3)
+
+
+@pytest.mark.parametrize("length", [5, 3])
+def test_what_a_failed_evaluation_brought_is_not_counted(length: int) -> None:
+    """Sequence-first: seen from the shape, or (T = batch) only after the batch was evaluated."""
+
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = FAMILIES["sequential"].build().net
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x.transpose(0, 1)).transpose(0, 1)
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+    model = SequenceFirst().double()
+    # Samples of unequal weight: were positions taken for samples, theirs would be wrong.
+    labels = torch.arange(3 * length).view(3, length) % 12
+    labels[torch.arange(length) > torch.arange(3)[:, None]] = -100
+    batch = {"x": plain_batch(3, length)["x"].double(), "labels": labels}
+    layers, starts = select_and_start(model, [batch], rank=2, budget=1.0, target_modules=["1"], **EXACT)
+    assert layers == [0, 1, 2]
+    check_spans(starts, mean_gradients(model, starts, [batch]), 2)
+
+
+def test_a_loss_without_known_weights_is_taken_one_sample_at_a_time() -> None:
+    model, batch = FAMILIES["gpt2"].build().double(), FAMILIES["gpt2"].batch(4, 9)
+    odd = lambda m, b: m(**b).loss * (1 + len(b["input_ids"]) % 2)  # noqa: E731
+    _, starts = select_and_start(model, [batch], rank=3, loss_fn=odd, **EXACT)
+    check_spans(starts, mean_gradients(model, starts, [batch]), 3)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("each", [False, True])
+def test_samples_that_are_not_finite_do_not_count(size: int, each: bool) -> None:
+    model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(4, 5))
+    good = {k: v[[0, 1, 3]] for k, v in batch.items()}
+    batch["x"][2, 1, 1] = torch.nan
+    batches = [{k: v[n : n + size] for k, v in batch.items()} for n in range(0, 4, size)]
+    loss = lambda m, b: (m(**b)["out"] - b["y"]).square().mean((1, 2))  # noqa: E731
+    options = {"rank": 2, "target_modules": ["1", "3"], "loss_fn": loss if each else None}
+    with pytest.warns(UserWarning, match="1 of 4 samples"):
+        _, starts = select_and_start(model, batches, **options, **EXACT)
+    check_spans(starts, mean_gradients(model, starts, [good]), 2)
+
+
+class Reused(nn.Module):
+    """Two layers; the first's maps run twice in one forward pass, the second's two maps share one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]) for _ in range(2)])
+        self.layers[1][1].weight = self.layers[1][0].weight
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        (a, b), (c, d) = self.layers
+        h = torch.tanh(b(torch.tanh(a(torch.tanh(a(x))))))
+        return {"loss": (d(torch.tanh(c(h))) - y).square().mean()}
+
+
+def test_a_weight_that_is_used_twice_is_seen_whole() -> None:
+    torch.manual_seed(1)
+    model = Reused().double()
+    x, y = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    batch = {"x": x, "y": y}
+    _, starts = select_and_start(model, [batch], rank=2, budget=1.0, target_modules="all-linear", **EXACT)
+    assert len(starts) == 4
+    check_spans(starts, mean_gradients(model, starts, [batch]), 2)
+
+
+def test_ranks_and_targets_are_those_of_add_adapters() -> None:
+    model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(3, 9)
+    where = {"rank": 2, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 5}}
+    layers, starts = select_and_start(model, [batch], budget=1, **where, progress=False)
+    assert [tuple(start.shape) for start in starts.values()] == [(32, 2), (56, 5)]
+    add_adapters(model, layers=layers, **where, init=starts)
+    for name, layer in adapter_layers(model).items():
+        torch.testing.assert_close(layer.lora_A.detach().as_subclass(Tensor), starts[name], rtol=0, atol=0)
+
+
+def test_a_linear_without_a_gradient_starts_at_random_and_says_so() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleDict({n: nn.Linear(6, 6) for n in ("used", "idle")})] * 1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"loss": self.layers[0]["used"](x).square().mean()}
+
+    model, batch = Idle(), {"x": torch.randn(3, 4, 6)}
+    with pytest.warns(UserWarning, match=r"no gradient reached layers\.0\.idle"):
+        layers, starts = select_and_start(model, [batch], rank=2, target_modules=["used", "idle"], progress=False)
+    add_adapters(model, layers=layers, rank=2, target_modules=["used", "idle"], init=starts)
+
+
+def test_quantised_bases_and_bfloat16_get_starts() -> None:
+    model, batch = FAMILIES["llama"].build().bfloat16(), FAMILIES["llama"].batch(2, 7)
+    for layer in model.model.layers:
+        layer.mlp.up_proj = QuantisedLinear(nn.Linear(32, 56))
+    layers, starts = select_and_start(model, [batch], rank=2, progress=False)
+    assert {start.dtype for start in starts.values()} == {torch.float32}
+    assert f"model.layers.{layers[0]}.mlp.up_proj" in add_adapters(model, layers=layers, rank=2, init=starts)
+
+
+def test_one_pass_leaves_no_trace_and_repeats_itself() -> None:
+    model = FAMILIES["llama"].build().train()
+    model.lm_head.requires_grad_(False)
+    batch = FAMILIES["llama"].batch(2, 7)
+    flags, modes = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    first, second = (select_and_start(model, [batch], rank=2, progress=False)[1] for _ in range(2))
+    other = select_and_start(model, [batch], rank=2, seed=1, progress=False)[1]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_bad_input_for_one_pass() -> None:
+    model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(2, 7)
+    consumed = iter([batch])
+    with pytest.raises(InputError, match=r"k_proj: rank must be in \[1, 16\], got 17"):
+        select_and_start(model, consumed, rank=17)
+    with pytest.raises(InputError, match="oversampling must not be negative, got -1"):
+        select_and_start(model, consumed, rank=2, oversampling=-1)
+    with pytest.raises(InputError, match="orthonormal must be one of"):
+        select_and_start(model, consumed, rank=2, orthonormal="C")  # type: ignore[arg-type]
+    assert next(consumed) is batch  # all of this is told before the pass
+    with pytest.raises(InputError, match="no calibration batches"):
+        select_and_start(model, [], rank=2)
+    add_adapters(model, layers=[1], rank=2)
+    with pytest.raises(InputError, match="the model has adapters"):
+        select_and_start(model, [batch], rank=2)
+
+
+def test_a_gradient_of_low_rank_is_found_exactly() -> None:
+    """Three samples of one position: rank 3, of 5 columns kept, and one of the 4 directions asked for is free."""
+    model = FAMILIES["sequential"].build().double()
+    batch = to_double({k: v[:, :1] for k, v in plain_batch(3, 2).items()})
+    options: dict[str, Any] = {"target_modules": ["1"], "progress": False, "budget": 1.0}
+    _, three = select_and_start(model, [batch], rank=3, oversampling=2, **options)
+    check_spans(three, mean_gradients(model, three, [batch]), 3)
+    _, four = select_and_start(model, [batch], rank=4, oversampling=0, orthonormal="both", **options)
+    for name, gradient in mean_gradients(model, four, [batch]).items():
+        right, left = four[name]
+        eye = torch.eye(4, dtype=torch.float64)
+        torch.testing.assert_close(right.T @ right, eye, rtol=0, atol=1e-12)
+        torch.testing.assert_close(left @ left.T @ gradient @ right @ right.T, gradient, rtol=0, atol=1e-12)
+
+
+def test_no_weight_gradient_is_kept() -> None:
+    """Over 8 batches, what is held between them is k positions a target, and the test matrices of its widths."""
+    model, k = FAMILIES["llama"].build(), 5
+    sketches = GradientSketches({name: k for name in find_targets(model, None, None, None)})
+    fisher_scores(model, [FAMILIES["llama"].batch(3, 9) for _ in range(8)], sketches=sketches, progress=False)
+    assert sketches.staged_bytes == 0 and not sketches._kept
+    for name, (a, g) in sketches._total.items():
+        n_in, n_out = linear_shape(model.get_submodule(name))
+        assert a.shape == (k, n_in) and g.shape == (k, n_out)
+
+
+def _start_on_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(5, 4))
+    mine = [{k: v[[[0, 1, 2], [3, 4]][rank]] for k, v in batch.items()}] if rank < 2 else []
+    torch.save(select_and_start(model, mine, rank=2, target_modules=["1"], **EXACT), Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()
+    # At an ordinary exit of the interpreter a thread of gloo now and then aborts the process, after all is done.
+    os._exit(0)
+
+
+def test_ranks_of_a_distributed_job_get_the_starts_of_all_samples(tmp_path: Path) -> None:
+    """Also one that has no samples of its own."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_start_on_rank, args=(rank, str(tmp_path))) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(5, 4))
+    for rank in range(3):
+        layers, starts = torch.load(tmp_path / f"{rank}.pt")
+        assert layers == fisher_select(model, [batch], progress=False)
+        check_spans(starts, mean_gradients(model, starts, [batch]), 2)
