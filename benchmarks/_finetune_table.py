@@ -145,18 +145,25 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
+def _by_loss(cells: list[Cell], task: str) -> list[tuple[float, str, dict[int, Cell]]]:
+    """Return the mean test loss, name and cells of each method that was measured, worst first."""
+    found = {method: at_best_rate(cells, task, method) for method in METHODS}
+    rows = [(statistics.mean(c["test_loss"] for c in r.values()), m, r) for m, r in found.items() if r]
+    return sorted(rows, key=lambda row: -row[0])
+
+
 def plot(results: dict[str, Any], path: Path) -> Path:
     """Draw the held-out loss of every method at its best rate, one dot a seed, best at the top; one panel a task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tasks = list(results["selection"])
-    figure = Figure(figsize=(8, 0.6 + 0.32 * len(METHODS) * len(tasks)), layout="constrained")
+    panels = {task: _by_loss(results["cells"], task) for task in results["selection"]}
+    heights = [1.3 + 0.3 * len(rows) for rows in panels.values()]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, task in zip(figure.subplots(len(tasks), squeeze=False)[:, 0], tasks, strict=True):
-        found = {method: at_best_rate(results["cells"], task, method) for method in METHODS}
-        rows = [(statistics.mean(c["test_loss"] for c in r.values()), m, r) for m, r in found.items() if r]
-        for height, (middle, method, cells) in enumerate(sorted(rows, key=lambda row: -row[0])):
+    all_axes = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (task, rows) in zip(all_axes, panels.items(), strict=True):
+        for height, (middle, method, cells) in enumerate(rows):
             colour = "#1f77b4" if method.startswith(("FoRA", "Stiefel")) else "#7f7f7f"
             losses = [c["test_loss"] for c in cells.values()]
             axes.plot(losses, [height] * len(losses), "o", color=colour, alpha=0.35, markersize=5)
@@ -170,8 +177,8 @@ def plot(results: dict[str, Any], path: Path) -> Path:
                 fontsize=8,
                 color="#555555",
             )
-        names = [method for _, method, _ in sorted(rows, key=lambda row: -row[0])]
-        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_yticks(range(len(rows)), [method for _, method, _ in rows], fontsize=8)
+        axes.margins(y=0.12)
         axes.set_xlabel("held-out loss (nats per token); trainable parameters on the right")
         axes.set_title(f"{task}: before {results['selection'][task]['before']['test_loss']:.3f}", fontsize=10)
         axes.grid(axis="y", color="#eeeeee")
