@@ -91,9 +91,8 @@ def ours(layers: Callable[[Setting], Sequence[int]], *, gradient_start: bool = F
         chosen = list(layers(setting))
         where: dict[str, Any] = {"layers": chosen, "rank": setting.rank, "target_modules": TARGETS}
         begin = time.perf_counter()
-        if gradient_start:
-            options["init"] = gradient_init(model, setting.calibration, **where)
-        add_adapters(model, **where, **options)
+        start = {"init": gradient_init(model, setting.calibration, **where)} if gradient_start else {}
+        add_adapters(model, **where, **options, **start)
         return _with_our_optimizer(model, setting, {"layers": chosen, "start_s": time.perf_counter() - begin})
 
     return build

@@ -26,6 +26,11 @@ def geoopt_adam(params: Sequence[Tensor]) -> torch.optim.Optimizer:
     return geoopt.optim.RiemannianAdam(params)
 
 
+def geoopt_sgd(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Take geoopt's RiemannianSGD with momentum 0.9; the retraction as for Adam."""
+    return geoopt.optim.RiemannianSGD(params, lr=1e-3, momentum=0.9)
+
+
 def pogo(params: Sequence[Tensor]) -> torch.optim.Optimizer:
     """POGO with Vector Adam (pogo-torch), on column-orthonormal matrices; it keeps orthogonality approximately."""
     return _pogo(params, "VectorAdam")

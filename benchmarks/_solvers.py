@@ -95,7 +95,7 @@ def geoopt_adam(problem: Problem) -> Descent:
 
 def geoopt_sgd(problem: Problem) -> Descent:
     """Take geoopt's RiemannianSGD with its QR retraction and momentum 0.9."""
-    return _descent(problem, lambda p: geoopt.optim.RiemannianSGD(p, lr=1e-3, momentum=0.9))
+    return _descent(problem, _peers.geoopt_sgd)
 
 
 def geoopt_canonical_adam(problem: Problem) -> Descent:
@@ -107,7 +107,7 @@ def geoopt_canonical_adam(problem: Problem) -> Descent:
 def geoopt_canonical_sgd(problem: Problem) -> Descent:
     """Take geoopt's RiemannianSGD with its Cayley retraction and momentum 0.9."""
     _check_rows(problem, "it solves an n x n system")
-    return _descent(problem, lambda p: geoopt.optim.RiemannianSGD(p, lr=1e-3, momentum=0.9), geoopt.CanonicalStiefel())
+    return _descent(problem, _peers.geoopt_sgd, geoopt.CanonicalStiefel())
 
 
 def pogo_adam(problem: Problem) -> Descent:

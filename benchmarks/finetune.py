@@ -32,6 +32,7 @@ from benchmarks._methods import FORA, METHODS, TARGETS, Setting, Tuned
 from stiefel_lora.data import batch_indices
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.pretrained import find_device, load_pretrained
+from stiefel_lora.training import FinetuneConfig, learning_rate
 
 # Rows that get all seeds; the others show a tendency.
 MAIN = ("LoRA", FORA, "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half", "Stiefel A, random half",
@@ -297,12 +298,13 @@ def _train(model: Any, task: _tasks.Task, frame: Frame, key: Key, selection: dic
     tuned = METHODS[method](model, _setting(frame, task, selection, seed=seed, lr=lr))
     tuned.model.train()
     trainable = sum(p.numel() for group in tuned.optimizer.param_groups for p in group["params"])
+    schedule = FinetuneConfig(lr=lr, steps=frame.steps, warmup=frame.warmup)
     losses, shares = [], []
     begin = time.perf_counter()
     for step in tqdm(range(frame.steps), desc=f"{method}, lr {lr:g}, seed {seed}", leave=False, disable=None):
         batch = task.train.batch(batch_indices(len(task.train), frame.batch_size, step, seed))
         for group in tuned.optimizer.param_groups:
-            group["lr"] = lr * _schedule(step, frame)
+            group["lr"] = learning_rate(schedule, step)
         loss, share = _step(tuned, {k: v.to(device) for k, v in batch.items()}, step)
         losses.append(loss)
         shares.append(share)
@@ -336,12 +338,6 @@ def _evaluated(tuned: Tuned, task: _tasks.Task, frame: Frame) -> dict[str, Any]:
         "accuracy": _tasks.accuracy(tuned.model, task.questions, frame.batch_size),
         "effective_rank_share": _methods.effective_rank_share(tuned.updates()),
     }
-
-
-def _schedule(step: int, frame: Frame) -> float:
-    if step < frame.warmup:
-        return (step + 1) / (frame.warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - frame.warmup) / max(1, frame.steps - frame.warmup)))
 
 
 def _peak_mib() -> float:

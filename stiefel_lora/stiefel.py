@@ -52,10 +52,10 @@ def project(x: Tensor, g: Tensor) -> Tensor:
     return g - x @ sym(x.mT @ g)
 
 
-def project_(x: Tensor, g: Tensor) -> Tensor:
-    """Project ``g`` in place, as ``project`` does out of place; both of shape (k, n, r). Returns ``g``."""
+def project_(x: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
+    """Project ``g`` as ``project`` does, into ``out`` or else in place; all of shape (k, n, r). Returns where it is."""
     z = x.mT @ g
-    return g.baddbmm_(x, z + z.mT, alpha=-0.5)
+    return torch.baddbmm(g, x, z + z.mT, alpha=-0.5, out=g if out is None else out)
 
 
 def riemannian_gradient(x: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:

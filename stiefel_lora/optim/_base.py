@@ -98,11 +98,11 @@ def _reads_at_no_cost(x: Tensor) -> bool:
 
 def _riemannian_gradient(x: Tensor, g: Tensor, group: Group, out: Tensor) -> Tensor:
     """Write the Riemannian gradient of what is minimised into ``out``, which may be ``g``; all of shape (k, n, r)."""
-    sign = -1 if group["maximize"] else 1
     if group["metric"] == "canonical":
-        return torch.baddbmm(g, x, g.mT @ x, beta=sign, alpha=-sign, out=out)
-    z = x.mT @ g
-    return torch.baddbmm(g, x, z + z.mT, beta=sign, alpha=-sign / 2, out=out)
+        torch.baddbmm(g, x, g.mT @ x, alpha=-1, out=out)
+    else:
+        project_(x, g, out)
+    return out.neg_() if group["maximize"] else out
 
 
 class RiemannianOptimizer(torch.optim.Optimizer):
