@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness
-from benchmarks._methods import FORA, METHODS
+from benchmarks._methods import FORA, METHODS, STARTED
 
 Cell = dict[str, Any]
 
 CLAIMS = (
     ("FoRA at half the parameters beats LoRA", FORA, "LoRA"),
     ("FoRA at half the parameters beats DoRA", FORA, "DoRA"),
+    ("FoRA with a gradient start at half the parameters beats LoRA", STARTED, "LoRA"),
+    ("FoRA with a gradient start at half the parameters beats DoRA", STARTED, "DoRA"),
     ("FoRA beats LoRA at half the rank, its equal in parameters", FORA, "LoRA, half the rank"),
     ("FoRA at a quarter of the parameters beats AdaLoRA", FORA, "AdaLoRA"),
     ("Selection beats random layers, with plain LoRA", "LoRA, Fisher half", "LoRA, random half"),

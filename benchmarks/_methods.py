@@ -81,32 +81,28 @@ def _all(setting: Setting) -> list[int]:
 # -- ours --------------------------------------------------------------------------------------------------------------
 
 
-def ours(layers: Callable[[Setting], Sequence[int]], *, gradient_start: bool = False, **options: Any) -> Build:
-    """Put our adapters on some layers; ``options`` go to ``add_adapters``.
+def ours(
+    layers: Callable[[Setting], Sequence[int]] | None = None, *, gradient_start: bool = False, **options: Any
+) -> Build:
+    """Put our adapters on some layers, or on the linear maps chosen one by one; ``options`` go to ``add_adapters``.
 
     With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
-        chosen = list(layers(setting))
-        where: dict[str, Any] = {"layers": chosen, "rank": setting.rank, "target_modules": TARGETS}
+        where: dict[str, Any] = (
+            {"layers": None, "target_modules": setting.modules}
+            if layers is None
+            else {"layers": layers(setting), "target_modules": TARGETS}
+        )
+        where["rank"] = setting.rank
         begin = time.perf_counter()
         start = {"init": gradient_init(model, setting.calibration, **where)} if gradient_start else {}
-        add_adapters(model, **where, **options, **start)
-        return _with_our_optimizer(model, setting, {"layers": chosen, "start_s": time.perf_counter() - begin})
+        names = add_adapters(model, **where, **options, **start)
+        extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
+        return _with_our_optimizer(model, setting, extra)
 
     return build
-
-
-def ours_by_module(model: Any, setting: Setting) -> Tuned:
-    """Put our adapters on single linear maps chosen over all layers."""
-    by_layer: dict[int, list[str]] = {}
-    for name in setting.modules:
-        layer = next(int(word) for word in name.split(".") if word.isdigit())
-        by_layer.setdefault(layer, []).append(name.split(".")[-1])
-    for layer, targets in sorted(by_layer.items()):
-        add_adapters(model, layers=[layer], rank=setting.rank, target_modules=targets)
-    return _with_our_optimizer(model, setting, {"modules": len(setting.modules)})
 
 
 def _with_our_optimizer(model: Any, setting: Setting, extra: dict[str, Any]) -> Tuned:
@@ -206,6 +202,7 @@ def _peft() -> Any:
 
 
 FORA = "FoRA (A)"
+STARTED = "FoRA (A), gradient start"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
@@ -213,10 +210,11 @@ METHODS: dict[str, Build] = {
     "Stiefel A, all layers": ours(_all),
     "LoRA, Fisher half": lora(_selected),
     "DoRA": lora(use_dora=True),
-    "FoRA (A), gradient start": ours(_selected, gradient_start=True),
+    STARTED: ours(_selected, gradient_start=True),
     "FoRA (both)": ours(_selected, orthonormal="both"),
     "FoRA (B)": ours(_selected, orthonormal="B"),
-    "FoRA (A), modules by score per parameter": ours_by_module,
+    "FoRA (A), modules": ours(),
+    "FoRA (A), modules, gradient start": ours(gradient_start=True),
     "Stiefel A, random half": ours(random_half),
     "LoRA, random half": lora(random_half),
     "rsLoRA": lora(use_rslora=True),

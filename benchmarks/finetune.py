@@ -28,14 +28,14 @@ from tqdm import tqdm
 
 from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
-from benchmarks._methods import FORA, METHODS, TARGETS, Setting, Tuned
+from benchmarks._methods import FORA, METHODS, STARTED, TARGETS, Setting, Tuned
 from stiefel_lora.data import batch_indices
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.pretrained import find_device, load_pretrained
 from stiefel_lora.training import FinetuneConfig, learning_rate
 
 # Rows that get all seeds; the others show a tendency.
-MAIN = ("LoRA", FORA, "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half", "Stiefel A, random half",
+MAIN = ("LoRA", FORA, STARTED, "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half", "Stiefel A, random half",
         "LoRA, random half", "Stiefel A, all layers")  # fmt: skip
 CALIBRATION = 32
 
