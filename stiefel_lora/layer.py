@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._models import is_conv1d, is_linear, linear_shape
+from stiefel_lora._precision import exact_products, under_autocast
 from stiefel_lora.errors import InputError, ManifoldError
 from stiefel_lora.stiefel import check_choice, effective_rank, orthogonality_error, project_point, random_point
 
@@ -144,7 +145,7 @@ class StiefelLoRALinear(nn.Module):
         return out + self._update(x).to(out.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
-        if not _under_autocast(x.device.type):
+        if not under_autocast(x.device.type):
             x = x.to(self.lora_A.dtype)
         hidden = self.dropout(x) @ self.lora_A
         if self.orthonormal == "both":
@@ -154,10 +155,11 @@ class StiefelLoRALinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """Return the update of the weight, ``scaling * B @ A^T``, shape (out_features, in_features).
 
-        It is differentiable, in the factors' dtype, and (out, in) for a ``Conv1D`` base as well.
+        It is differentiable, in the factors' dtype and precision, and (out, in) for a ``Conv1D`` base as well.
         """
-        left = self.lora_B @ self.lora_S if self.orthonormal == "both" else self.lora_B
-        return (self.scaling * left) @ self.lora_A.T
+        with exact_products([self.lora_A.device.type]):
+            left = self.lora_B @ self.lora_S if self.orthonormal == "both" else self.lora_B
+            return (self.scaling * left) @ self.lora_A.T
 
     @torch.no_grad()
     def merge(self) -> float:
@@ -403,7 +405,3 @@ def plain_weight(base: nn.Module) -> nn.Parameter:
 
 def _is_wide(tensor: Tensor) -> bool:
     return torch.finfo(tensor.dtype).bits >= 32
-
-
-def _under_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -1,7 +1,8 @@
 """Geometry of the Stiefel manifold St(n, r) = {X in R^(n x r) : X^T X = I}.
 
 Pure functions on tensors of shape (..., n, r) with n >= r; leading dimensions are a batch of independent points.
-Nothing larger than the given n x r tensors is built: every r x r matrix below is a Gram matrix of them.
+Nothing larger than the given n x r tensors is built: every r x r matrix below is a Gram matrix of them. The public
+functions compute in the precision of their arguments, under autocast and with TF32 or bf16 products allowed as well.
 
 References:
     [AMS] Absil, Mahony, Sepulchre, "Optimization Algorithms on Matrix Manifolds", Princeton 2008.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from stiefel_lora._precision import exact_products
 from stiefel_lora._types import Metric, Retraction
 from stiefel_lora.errors import InputError
 
@@ -49,7 +51,8 @@ def project(x: Tensor, g: Tensor) -> Tensor:
     Reference: [AMS], example 3.6.2.
     """
     _check_pair(x, g)
-    return g - x @ sym(x.mT @ g)
+    with exact_products([x.device.type]):
+        return g - x @ sym(x.mT @ g)
 
 
 def project_(x: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
@@ -76,7 +79,8 @@ def riemannian_gradient(x: Tensor, g: Tensor, metric: Metric = "euclidean") -> T
     if metric == "euclidean":
         return project(x, g)
     _check_pair(x, g)
-    return g - x @ (g.mT @ x)
+    with exact_products([x.device.type]):
+        return g - x @ (g.mT @ x)
 
 
 def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
@@ -101,7 +105,8 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
     """
     _check_pair(x, u)
     check_choice("retraction", method, tuple(RETRACTIONS))
-    return RETRACTIONS[method](x, u, None)
+    with exact_products([x.device.type]):
+        return RETRACTIONS[method](x, u, None)
 
 
 # Each retraction below is a function (x, u, into) -> new point. With ``into`` given, all three of shape (k, n, r), it
@@ -224,7 +229,8 @@ def project_point(x: Tensor) -> Tensor:
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
     if (s[..., -1] <= s[..., 0] * torch.finfo(wide.dtype).eps * x.shape[-2]).any():
         raise InputError(f"cannot project a rank-deficient matrix of shape {tuple(x.shape)}: its columns are dependent")
-    return (u @ vh).to(x.dtype).contiguous()
+    with exact_products([x.device.type]):
+        return (u @ vh).to(x.dtype).contiguous()
 
 
 def random_point(
@@ -268,7 +274,8 @@ def orthogonality_error(x: Tensor) -> Tensor:
     """Return |X^T X - I|_F for each matrix, shape x.shape[:-2]; bf16 and fp16 are measured in float32."""
     check_tall(x)
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    gram = wide.mT @ wide
+    with exact_products([x.device.type]):
+        gram = wide.mT @ wide
     return torch.linalg.matrix_norm(gram - _eye_like(gram))
 
 

@@ -1,0 +1,70 @@
+"""Matrix products in the precision of their operands, whatever autocast and the TF32 and bf16 switches allow."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+# torch 2.9 gave each backend a switch of its own, beside the older one for all of them.
+_SWITCHES: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+if not all(hasattr(switch, "fp32_precision") for switch in _SWITCHES):
+    _SWITCHES = ()
+
+
+def under_autocast(device: str) -> bool:
+    """Tell whether autocast is on for a type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def exact_products(devices: Iterable[str]) -> AbstractContextManager[object]:
+    """Return a context in which products on these types of devices have the precision of their operands.
+
+    A point is orthonormal to float32 rounding only if its Gram matrices are. ``set_float32_matmul_precision("high")``,
+    as training scripts often have it, would leave three digits of them, and autocast two. What was set comes back.
+    """
+    autocast = [device for device in devices if under_autocast(device)]
+    # A compiled function keeps the precision that it was compiled under.
+    reduced = not torch.compiler.is_compiling() and _is_reduced()
+    if not autocast and not reduced:
+        return nullcontext()
+    stack = ExitStack()
+    for device in autocast:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    if reduced:
+        stack.enter_context(_full_float32())
+    return stack
+
+
+def _is_reduced() -> bool:
+    if not _SWITCHES:
+        return torch.get_float32_matmul_precision() != "highest"
+    return any(switch.fp32_precision not in {"none", "ieee"} for switch in _SWITCHES)
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    before = [switch.fp32_precision for switch in _SWITCHES]
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses to say where the newer switches alone were used
+        legacy = "highest"
+    try:
+        if legacy != "highest":
+            # Both kinds of switches have to agree, or torch refuses to multiply.
+            torch.set_float32_matmul_precision("highest")
+        for switch in _SWITCHES:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
+        for switch, value in zip(_SWITCHES, before, strict=True):
+            _restore(switch, value)
+
+
+def _restore(switch: Any, value: str) -> None:
+    # What came from a wider switch is to follow that one again.
+    switch.fp32_precision = "none"
+    if switch.fp32_precision != value:
+        switch.fp32_precision = value
