@@ -163,7 +163,7 @@ def _memory(optimizer: torch.optim.Optimizer, down: list[Tensor]) -> dict[str, f
         for value in optimizer.state[p].values()
         if isinstance(value, Tensor)
     )
-    scratch = sum(m.numel() * m.element_size() for m in optimizer._workspace._memory.values())  # type: ignore[attr-defined]
+    scratch = optimizer._workspace.nbytes  # type: ignore[attr-defined]
     return {
         "state_per_parameter": state / sum(sizes.values()),
         "scratch_per_largest_group": scratch / max(sizes.values()),

@@ -56,9 +56,14 @@ def project(x: Tensor, g: Tensor) -> Tensor:
 
 
 def project_(x: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
-    """Project ``g`` as ``project`` does, into ``out`` or else in place; all of shape (k, n, r). Returns where it is."""
+    """Project ``g`` as ``project`` does, into ``out`` or else in place, and return that; all ([k,] n, r)."""
     z = x.mT @ g
-    return torch.baddbmm(g, x, z + z.mT, alpha=-0.5, out=g if out is None else out)
+    return add_product(g, x, z + z.mT, -0.5, g if out is None else out)
+
+
+def add_product(z: Tensor, a: Tensor, b: Tensor, alpha: float, out: Tensor) -> Tensor:
+    """Write Z + alpha A B into ``out``, which may be ``z``; matrices or batches of them, (k, ., .). Returns it."""
+    return (torch.addmm if z.dim() == 2 else torch.baddbmm)(z, a, b, alpha=alpha, out=out)
 
 
 def riemannian_gradient(x: Tensor, g: Tensor, metric: Metric = "euclidean") -> Tensor:
@@ -109,7 +114,7 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
         return RETRACTIONS[method](x, u, None)
 
 
-# Each retraction below is a function (x, u, into) -> new point. With ``into`` given, all three of shape (k, n, r), it
+# Each retraction below is a function (x, u, into) -> new point. With ``into`` given, all three of shape ([k,] n, r), it
 # writes the new point there and may overwrite u; without, it allocates and can be differentiated.
 
 
@@ -164,7 +169,7 @@ def _sum(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
 
 def _combine(x: Tensor, c1: Tensor, u: Tensor, c2: Tensor, into: Tensor | None) -> Tensor:
     """Return X C1 + U C2."""
-    return x @ c1 + u @ c2 if into is None else torch.bmm(x, c1, out=into).baddbmm_(u, c2)
+    return x @ c1 + u @ c2 if into is None else add_product(torch.matmul(x, c1, out=into), u, c2, 1, into)
 
 
 def _tangent_grams(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stiefel_lora import stiefel
 from stiefel_lora.errors import InputError, ManifoldError
-from stiefel_lora.optim import RiemannianAdam, RiemannianSGD, _base
+from stiefel_lora.optim import RiemannianAdam, RiemannianSGD, _base, _batch
 
 PAIRS = {"adam": (RiemannianAdam, torch.optim.AdamW), "sgd": (RiemannianSGD, torch.optim.SGD)}
 # What makes each optimizer keep a momentum, and a step size for the tests.
@@ -495,6 +495,12 @@ def test_moving_the_model_to_another_dtype_in_mid_run(kind: str) -> None:
     assert float(stiefel.orthogonality_error(state["master"])) < 5e-6
 
 
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the optimizers take the path of devices on which reading a number waits."""
+    for module in (_base, _batch):
+        monkeypatch.setattr(module, "reads_at_no_cost", lambda _: False)
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_a_step_that_does_not_look_whether_all_gradients_are_finite_is_the_same(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -502,7 +508,7 @@ def test_a_step_that_does_not_look_whether_all_gradients_are_finite_is_the_same(
     seeing = [parameter(12, 4), parameter(12, 4), parameter(9, 2)]
     blind = copies(seeing)
     steps(PAIRS[kind][0](seeing, **COMMON[kind]), seeing, range(5))
-    monkeypatch.setattr(_base, "_reads_at_no_cost", lambda _: False)
+    forbid_reading(monkeypatch)
     steps(PAIRS[kind][0](blind, **COMMON[kind]), blind, range(5))
     for a, b in zip(seeing, blind, strict=True):
         # The same formulas, rounded in another order.
@@ -511,7 +517,7 @@ def test_a_step_that_does_not_look_whether_all_gradients_are_finite_is_the_same(
 
 def test_no_host_synchronisation_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """No number is read from a tensor of the manifold part: what would wait for the device on an accelerator."""
-    monkeypatch.setattr(_base, "_reads_at_no_cost", lambda _: False)
+    forbid_reading(monkeypatch)
     params = [parameter(12, 4), parameter(12, 4), parameter(9, 2)]
     for retraction in ("qr", "cayley", "polar"):
         for optimizer in (

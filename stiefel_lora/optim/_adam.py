@@ -167,7 +167,7 @@ def adam_step(
     """Update the moments of k matrices in place and return their tangent steps, which take the place of ``rgrad``.
 
     Args:
-        x: Points, shape (k, n, r).
+        x: Points, shape (k, n, r), or one alone, shape (n, r), and likewise below.
         rgrad: Riemannian gradients, same shape.
         square: Their squared norms, shape (k,).
         moves: Whether a matrix is updated, shape (k,); where not, its moments stay and its step is zero. None: all are.
@@ -195,18 +195,17 @@ def adam_step(
         # What is kept all the same must not make a NaN of the step.
         square = torch.where(_like(moves, square), square, exp_avg_sq)
     kept = [step, exp_avg_sq] if max_exp_avg_sq is None else [step, exp_avg_sq, max_exp_avg_sq]
-    # The few numbers of a single matrix are Python's, at a tenth of the cost.
-    alone = moves is None and square.numel() == 1
     old: list[Number] = [square, step.to(x.dtype), *kept[1:]]
-    if alone:
-        old = [tensor.item() for tensor in old]
+    if x.dim() == 2:
+        # The few numbers of a matrix alone are Python's, at a tenth of the cost.
+        old, lr = [z if z.dim() else z.item() for z in old], float(lr)
     least = torch.finfo(x.dtype).tiny ** 0.75
-    new, size, root = adam_numbers(*old, lr=float(lr) if alone else lr, betas=betas, eps=eps, least=least)
+    new, size, root = adam_numbers(*old, lr=lr, betas=betas, eps=eps, least=least)
     for tensor, value in zip(kept, new, strict=True):
-        if alone:
-            tensor.fill_(value)
-        else:
+        if isinstance(value, Tensor):
             tensor.copy_(value if moves is None else torch.where(_like(moves, tensor), value, tensor))
+        else:
+            tensor.fill_(value)
     if moves is not None:
         size = torch.where(moves, size, 0)
     if second_moment == "element":

@@ -12,9 +12,10 @@ from torch import Tensor
 from stiefel_lora._precision import exact_products
 from stiefel_lora._types import Params
 from stiefel_lora.errors import InputError, ManifoldError
-from stiefel_lora.optim._batch import Bucket, Piece, StateSpec, Workspace, compute_dtype
+from stiefel_lora.optim._batch import Bucket, Piece, StateSpec, Workspace, compute_dtype, reads_at_no_cost
 from stiefel_lora.stiefel import (
     RETRACTIONS,
+    add_product,
     check_choice,
     check_tall,
     orthogonality_error,
@@ -55,16 +56,16 @@ def bounded_step(direction: Tensor, size: Tensor | float, out: Tensor) -> Tensor
     """Write -size * direction into ``out``, shortened where it is longer than a quarter turn a column, and return it.
 
     Args:
-        direction: Tangent vectors, shape (k, n, r).
+        direction: Tangent vectors, shape (k, n, r), or one, shape (n, r).
         size: Step sizes, shape (k,), zero for a matrix that is to stay; or one number.
-        out: Where the steps go, shape (k, n, r); may be ``direction``.
+        out: Where the steps go, same shape; may be ``direction``.
     """
     limit = _LONGEST_STEP * direction.shape[-1] ** 0.5
-    norm = torch.linalg.vector_norm(direction, dim=(-2, -1))
-    if len(direction) == 1 and isinstance(size, float):
-        return torch.mul(direction, -size * limit / max(size * norm.item(), limit), out=out)
+    if direction.dim() == 2:
+        length = float(size * torch.linalg.vector_norm(direction).item())
+        return torch.mul(direction, -size * limit / max(length, limit), out=out)
     # Zero times a norm that overflows is a step of zero.
-    length = (size * norm).nan_to_num_(nan=0)
+    length = (size * torch.linalg.vector_norm(direction, dim=(-2, -1))).nan_to_num_(nan=0)
     factor = size * (-limit / length.clamp_min_(limit))
     return torch.mul(direction, factor[:, None, None], out=out)
 
@@ -88,19 +89,15 @@ def _moves(square: Tensor) -> Tensor | None:
 
     A matrix whose gradient has a NaN, an infinity or a norm that overflows stays where it is.
     """
-    moves = square < torch.inf
-    return None if _reads_at_no_cost(moves) and bool(moves.all()) else moves
-
-
-def _reads_at_no_cost(x: Tensor) -> bool:
-    """Tell whether looking at a value does not wait for a device."""
-    return x.device.type == "cpu"
+    if reads_at_no_cost(square) and square.max().item() < torch.inf:
+        return None
+    return square < torch.inf
 
 
 def _riemannian_gradient(x: Tensor, g: Tensor, group: Group, out: Tensor) -> Tensor:
-    """Write the Riemannian gradient of what is minimised into ``out``, which may be ``g``; all of shape (k, n, r)."""
+    """Write the Riemannian gradient of what is minimised into ``out``, which may be ``g``; all ([k,] n, r)."""
     if group["metric"] == "canonical":
-        torch.baddbmm(g, x, g.mT @ x, alpha=-1, out=out)
+        add_product(g, x, g.mT @ x, -1, out)
     else:
         project_(x, g, out)
     return out.neg_() if group["maximize"] else out
@@ -159,14 +156,14 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
         Args:
             piece: The matrices and their state.
-            rgrad: Riemannian gradients, shape (k, n, r), without NaN or infinity; may be overwritten.
-            square: Their squared norms, shape (k,); NaN or infinite where ``moves`` is false.
-            moves: Whether a matrix is updated, shape (k,); where not, it keeps its state. None if all are known to be,
-                and then numbers may be read from tensors.
+            rgrad: Riemannian gradients, shape (k, n, r), or (n, r) of a matrix alone, without NaN or infinity; may be
+                overwritten.
+            square: Their squared norms, shape (k,), or () of a matrix alone; NaN or infinite where ``moves`` is false.
+            moves: Whether a matrix is updated, shape (k,); where not, it keeps its state. None if all are known to be.
             group: The options.
 
         Returns:
-            The step U, shape (k, n, r), zero where ``moves`` is false.
+            The step U, in the shape of ``rgrad``, zero where ``moves`` is false.
         """
         raise NotImplementedError
 
@@ -323,12 +320,14 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     def _step_piece(self, piece: Piece, group: Group) -> None:
         x = piece.point
         rgrad = _riemannian_gradient(x, piece.grad, group, piece.work)
-        square = torch.linalg.vector_norm(rgrad, dim=(-2, -1)).square_()
+        square = torch.linalg.vector_norm(rgrad, dim=None if piece.alone else (-2, -1)).square_()
         moves = _moves(square)
         if moves is not None:
+            piece.state["skipped"] += ~moves
+            if piece.alone:
+                return
             # From here on its gradient is finite, and all that is done with a matrix that stays is multiplied by zero.
             rgrad.nan_to_num_(0, 0, 0)
-            piece.state["skipped"] += ~moves
         u = self._stiefel_step(piece, rgrad, square, moves, group)
         new = RETRACTIONS[group["retraction"]](x, u, piece.spare)
         if moves is not None:

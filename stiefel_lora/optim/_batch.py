@@ -1,7 +1,7 @@
 """Matrices of one shape, dtype and device as one batch, with their optimizer state in stacked buffers."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,12 @@ class StateSpec:
 
 @dataclass
 class Piece:
-    """A run of k matrices that are updated together.
+    """A run of k matrices that are updated together, or one matrix alone.
 
     Attributes:
         params: The parameters they belong to.
-        point: The matrices in the compute dtype, shape (k, n, r): scratch memory, or the one parameter itself.
+        point: The matrices in the compute dtype, shape (k, n, r): scratch memory, or the one parameter itself; (n, r)
+            for a matrix alone, and likewise below.
         grad: Their Euclidean gradients, same shape and dtype: scratch memory, or the one parameter's own gradient.
         work: Scratch memory of the same shape and dtype, the same as ``grad`` where that is scratch memory.
         spare: More of it.
@@ -45,6 +46,11 @@ class Piece:
     spare: Tensor
     state: dict[str, Tensor]
     master: Tensor | None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is one matrix alone, whose few numbers may be read as Python's."""
+        return self.point.dim() == 2
 
     def write_back(self, new: Tensor) -> None:
         """Store new points, shape (k, n, r), in the parameters."""
@@ -69,14 +75,29 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._views: dict[tuple[int, Sequence[int], torch.dtype, torch.device], Sequence[Tensor]] = {}
 
-    def take(self, count: int, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterable[Tensor]:
+    @property
+    def nbytes(self) -> int:
+        """Return how much memory is kept, in bytes."""
+        return sum(memory.numel() * memory.element_size() for memory in self._memory.values())
+
+    def take(self, count: int, size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
         """Return tensors of the given size with arbitrary content, valid until the next call."""
-        needed = count * math.prod(size)
-        memory = self._memory.get((dtype, device))
-        if memory is None or memory.numel() < needed:
-            memory = self._memory[dtype, device] = torch.empty(needed, dtype=dtype, device=device)
-        return memory[:needed].view(count, *size).unbind()
+        views = self._views.get((count, size, dtype, device))
+        if views is None:
+            needed = count * math.prod(size)
+            memory = self._memory.get((dtype, device))
+            if memory is None or memory.numel() < needed:
+                memory = self._memory[dtype, device] = torch.empty(needed, dtype=dtype, device=device)
+                self._views.clear()
+            views = self._views[count, size, dtype, device] = memory[:needed].view(count, *size).unbind()
+        return views
+
+
+def reads_at_no_cost(x: Tensor) -> bool:
+    """Tell whether looking at a value does not wait for a device."""
+    return x.device.type == "cpu"
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
@@ -103,6 +124,8 @@ class Bucket:
         self.dtype = compute_dtype(params[0])
         self.ends = torch.tensor([p.shape[:-2].numel() for p in params]).cumsum(0).tolist()
         self.starts = [0, *self.ends[:-1]]
+        # The size of all matrices in the compute dtype, in bytes.
+        self.nbytes = self.ends[-1] * params[0].shape[-2:].numel() * self.dtype.itemsize
         if self.dtype != params[0].dtype:
             spec = {**spec, "master": StateSpec("matrix")}
         self.buffers = {key: self._gather_state(key, entry, state) for key, entry in spec.items()}
@@ -145,11 +168,6 @@ class Bucket:
             buffer[start:end].view(expected).copy_(saved)
         return buffer
 
-    @property
-    def nbytes(self) -> int:
-        """Return the size of all matrices in the compute dtype, in bytes."""
-        return self.ends[-1] * self.params[0].shape[-2:].numel() * self.dtype.itemsize
-
     def pieces(self, workspace: Workspace, largest: int) -> Iterator[Piece]:
         """Yield the parameters that have a gradient, in runs of neighbours of bounded size.
 
@@ -174,15 +192,15 @@ class Bucket:
     def _piece(self, run: list[int], workspace: Workspace) -> Piece:
         params = self.params[run[0] : run[-1] + 1]
         first = params[0]
+        grads = [_dense_grad(p) for p in params]
+        if len(run) == 1 and first.dim() == 2 and first.dtype == self.dtype and reads_at_no_cost(first):
+            work, spare = workspace.take(2, first.shape, self.dtype, first.device)
+            return Piece(params, first.detach(), grads[0], work, spare, self._views[run[0]], None)
         begin, end = self.starts[run[0]], self.ends[run[-1]]
         whole = len(run) == len(self.params)
         state = {key: buffer if whole else buffer[begin:end] for key, buffer in self.buffers.items()}
         master = state.pop("master", None)
         size = (end - begin, *first.shape[-2:])
-        grads = [_dense_grad(p) for p in params]
-        if len(run) == 1 and master is None and first.is_contiguous() and grads[0].is_contiguous():
-            work, spare = workspace.take(2, size, self.dtype, first.device)
-            return Piece(params, first.detach().view(size), grads[0].view(size), work, spare, state, None)
         point, grad, spare = workspace.take(3, size, self.dtype, first.device)
         _stack(params, point)
         _stack(grads, grad)

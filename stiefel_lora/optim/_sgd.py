@@ -93,18 +93,22 @@ class RiemannianSGD(RiemannianOptimizer):
         return state.get("momentum_buffer")
 
     def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group) -> Tensor:
-        size = float(group["lr"]) if moves is None else moves.to(rgrad.dtype) * group["lr"]
+        size = group["lr"] if moves is None else moves.to(rgrad.dtype) * group["lr"]
+        if piece.alone:
+            size = float(size)
         if group["momentum"] == 0:
             return bounded_step(rgrad, size, rgrad)
         momentum, buffer, step = group["momentum"], piece.state["momentum_buffer"], piece.state["step"]
-        fresh = 1 - group["dampening"] * (step > 0).to(rgrad.dtype)
-        if moves is None:
-            buffer.mul_(momentum).addcmul_(rgrad, fresh[:, None, None])
-            step += 1
+        if piece.alone:
+            count = step.item()
+            buffer.mul_(momentum).add_(rgrad, alpha=1 - group["dampening"] * (count > 0))
+            step.fill_(count + 1)
         else:
             # The buffer of a skipped matrix stays: its factor is one and what is added is zero.
-            weight = moves.to(rgrad.dtype)
-            buffer.mul_((1 - weight * (1 - momentum))[:, None, None]).addcmul_(rgrad, (fresh * weight)[:, None, None])
+            weight = torch.ones_like(step, dtype=rgrad.dtype) if moves is None else moves.to(rgrad.dtype)
+            fresh = weight * (1 - group["dampening"] * (step > 0).to(rgrad.dtype))
+            kept = 1 - weight * (1 - momentum)
+            buffer.mul_(kept[:, None, None]).addcmul_(rgrad, fresh[:, None, None])
             step += weight
         direction = rgrad.add_(buffer, alpha=momentum) if group["nesterov"] else buffer
         return bounded_step(direction, size, rgrad)
