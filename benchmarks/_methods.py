@@ -82,11 +82,16 @@ def _all(setting: Setting) -> list[int]:
 
 
 def ours(
-    layers: Callable[[Setting], Sequence[int]] | None = None, *, gradient_start: bool = False, **options: Any
+    layers: Callable[[Setting], Sequence[int]] | None = None,
+    *,
+    share: float = 1.0,
+    gradient_start: bool = False,
+    **options: Any,
 ) -> Build:
-    """Put our adapters on some layers, or on the linear maps chosen one by one; ``options`` go to ``add_adapters``.
+    """Put our adapters at ``share`` of the rank on some layers, or on the linear maps chosen one by one.
 
-    With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient.
+    With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient;
+    ``options`` go to ``add_adapters``.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
@@ -95,7 +100,7 @@ def ours(
             if layers is None
             else {"layers": layers(setting), "target_modules": TARGETS}
         )
-        where["rank"] = setting.rank
+        where["rank"] = round(share * setting.rank)
         begin = time.perf_counter()
         start = {"init": gradient_init(model, setting.calibration, **where)} if gradient_start else {}
         names = add_adapters(model, **where, **options, **start)
@@ -211,6 +216,7 @@ METHODS: dict[str, Build] = {
     "LoRA, Fisher half": lora(_selected),
     "DoRA": lora(use_dora=True),
     STARTED: ours(_selected, gradient_start=True),
+    "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
     "FoRA (both)": ours(_selected, orthonormal="both"),
     "FoRA (B)": ours(_selected, orthonormal="B"),
     "FoRA (A), modules": ours(),

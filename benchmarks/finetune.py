@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help="rows to work on (default: all): " + "; ".join(METHODS),
     )  # fmt: skip
-    parser.add_argument("--lrs", nargs="+", type=float, default=[3e-3, 1e-3, 1e-2], help="grid of learning rates")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 5e-4], help="grid of learning rates")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the main rows, at their best rate (default: 3)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so long; call again")
     parser.add_argument("--time", action="store_true", help="also time a step of every method, all in turn in one run")
