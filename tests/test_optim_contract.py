@@ -482,6 +482,23 @@ def test_sparse_gradients_are_refused(kind: str) -> None:
         PAIRS[kind][0]([p], **COMMON[kind]).step()
 
 
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch wants gradients of the parameter's dtype")
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_gradients_of_a_lower_precision_are_taken(kind: str, count: int) -> None:
+    params: list[Tensor] = [parameter(12, 4, dtype=torch.float32) for _ in range(count)]
+    twins = copies(params)
+    for p, q in zip(params, twins, strict=True):
+        p.grad_dtype = torch.bfloat16  # type: ignore[attr-defined]
+        p.grad = torch.randn(12, 4, dtype=torch.bfloat16)
+        q.grad = p.grad.float()
+    for ps in (params, twins):
+        PAIRS[kind][0](ps, **COMMON[kind]).step()
+    for p, q in zip(params, twins, strict=True):
+        # A batch and a matrix alone round in another order.
+        torch.testing.assert_close(p.detach().as_subclass(Tensor), q.detach().as_subclass(Tensor), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_moving_the_model_to_another_dtype_in_mid_run(kind: str) -> None:
     p = parameter(12, 4, dtype=torch.float32)

@@ -193,7 +193,8 @@ class Bucket:
         params = self.params[run[0] : run[-1] + 1]
         first = params[0]
         grads = [_dense_grad(p) for p in params]
-        if len(run) == 1 and first.dim() == 2 and first.dtype == self.dtype and reads_at_no_cost(first):
+        wide = first.dtype == grads[0].dtype == self.dtype
+        if len(run) == 1 and first.dim() == 2 and wide and reads_at_no_cost(first):
             work, spare = workspace.take(2, first.shape, self.dtype, first.device)
             return Piece(params, first.detach(), grads[0], work, spare, self._views[run[0]], None)
         begin, end = self.starts[run[0]], self.ends[run[-1]]
