@@ -110,6 +110,9 @@ def _task(results: dict[str, Any], task: str) -> str:
             f"adds the {timing['selection_s']:.0f} s of selection to all steps where layers are chosen by score."
         )
     title = f"{task}: {frame['steps']} steps of {frame['batch_size']} x {frame['seq_len']} tokens, rank {frame['rank']}"
+    if frame.get("train_samples"):
+        epochs = frame["steps"] * frame["batch_size"] / frame["train_samples"]
+        title += f", {epochs:.3g} times through {frame['train_samples']} samples"
     verdicts = "\n".join(f"- {line}" for line in claims(cells, task))
     return f"### {title}\n\n{_harness.markdown(list(_HEADER), rows)}\n\n{' '.join(notes)}\n\n{verdicts}"
 
@@ -154,7 +157,7 @@ def _by_loss(cells: list[Cell], task: str) -> list[tuple[float, str, dict[int, C
     return sorted(rows, key=lambda row: -row[0])
 
 
-def plot(results: dict[str, Any], path: Path) -> Path:
+def plot(results: dict[str, Any], path: Path) -> None:
     """Draw the held-out loss of every method at its best rate, one dot a seed, best at the top; one panel a task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -186,4 +189,3 @@ def plot(results: dict[str, Any], path: Path) -> Path:
         axes.grid(axis="y", color="#eeeeee")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-    return path

@@ -28,7 +28,9 @@ def write(results: Path = _harness.RESULTS) -> list[Path]:
         content = json.loads(path.read_text())
         plot = getattr(_study(content), "plot", None)
         if plot is not None:
-            written += plot(content["results"], results)
+            picture = path.with_suffix(".png")
+            plot(content["results"], picture)
+            written.append(picture)
     page = results / PAGE
     page.write_text(render(results), encoding="utf-8")
     return [page, *written]
@@ -49,6 +51,6 @@ def _section(path: Path) -> str:
         + (f" and {machine['cuda']}" if machine["cuda"] else "")
         + f"; {packages}."
     )
-    pictures = [f"![{name}]({name})" for name in getattr(study, "PICTURES", ())]
+    pictures = [f"![{path.stem}]({path.stem}.png)"] if hasattr(study, "plot") else []
     question = (study.__doc__ or "").strip().splitlines()[0]
     return "\n\n".join([f"## {path.stem}: {question}", *pictures, study.report(content["results"]), source])

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,14 @@ def tiny() -> tuple[nn.Module, Task]:
     ids = list(torch.randint(99, (16, 16)))
     data = Dataset(ids, ids, "random tokens")
     return model, Task("code", data, data, data, [Question(row, torch.tensor([1, 2]), 0) for row in ids[:4]])
+
+
+def with_less_to_train_on(task: Task, samples: int) -> Task:
+    """Return the task with training samples from all over its training data, to be gone through many times."""
+    chosen = spread(len(task.train), samples)
+    ids, labels = ([part[i] for i in chosen] for part in (task.train.input_ids, task.train.labels))
+    description = f"{len(chosen)} samples from all over {task.train.description}"
+    return replace(task, train=Dataset(ids, labels, description))
 
 
 def _part(data: Dataset, begin: int, end: int) -> Dataset:

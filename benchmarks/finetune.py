@@ -52,6 +52,7 @@ class Frame:
         batch_size: Samples of a step.
         seq_len: Longest sample in tokens.
         warmup: Steps over which the rate rises; it falls along half a cosine afterwards.
+        train_samples: Samples to train on, over and over; None for all that there are.
         eval_samples: Samples of validation and of test data.
         questions: Questions whose answers are counted.
         device: Where to compute.
@@ -65,6 +66,7 @@ class Frame:
     batch_size: int
     seq_len: int
     warmup: int
+    train_samples: int | None
     eval_samples: int
     questions: int
     device: str | None
@@ -91,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: the device's)")
+    parser.add_argument("--train-samples", type=int, help="samples to train on, over and over (default: all)")
     for name, value, text in (
         ("rank", 16, "rank of the adapters"),
         ("steps", 100, "optimizer steps"),
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # Where the data are may differ from machine to machine, and is no business of the result.
     settings = {**asdict(frame), "data": None}
     results = args.previous or {"frame": settings, "selection": {}, "cells": [], "timing": {}}
-    changed = {k: (results["frame"][k], v) for k, v in settings.items() if results["frame"][k] != v}
+    changed = {k: (results["frame"].get(k), v) for k, v in settings.items() if results["frame"].get(k) != v}
     if changed:
         sys.exit(f"{args.output} was measured with other settings (was, now): {changed}; give another --output")
     for task in args.tasks:
@@ -139,7 +142,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _quick(args: argparse.Namespace) -> dict[str, Any]:
     """Take a few steps with every method on a tiny random model."""
-    frame = Frame(None, None, 4, 4, 2, 16, 1, 4, 4, "cpu", "float32")
+    frame = Frame(None, None, 4, 4, 2, 16, 1, None, 4, 4, "cpu", "float32")
     model, task = _tasks.tiny()
     selection = _select(model, task, frame)
     keys = [("code", method, 1e-3, args.seed) for method in METHODS]
@@ -182,10 +185,12 @@ def _key(cell: Cell) -> Key:
 def _load(frame: Frame, task: str) -> tuple[Any, _tasks.Task]:
     model, tokenizer = load_pretrained(frame.model, device=find_device(frame.device), dtype=frame.dtype)
     if task == "code":
-        return model, _tasks.code(tokenizer, frame.seq_len)
-    if frame.data is None:
+        data = _tasks.code(tokenizer, frame.seq_len)
+    elif frame.data is None:
         raise ValueError("the task instructions needs --data")
-    return model, _tasks.instructions(frame.data, tokenizer, frame.seq_len, frame.questions)
+    else:
+        data = _tasks.instructions(frame.data, tokenizer, frame.seq_len, frame.questions)
+    return model, data if frame.train_samples is None else _tasks.with_less_to_train_on(data, frame.train_samples)
 
 
 def select(frame: Frame, task: str, threads: int) -> dict[str, Any]:
@@ -351,12 +356,9 @@ def report(results: dict[str, Any]) -> str:
     return _finetune_table.report(results)
 
 
-PICTURES = ("finetune.png",)
-
-
-def plot(results: dict[str, Any], folder: Path) -> list[Path]:
+def plot(results: dict[str, Any], path: Path) -> None:
     """Draw the held-out loss of every method, one panel a task."""
-    return [_finetune_table.plot(results, folder / PICTURES[0])]
+    _finetune_table.plot(results, path)
 
 
 if __name__ == "__main__":

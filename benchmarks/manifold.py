@@ -355,19 +355,8 @@ def _against(mine: float | None, others: dict[str, float]) -> str:
     return f"{'yes' if ratio <= SLACK else 'no'}: {ratio:.2f} times the time of {fastest}"
 
 
-PICTURES = ("manifold.png",)
-
-
-def plot(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw gap against time, one panel a problem, from the results alone.
-
-    Args:
-        results: What ``run`` returned.
-        folder: Where the picture goes.
-
-    Returns:
-        The files written.
-    """
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw gap against time, one panel a problem, from the results alone."""
     from matplotlib.figure import Figure
 
     problems = results["problems"]
@@ -401,10 +390,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         ncols=4 if columns > 2 else columns,
         fontsize=9,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / PICTURES[0]
     figure.savefig(path, dpi=110)
-    return [path]
 
 
 def _styles(solvers: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -230,10 +230,7 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-PICTURES = ("optimizer_step.png",)
-
-
-def plot(results: dict[str, Any], folder: Path) -> list[Path]:
+def plot(results: dict[str, Any], path: Path) -> None:
     """Draw the time of a step on the whole adapter as a multiple of fused AdamW's, one panel a model."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -258,8 +255,7 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
         axes.set_title(f"{model}, rank {scopes['rank']}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("time of one step, as a multiple of torch's fused AdamW on the same tensors", fontsize=9)
-    figure.savefig(folder / PICTURES[0], dpi=110)
-    return [folder / PICTURES[0]]
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

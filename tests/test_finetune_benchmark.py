@@ -81,7 +81,7 @@ def test_loss_and_accuracy_are_those_of_single_samples(folder: Path, tokenizer: 
 @pytest.mark.parametrize("method", ["LoRA", FORA, "FoRA (B)", "FoRA (both)", "LoRA, half the rank", "AdaLoRA"])
 def test_effective_rank_share_is_that_of_the_whole_update(method: str) -> None:
     model, task = _tasks.tiny()
-    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, 4, 4, "cpu", "float32")
+    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
     selection = finetune._select(model, task, frame)
     tuned = METHODS[method](model, finetune._setting(frame, task, selection, seed=0, lr=1e-2))
     before = {name: m.weight.detach().clone() for name, m in dense_linears(tuned.model).items()}
@@ -159,6 +159,18 @@ def test_a_table_is_not_continued_with_other_settings(tmp_path: Path, monkeypatc
     assert begun["cells"] == []
     with pytest.raises(SystemExit, match=r"steps.*\(100, 7\)"):
         finetune.run(arguments(tmp_path, previous=begun, steps=7))
+    # A result from before there was a setting has its default.
+    del begun["frame"]["train_samples"]
+    assert finetune.run(arguments(tmp_path, minutes=-1, previous=begun))["cells"] == []
+    with pytest.raises(SystemExit, match=r"train_samples.*\(None, 5\)"):
+        finetune.run(arguments(tmp_path, previous=begun, train_samples=5))
+
+
+def test_less_to_train_on_is_a_part_of_what_there_was() -> None:
+    _, whole = _tasks.tiny()
+    part = _tasks.with_less_to_train_on(whole, 3)
+    assert [any(torch.equal(x, y) for y in whole.train.input_ids) for x in part.train.input_ids] == [True] * 3
+    assert (part.test, part.validation, part.questions) == (whole.test, whole.validation, whole.questions)
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------
@@ -206,5 +218,5 @@ def test_a_page_has_the_tables_and_pictures_of_each_result(tmp_path: Path, capsy
     assert sorted(path.name for path in written) == ["README.md", "finetune.png"]
     assert all(path.is_file() for path in written)
     page = (tmp_path / "README.md").read_text()
-    assert "![finetune.png](finetune.png)" in page
+    assert "![finetune](finetune.png)" in page
     assert "| FoRA (A) |" in page
