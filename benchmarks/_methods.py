@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from benchmarks._peers import NotInstalledError
 from stiefel_lora import add_adapters, gradient_init, stiefel
+from stiefel_lora._types import SecondMoment
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.optim import RiemannianAdam
 
@@ -86,12 +88,14 @@ def ours(
     *,
     share: float = 1.0,
     gradient_start: bool = False,
+    rate_on_manifold: float = 1.0,
+    second_moment: SecondMoment = "mean",
     **options: Any,
 ) -> Build:
     """Put our adapters at ``share`` of the rank on some layers, or on the linear maps chosen one by one.
 
-    With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient;
-    ``options`` go to ``add_adapters``.
+    With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient. Its
+    learning rate is ``rate_on_manifold`` times that of the other factor; ``options`` go to ``add_adapters``.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
@@ -105,14 +109,18 @@ def ours(
         start = {"init": gradient_init(model, setting.calibration, **where)} if gradient_start else {}
         names = add_adapters(model, **where, **options, **start)
         extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
-        return _with_our_optimizer(model, setting, extra)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if isinstance(p, ManifoldParameter)], "lr": rate_on_manifold * setting.lr},
+            {"params": [p for p in trainable if not isinstance(p, ManifoldParameter)]},
+        ]
+        optimizer = RiemannianAdam(groups, lr=setting.lr, second_moment=second_moment, fused=True)
+        return _ours(model, optimizer, extra)
 
     return build
 
 
-def _with_our_optimizer(model: Any, setting: Setting, extra: dict[str, Any]) -> Tuned:
-    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=setting.lr, fused=True)
-
+def _ours(model: Any, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> Tuned:
     def updates() -> Iterable[tuple[Tensor, Tensor]]:
         for layer in adapter_layers(model).values():
             factors = {key: f.detach().as_subclass(Tensor) for key, f in layer.factors().items()}
@@ -216,6 +224,8 @@ METHODS: dict[str, Build] = {
     "LoRA, Fisher half": lora(_selected),
     "DoRA": lora(use_dora=True),
     STARTED: ours(_selected, gradient_start=True),
+    "FoRA (A), gradient start, A at twice the rate": ours(_selected, gradient_start=True, rate_on_manifold=2.0),
+    "FoRA (A), second moment of each element": ours(_selected, second_moment="element"),
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
     "FoRA (both)": ours(_selected, orthonormal="both"),
     "FoRA (B)": ours(_selected, orthonormal="B"),

@@ -303,13 +303,15 @@ def _train(model: Any, task: _tasks.Task, frame: Frame, key: Key, selection: dic
     tuned = METHODS[method](model, _setting(frame, task, selection, seed=seed, lr=lr))
     tuned.model.train()
     trainable = sum(p.numel() for group in tuned.optimizer.param_groups for p in group["params"])
-    schedule = FinetuneConfig(lr=lr, steps=frame.steps, warmup=frame.warmup)
+    schedule = FinetuneConfig(lr=1.0, steps=frame.steps, warmup=frame.warmup)
+    for group in tuned.optimizer.param_groups:
+        group["highest"] = group["lr"]
     losses, shares = [], []
     begin = time.perf_counter()
     for step in tqdm(range(frame.steps), desc=f"{method}, lr {lr:g}, seed {seed}", leave=False, disable=None):
         batch = task.train.batch(batch_indices(len(task.train), frame.batch_size, step, seed))
         for group in tuned.optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step)
+            group["lr"] = group["highest"] * learning_rate(schedule, step)
         loss, share = _step(tuned, {k: v.to(device) for k, v in batch.items()}, step)
         losses.append(loss)
         shares.append(share)
