@@ -8,9 +8,11 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess  # noqa: S404  asks git for the revision
 import sys
@@ -77,6 +79,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     found = json.loads(output.read_text()) if output.is_file() else {}
     args.save, args.output, args.previous = save, output, found.get("results")
     args.interrupted = found["results"] if found.get("status") == "partial" else None
+    signal.signal(signal.SIGTERM, _stop)
     try:
         results = study.run(args)
     except KeyboardInterrupt:
@@ -84,6 +87,13 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     save(results, "finished")
     print(study.report(results))
     print(f"\nwritten to {output}")
+
+
+def _stop(number: int, frame: object) -> None:
+    """Take along the processes that a study runs its parts in; they would work on for nobody."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.exit(128 + number)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
