@@ -3,7 +3,8 @@
 On SmolLM2-135M (or --model) with random tokens: our scores against a forward pass, against a loop over single samples
 with full weight gradients, and against the ghost norms of opacus; all of them over the same samples, in turn, with the
 agreement of the scores. The peak memory of each is measured in a process of its own. Also: the time against a forward
-pass for a wide random model, what share of a training run the scoring takes, and what early stopping saves.
+pass for a wide random model, what share of a training run the scoring takes, and how many samples of real text (the
+standard library's source, in blocks of 128 tokens) early stopping takes.
 
     python -m benchmarks fisher_cost
 """
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from benchmarks import _harness
 from stiefel_lora import add_adapters, fisher_scores
 from stiefel_lora._models import find_linears
+from stiefel_lora.data import batch_indices, load_data
 from stiefel_lora.optim import RiemannianAdam
 from stiefel_lora.pretrained import load_pretrained
 
@@ -50,11 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything, or (in a child process) the peak memory of one method."""
     if args.peak_of:
-        print(f"peak {_peak(args.peak_of, _load(args))}")
+        print(f"peak {_peak(args.peak_of, _load(args)[0])}")
         sys.exit(0)
     rounds = 1 if args.quick else args.rounds
     lengths = {128: args.samples, 512: args.long_samples} if not args.quick else {16: 4}
-    model = _load(args)
+    model, tokenizer = _load(args)
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     compared = {str(t): _compare(model, _batches(model, n, t), rounds) for t, n in lengths.items()}
     able = {name for part in compared.values() for name in part["rows"]}
@@ -67,16 +69,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else {m: [_child_peak(m, args, trim=trim) for trim in (False, True)] for m in METHODS if m in able},
         "wide": _wide(rounds, quick=args.quick),
         "share": _share(model, *((4, 16) if args.quick else (32, 128))),
-        "early_stopping": _early_stopping(model, _batches(model, *((8, 16) if args.quick else (64, 64)))),
+        "early_stopping": _early_stopping(model, _batches(model, 8, 16) if args.quick else _texts(tokenizer, 64, 128)),
     }
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model and its tokenizer; a tiny random model has none."""
     if not args.quick:
-        return load_pretrained(args.model)[0]
+        return load_pretrained(args.model)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, hidden_size=32, intermediate_size=64, vocab_size=99)).eval()
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, hidden_size=32, intermediate_size=64, vocab_size=99)).eval(), None
 
 
 _SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -86,6 +89,12 @@ def _batches(model: Any, samples: int, length: int, size: int = 4) -> list[Batch
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (samples, length), generator=generator)
     return [{"input_ids": part, "labels": part} for part in ids.split(size)]
+
+
+def _texts(tokenizer: Any, samples: int, length: int, size: int = 4) -> list[Batch]:
+    """Return shuffled blocks of the default data, the standard library's source."""
+    data, _ = load_data(None, tokenizer, seq_len=length)
+    return [data.batch(batch_indices(len(data), size, step, seed=0)) for step in range(samples // size)]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -250,7 +259,8 @@ def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:
     hidden = 64 if quick else 2048
     config = LlamaConfig(**_SIZES, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=1000)
     model = LlamaForCausalLM(config).eval()
-    batches = _batches(model, 8, 128 if not quick else 8)
+    # As many as the calibration of a default run: how the loss weighs its samples is found out once.
+    batches = _batches(model, 32, 128) if not quick else _batches(model, 8, 8)
     forward(model, batches)
     times = _harness.interleave(
         {FORWARD: lambda: forward(model, batches), OURS: lambda: ours(model, batches)},
@@ -289,18 +299,22 @@ def _share(model: Any, calibration: int, length: int) -> dict[str, Any]:
 
 
 def _early_stopping(model: Any, batches: list[Batch]) -> list[dict[str, Any]]:
-    full = set(fisher_scores(model, batches, progress=False).select())
+    """Select some, a fifth and half of the layers from the samples until they are told apart, and from all samples."""
+    full = fisher_scores(model, batches, progress=False)
+    cases = [(budget, tol) for budget in (1, 3, 0.2, 0.5) for tol in (0.5, 0.1, 0.01)]
     rows = []
-    for tol in tqdm((0.5, 0.1), desc="early stopping", leave=False, disable=None):
-        scores = fisher_scores(model, batches, tol=tol, progress=False)
-        chosen = set(scores.select())
+    for budget, tol in tqdm(cases, desc="early stopping", leave=False, disable=None):
+        scores = fisher_scores(model, batches, budget=budget, tol=tol, progress=False)
+        chosen, wanted = set(scores.select(budget)), set(full.select(budget))
         rows.append(
             {
+                "budget": budget,
+                "layers": len(chosen),
                 "tol": tol,
                 "samples": scores.n_samples,
-                "of": sum(len(b["labels"]) for b in batches),
+                "of": full.n_samples,
                 "stable": scores.stable,
-                "jaccard": len(full & chosen) / len(full | chosen),
+                "jaccard": len(wanted & chosen) / len(wanted | chosen),
             }
         )
     return rows
@@ -342,8 +356,13 @@ def report(results: dict[str, Any]) -> str:
         f"Share of a training run: {share['paper']:.2%} at the paper's setting ({PAPER[0]} samples against {PAPER[1]} "
         f"epochs of {PAPER[2]:,}), {share['default_run']:.0%} of the 50 steps of `stiefel-lora finetune`."
     )
-    rows = [[r["tol"], f"{r['samples']} of {r['of']}", r["stable"], r["jaccard"]] for r in results["early_stopping"]]
-    parts.append("Early stopping\n\n" + _harness.markdown(["tol", "samples", "stable", "Jaccard overlap"], rows))
+    rows = [
+        # Older results have the default budget alone.
+        [r.get("layers", "half"), r["tol"], f"{r['samples']} of {r['of']}", r["stable"], r["jaccard"]]
+        for r in results["early_stopping"]
+    ]
+    header = ["layers to choose", "tol", "samples", "stable", "Jaccard overlap with all samples"]
+    parts.append("Early stopping\n\n" + _harness.markdown(header, rows))
     return "\n\n".join(parts)
 
 

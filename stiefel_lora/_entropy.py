@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
 # Entries of the logits that are worked on at a time: few enough to stay in a processor's cache.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 _SIGNATURE = inspect.signature(cross_entropy)
 

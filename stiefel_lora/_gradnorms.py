@@ -22,6 +22,9 @@ from stiefel_lora._models import linear_shape
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError
 
+# Python's part of the time is that of many small calls, each of which would take the way through LeanCrossEntropy.
+_unwatched = torch._C.DisableTorchFunction
+
 
 class NotBatchedError(Exception):
     """A linear map's input does not have the batch as its first dimension, so samples cannot be told apart."""
@@ -87,7 +90,7 @@ class GradientNorms:
         _check_not_shared(model, linears)
         self._handles: list[Any] = []
         self._batch_size = 0
-        self._norms: Tensor | None = None
+        self._norms: dict[int, Tensor] = {}  # shape (batch,), by the row of the linear map
         self._in_backward = False
         self._keep_inputs = len(self._weights) < len(linears)
         self._parameters = {_address(p) for p in model.parameters()}
@@ -135,9 +138,7 @@ class GradientNorms:
             loss.backward()
             for weight in self._weights.values():
                 self._finish(weight)
-            if self._norms is None:
-                raise InputError("the loss depends on none of the linear maps to score")
-            return self._norms, loss.detach()
+            return self._measured(), loss.detach()
         finally:
             self._forget()
 
@@ -163,18 +164,27 @@ class GradientNorms:
 
     def _save(self, x: Tensor) -> Tensor | _Again:
         """Keep a tensor for the backward pass, or what it is cheaply computed from."""
-        node = x.grad_fn
-        if node is not None and node.name() == "SiluBackward0":
-            return _Again(silu, node._saved_self.detach())  # type: ignore[attr-defined]
-        self._count(x)
+        with _unwatched():
+            node = x.grad_fn
+            if node is not None and node.name() == "SiluBackward0":
+                return _Again(silu, node._saved_self.detach())  # type: ignore[attr-defined]
+            self._count(x)
         return x
 
     def _count(self, x: Tensor) -> None:
         if _address(x) not in self._parameters:
             self._saved[_address(x)] = x.untyped_storage().nbytes()
 
+    def _measured(self) -> Tensor:
+        """Return the norms found, shape (batch, linears); those of a linear map that was not used are zero."""
+        if not self._norms:
+            raise InputError("the loss depends on none of the linear maps to score")
+        zero = torch.zeros_like(next(iter(self._norms.values())))
+        return torch.stack([self._norms.get(row, zero) for row in range(len(self._linears))], dim=1)
+
     def _forget(self) -> None:
-        self._norms, self._last, self._in_backward = None, None, False
+        self._last, self._in_backward = None, False
+        self._norms.clear()
         for weight in self._weights.values():
             weight.uses = 0
             weight.arrived.clear()
@@ -189,9 +199,10 @@ class GradientNorms:
                 # A checkpointed segment runs again. Its first run is the one that counts, but the same must be saved.
                 return _tap(output, lambda g: None)
             weight.uses += 1
-            x = next(iter((*args, *kwargs.values())))
-            arrive = self._arrival(weight, x, n_in, n_out)
-            return _tap(output, self._with_sketches(arrive, weight, x, n_in, n_out))
+            x = args[0] if args else next(iter(kwargs.values()))
+            with _unwatched():
+                arrive = self._arrival(weight, x, n_in, n_out)
+                return _tap(output, self._with_sketches(arrive, weight, x, n_in, n_out))
 
         return hook
 
@@ -236,8 +247,10 @@ class GradientNorms:
             )
         if self._batch_size > 1 and (x.dim() < 2 or x.shape[0] != self._batch_size):
             raise NotBatchedError
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return x.detach().to(wide).reshape(self._batch_size, -1, width)
+        x = x.detach()
+        if x.dtype not in (torch.float32, torch.float64):
+            x = x.float()
+        return x if x.dim() == 3 and len(x) == self._batch_size else x.reshape(self._batch_size, -1, width)
 
     def _gram_is_cheaper(self, length: int, n_in: int, n_out: int) -> bool:
         return length * (n_in + n_out) < n_in * n_out
@@ -245,7 +258,7 @@ class GradientNorms:
     def _input_gram(self, x: Tensor, width: int) -> Tensor:
         if self._last is None or self._last[0] is not x:
             a = self._by_sample(x, width)
-            self._last = (x, _product(a, a.mT))
+            self._last = (x, _products(a, a.mT))
             self._count(self._last[1])
         return self._last[1]
 
@@ -256,13 +269,11 @@ class GradientNorms:
         a, g = (torch.cat(parts, dim=1) for parts in zip(*weight.arrived, strict=True))
         weight.arrived.clear()
         cheaper = self._gram_is_cheaper(a.shape[1], a.shape[2], g.shape[2])
-        self._add(weight, _gram_norms(_product(a, a.mT), g) if cheaper else _direct_norms(a, g))
+        self._add(weight, _gram_norms(_products(a, a.mT), g) if cheaper else _direct_norms(a, g))
 
     def _add(self, weight: _Weight, norms: Tensor) -> None:
-        if self._norms is None:
-            self._norms = norms.new_zeros(self._batch_size, len(self._linears))
         for row in weight.rows:
-            self._norms[:, row] = norms
+            self._norms[row] = norms
 
 
 def _address(x: Tensor) -> int:
@@ -287,19 +298,19 @@ def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
     return output
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    # Autocast would round the sums to a low precision.
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b for each sample."""
+    # Autocast would round the sums to a low precision, but leaves alone what is given a place for its result.
+    return torch.bmm(a, b, out=a.new_empty(len(a), a.shape[1], b.shape[2]))
 
 
 def _gram_norms(gram: Tensor, g: Tensor) -> Tensor:
-    return (gram * _product(g, g.mT)).sum(dim=(1, 2))
+    return _products(g, g.mT).mul_(gram).sum(dim=(1, 2))
 
 
 def _direct_norms(a: Tensor, g: Tensor) -> Tensor:
     # One sample at a time: the gradient of a weight is as large as the weight.
-    return torch.stack([_product(g[n].mT, a[n]).square_().sum() for n in range(len(a))])
+    return torch.cat([_products(g[n : n + 1].mT, a[n : n + 1]).square_().sum(dim=(1, 2)) for n in range(len(a))])
 
 
 def _key(module: nn.Module) -> Hashable:

@@ -1,5 +1,6 @@
 """From the loss of a batch to the gradient of each sample's own loss."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ IGNORED = -100  # the label of a position without a loss, as in torch's cross en
 # Of the largest share of a linear map: what low precision may change, far below what mixed-up samples do.
 _AGREEMENT = 0.02
 # A batch is taken in parts that keep at most this share of the model's own size for the backward pass, or these bytes.
-_SHARE_OF_MODEL = 0.1
+_SHARE_OF_MODEL = 0.25
 _LEAST_BYTES = 32 * 2**20
 
 
@@ -89,7 +90,9 @@ class SampleLosses:
     def _rows(self, batch: Any, size: int) -> int:
         """Return how many samples of a batch are evaluated together, so that they fit into the memory."""
         of_a_sample = (self._bytes_per_entry or 0) * _entries(batch) / size
-        return min(size, max(1, int(self._most_bytes / max(1.0, of_a_sample))))
+        most = max(1, int(self._most_bytes / max(1.0, of_a_sample)))
+        # In parts of nearly the same size: a small part takes more time a sample.
+        return math.ceil(size / math.ceil(size / most))
 
     def _together(self, batch: Any, size: int, *, keep: bool = True) -> Tensor:
         """Return the norms of samples that are evaluated together, and keep the sketches unless told not to."""

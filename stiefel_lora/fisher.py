@@ -101,7 +101,6 @@ def fisher_scores(
     tol: float | None = None,
     seed: int = 0,
     progress: bool = True,
-    sketches: GradientSketches | None = None,
 ) -> FisherScores:
     """Score every layer by the squared gradient norm of its linear maps, exact for each sample, in one pass.
 
@@ -126,7 +125,6 @@ def fisher_scores(
             Bonferroni over the pairs). None takes all samples; ``stable`` then is decided at 0.05.
         seed: Seed of the draws of ``labels="model"``.
         progress: Show a bar, on a terminal only.
-        sketches: Comes to hold sketches of the gradients, in the same pass; `select_and_start` makes use of them.
 
     Returns:
         The scores, over the samples of all ranks if a torch.distributed group is initialised.
@@ -138,6 +136,39 @@ def fisher_scores(
     Warns:
         UserWarning: If samples were left out because their loss or gradient was not finite.
     """
+    return _score(
+        model,
+        batches,
+        layers=layers,
+        modules=modules,
+        loss_fn=loss_fn,
+        labels=labels,
+        granularity=granularity,
+        max_samples=max_samples,
+        budget=budget,
+        tol=tol,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: str | None,
+    loss_fn: LossFn | None,
+    max_samples: int | None,
+    budget: float | int,
+    progress: bool,
+    modules: Sequence[str] | None = None,
+    labels: str = "data",
+    granularity: Literal["layer", "module"] = "layer",
+    tol: float | None = None,
+    seed: int = 0,
+    sketches: GradientSketches | None = None,
+) -> FisherScores:
+    """Do what `fisher_scores` says, and fill sketches of the gradients, if given, in the same pass."""
     check_choice("labels", labels, ("data", "model"))
     check_choice("granularity", granularity, ("layer", "module"))
     _check_limits(max_samples, tol)
@@ -250,7 +281,7 @@ def _gathered(rows: list[Tensor]) -> tuple[Tensor, int]:
     if not len(samples):
         raise InputError(f"none of the {total} samples had a finite loss and gradient")
     if skipped:
-        warn(f"{skipped} of {total} samples were left out: their loss or gradient was not finite", stacklevel=3)
+        warn(f"{skipped} of {total} samples were left out: their loss or gradient was not finite", stacklevel=4)
     return samples, skipped
 
 

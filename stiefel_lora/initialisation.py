@@ -13,7 +13,7 @@ from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, listed, module_ranks
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.errors import InputError
-from stiefel_lora.fisher import fisher_scores
+from stiefel_lora.fisher import _score
 from stiefel_lora.layer import Init, Orthonormal, leading_singular_vectors, plain_weight
 from stiefel_lora.scores import Normalize
 from stiefel_lora.stiefel import check_choice, random_point
@@ -132,7 +132,7 @@ def select_and_start(
     _check_ranks(model, candidates)
     shapes = {name: linear_shape(model.get_submodule(name)) for name in candidates}
     sketches = GradientSketches({name: min(r + oversampling, *shapes[name]) for name, r in candidates.items()}, seed)
-    scores = fisher_scores(
+    scores = _score(
         model,
         batches,
         layers=layers_path,

@@ -16,7 +16,7 @@ from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, add_adapters
 from stiefel_lora.errors import InputError
-from stiefel_lora.fisher import fisher_scores, fisher_select
+from stiefel_lora.fisher import _score, fisher_select
 from stiefel_lora.initialisation import gradient_init, select_and_start
 from tests.models import FAMILIES, plain_batch
 from tests.reference.fisher import singles
@@ -321,7 +321,8 @@ def test_no_weight_gradient_is_kept() -> None:
     """Over 8 batches, what is held between them is k positions a target, and the test matrices of its widths."""
     model, k = FAMILIES["llama"].build(), 5
     sketches = GradientSketches({name: k for name in find_targets(model, None, None, None)})
-    fisher_scores(model, [FAMILIES["llama"].batch(3, 9) for _ in range(8)], sketches=sketches, progress=False)
+    batches = [FAMILIES["llama"].batch(3, 9) for _ in range(8)]
+    _score(model, batches, layers=None, loss_fn=None, max_samples=None, budget=0.5, progress=False, sketches=sketches)
     assert sketches.staged_bytes == 0 and not sketches._kept
     for name, (a, g) in sketches._total.items():
         n_in, n_out = linear_shape(model.get_submodule(name))
