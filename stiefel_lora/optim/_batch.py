@@ -193,8 +193,8 @@ class Bucket:
         params = self.params[run[0] : run[-1] + 1]
         first = params[0]
         grads = [_dense_grad(p) for p in params]
-        wide = first.dtype == grads[0].dtype == self.dtype
-        if len(run) == 1 and first.dim() == 2 and wide and reads_at_no_cost(first):
+        as_it_lies = len(run) == 1 and first.dtype == grads[0].dtype == self.dtype
+        if as_it_lies and first.dim() == 2 and reads_at_no_cost(first):
             work, spare = workspace.take(2, first.shape, self.dtype, first.device)
             return Piece(params, first.detach(), grads[0], work, spare, self._views[run[0]], None)
         begin, end = self.starts[run[0]], self.ends[run[-1]]
@@ -202,6 +202,9 @@ class Bucket:
         state = {key: buffer if whole else buffer[begin:end] for key, buffer in self.buffers.items()}
         master = state.pop("master", None)
         size = (end - begin, *first.shape[-2:])
+        if as_it_lies and first.is_contiguous() and grads[0].is_contiguous():
+            work, spare = workspace.take(2, size, self.dtype, first.device)
+            return Piece(params, first.detach().view(size), grads[0].view(size), work, spare, state, None)
         point, grad, spare = workspace.take(3, size, self.dtype, first.device)
         _stack(params, point)
         _stack(grads, grad)
