@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora import StiefelLoRALinear, stiefel
+from stiefel_lora import StiefelLoRALinear, _precision, stiefel
 from stiefel_lora._precision import exact_products
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 
@@ -61,6 +61,16 @@ def test_precision_is_full_inside_and_what_it_was_outside(way: str, precision: C
     with pytest.raises(KeyError), exact_products(["cpu"]):
         raise KeyError
     assert before == settings()
+
+
+@pytest.mark.parametrize("way", ["high", "medium"])
+def test_the_older_switch_alone(way: str, precision: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before torch 2.9, which had no other."""
+    monkeypatch.setattr(_precision, "_SWITCHES", ())
+    precision(way)
+    with exact_products(["cpu"]):
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == way
 
 
 @needs_switches
