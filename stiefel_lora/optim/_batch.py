@@ -12,7 +12,7 @@ from stiefel_lora.errors import InputError
 
 # Matrices are updated in pieces of about this size, so that on a CPU the handful of passes over a piece stay in its
 # cache and everywhere the scratch memory is a few pieces instead of a few copies of the whole group.
-_PIECE_BYTES = {"cpu": 4 << 20}
+_PIECE_BYTES = {"cpu": 8 << 20}
 _PIECE_BYTES_ACCELERATOR = 32 << 20
 
 
@@ -61,7 +61,8 @@ class Piece:
         if len(self.params) == 1:
             self.params[0].copy_(new.view(self.params[0].shape))
             return
-        rows = new.view(-1, new.shape[-1]).split([p.shape[:-1].numel() for p in self.params])
+        r = new.shape[-1]
+        rows = new.view(-1, r).split([p.numel() // r for p in self.params])
         torch._foreach_copy_(
             self.params, [r if p.dim() == 2 else r.view(p.shape) for r, p in zip(rows, self.params, strict=True)]
         )
