@@ -32,6 +32,8 @@ def precision() -> Iterator[Callable[[str], None]]:
     def allow(way: str) -> None:
         if way in ("high", "medium"):
             torch.set_float32_matmul_precision(way)
+        elif way == "allow_tf32":
+            torch.backends.cuda.matmul.allow_tf32 = True
         elif way == "all backends":
             torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
         else:
@@ -45,7 +47,12 @@ def precision() -> Iterator[Callable[[str], None]]:
     torch.set_float32_matmul_precision("highest")
 
 
-WAYS = ["high", "medium", *(pytest.param(way, marks=needs_switches) for way in ("all backends", "cuda", "mkldnn"))]
+WAYS = [
+    "high",
+    "medium",
+    "allow_tf32",
+    *(pytest.param(way, marks=needs_switches) for way in ("all backends", "cuda", "mkldnn")),
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
