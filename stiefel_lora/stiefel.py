@@ -128,7 +128,9 @@ def _qr(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
 
 def _polar(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
     y = _sum(x, u, into)
-    return torch.matmul(y, _inverse_sqrt(y.mT @ y), out=into)
+    gram = y.mT @ y
+    root = _inverse_sqrt(gram) if into is None or not reads_at_no_cost(gram) else _inverse_sqrt_by_eigenvalues(gram)
+    return torch.matmul(y, root, out=into)
 
 
 def _cayley(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
@@ -202,7 +204,7 @@ def _inverse_sqrt(a: Tensor) -> Tensor:
     """Return A^(-1/2) of symmetric positive definite matrices, shape (..., r, r).
 
     The product form of the Denman-Beavers iteration ([CHKL], equation 3.1): a fixed number of r x r inversions, where
-    an eigendecomposition would wait for the device.
+    an eigendecomposition would wait for the device. It can be differentiated.
     """
     eye = _eye_like(a)
     scale = torch.linalg.matrix_norm(a, keepdim=True).sqrt()
@@ -213,6 +215,19 @@ def _inverse_sqrt(a: Tensor) -> Tensor:
         root = root @ (eye + inverse) / 2
         m = (2 * eye + m + inverse) / 4
     return root / scale.sqrt()
+
+
+def _inverse_sqrt_by_eigenvalues(a: Tensor) -> Tensor:
+    """Return what `_inverse_sqrt` returns, where waiting costs nothing and no derivative is asked for.
+
+    That of an eigendecomposition is infinite where eigenvalues meet, as at U = 0.
+    """
+    try:
+        # In float64 it costs the same and leaves the rounding of A alone.
+        values, vectors = torch.linalg.eigh(a.double())
+    except torch.linalg.LinAlgError:  # a NaN in one matrix of the batch, whose others are to go on
+        return _inverse_sqrt(a)
+    return ((vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT).to(a.dtype)
 
 
 def project_point(x: Tensor) -> Tensor:
@@ -301,6 +316,11 @@ def effective_rank(x: Tensor) -> Tensor:
     total = s.sum(-1, keepdim=True)
     p = s / torch.where(total > 0, total, 1)
     return torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)
+
+
+def reads_at_no_cost(x: Tensor) -> bool:
+    """Tell whether looking at a value does not wait for a device."""
+    return x.device.type == "cpu"
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

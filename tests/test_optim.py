@@ -278,6 +278,20 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(kind: str, retract
     assert gram_error(good) < 5e-6
 
 
+@pytest.mark.parametrize("retraction", METHODS)
+def test_a_point_that_is_not_finite_does_no_harm_to_others(retraction: str) -> None:
+    good, hurt = parameter(12, 4), parameter(12, 4)
+    twin = geoopt.ManifoldParameter(good.detach().clone(), manifold=good.manifold)
+    optimizers = [make("adam", ps, retraction=retraction) for ps in ([good, hurt], [twin])]
+    hurt.data[3, 1] = math.nan
+    for p in (good, hurt, twin):
+        p.grad = torch.ones(12, 4, dtype=torch.float64).tril()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(good.detach(), twin.detach(), atol=1e-10, rtol=0)
+    assert optimizers[0].skipped_updates == 1
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_error_if_nonfinite_names_the_parameter_and_changes_nothing(kind: str) -> None:
     p, q = parameter(12, 4), parameter(9, 2)

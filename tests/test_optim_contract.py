@@ -514,7 +514,7 @@ def test_moving_the_model_to_another_dtype_in_mid_run(kind: str) -> None:
 
 def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the optimizers take the path of devices on which reading a number waits."""
-    for module in (_base, _batch):
+    for module in (_base, _batch, stiefel):
         monkeypatch.setattr(module, "reads_at_no_cost", lambda _: False)
 
 

@@ -163,6 +163,19 @@ def test_quarter_turn_in_float32_stays_on_the_manifold(method: str, shape: tuple
     assert gram_error(new) < 3e-5
 
 
+def test_polar_is_the_same_with_and_without_a_derivative() -> None:
+    """At U = 0, too, where all eigenvalues of the Gram matrix are equal."""
+    x = stiefel.random_point(12, 4, batch=(3,), dtype=torch.float64)
+    u = stiefel.project(x, torch.randn_like(x))
+    u[1] = 0
+    in_place = stiefel.RETRACTIONS["polar"](x, u.clone(), torch.empty_like(x))
+    torch.testing.assert_close(in_place, stiefel.retract(x, u, "polar"), atol=1e-13, rtol=0)
+    u.requires_grad_()
+    stiefel.retract(x, u, "polar").square().sum().backward()
+    assert u.grad is not None
+    assert u.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_retraction_is_equivariant(method: str) -> None:
     """R_{QXV}(QUV) = Q R_X(U) V for orthogonal Q; V any rotation of the columns, except for QR (R is triangular)."""

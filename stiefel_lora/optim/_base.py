@@ -12,7 +12,7 @@ from torch import Tensor
 from stiefel_lora._precision import exact_products
 from stiefel_lora._types import Params
 from stiefel_lora.errors import InputError, ManifoldError
-from stiefel_lora.optim._batch import Bucket, Piece, StateSpec, Workspace, compute_dtype, reads_at_no_cost
+from stiefel_lora.optim._batch import Bucket, Piece, StateSpec, Workspace, compute_dtype
 from stiefel_lora.stiefel import (
     RETRACTIONS,
     add_product,
@@ -22,6 +22,7 @@ from stiefel_lora.stiefel import (
     project,
     project_,
     project_point,
+    reads_at_no_cost,
 )
 
 Group: TypeAlias = dict[str, Any]

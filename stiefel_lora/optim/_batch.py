@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stiefel_lora.errors import InputError
+from stiefel_lora.stiefel import reads_at_no_cost
 
 # Matrices are updated in pieces of about this size, so that on a CPU the handful of passes over a piece stay in its
 # cache and everywhere the scratch memory is a few pieces instead of a few copies of the whole group.
@@ -94,11 +95,6 @@ class Workspace:
                 self._views.clear()
             views = self._views[count, size, dtype, device] = memory[:needed].view(count, *size).unbind()
         return views
-
-
-def reads_at_no_cost(x: Tensor) -> bool:
-    """Tell whether looking at a value does not wait for a device."""
-    return x.device.type == "cpu"
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
