@@ -56,10 +56,10 @@ def instructions(folder: str | Path, tokenizer: Any, seq_len: int, questions: in
     train, validation, test, asked = [], [], [], []
     for path in sets:
         other = path.with_name(path.name.replace("_train.", "_test."))
-        parts = load_data(path, tokenizer, seq_len=seq_len)
-        train.append(parts[0])
-        validation.append(parts[1])
-        test.append(_joined(load_data(other, tokenizer, seq_len=seq_len)))
+        learned, held_out = _named(path.name, load_data(path, tokenizer, seq_len=seq_len))
+        train.append(learned)
+        validation.append(held_out)
+        test.append(_joined(_named(other.name, load_data(other, tokenizer, seq_len=seq_len))))
         asked.append(_questions(path, other, tokenizer, seq_len, questions))
     # In turn from each set, so that the first so many are a fair sample.
     mixed = [q for group in zip(*asked, strict=False) for q in group]
@@ -87,6 +87,11 @@ def with_less_to_train_on(task: Task, samples: int) -> Task:
 
 def _part(data: Dataset, begin: int, end: int) -> Dataset:
     return Dataset(data.input_ids[begin:end], data.labels[begin:end], f"{data.description}, from {begin} to {end}")
+
+
+def _named(name: str, parts: Iterable[Dataset]) -> list[Dataset]:
+    """Say what the data are, not where: a result is read on other machines."""
+    return [replace(part, description=f"{name}, {len(part)} examples") for part in parts]
 
 
 def _joined(parts: Iterable[Dataset]) -> Dataset:

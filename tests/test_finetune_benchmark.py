@@ -58,6 +58,8 @@ def test_training_validation_and_test_are_apart(folder: Path, tokenizer: Any) ->
     assert (len(task.train), len(task.validation), len(task.test)) == (54, 6, 24)
     train, validation = ({tuple(ids.tolist()) for ids in part.input_ids} for part in (task.train, task.validation))
     assert not train & validation
+    # No result may tell where the data were.
+    assert str(folder) not in "".join(part.description for part in (task.train, task.validation, task.test))
 
 
 def test_loss_and_accuracy_are_those_of_single_samples(folder: Path, tokenizer: Any) -> None:
