@@ -115,20 +115,17 @@ def ours(
             {"params": [p for p in trainable if not isinstance(p, ManifoldParameter)]},
         ]
         optimizer = RiemannianAdam(groups, lr=setting.lr, second_moment=second_moment, fused=True)
-        return _ours(model, optimizer, extra)
+        return Tuned(model, optimizer, lambda: _our_updates(model), extra=extra)
 
     return build
 
 
-def _ours(model: Any, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> Tuned:
-    def updates() -> Iterable[tuple[Tensor, Tensor]]:
-        for layer in adapter_layers(model).values():
-            factors = {key: f.detach().as_subclass(Tensor) for key, f in layer.factors().items()}
-            middle = factors.get("lora_S", torch.eye(layer.rank))
-            middle = middle.diag() if middle.dim() == 1 else middle
-            yield factors["lora_B"] @ middle, factors["lora_A"].mT
-
-    return Tuned(model, optimizer, updates, extra=extra)
+def _our_updates(model: Any) -> Iterable[tuple[Tensor, Tensor]]:
+    for layer in adapter_layers(model).values():
+        factors = {key: f.detach().as_subclass(Tensor) for key, f in layer.factors().items()}
+        middle = factors.get("lora_S", torch.eye(layer.rank))
+        middle = middle.diag() if middle.dim() == 1 else middle
+        yield factors["lora_B"] @ middle, factors["lora_A"].mT
 
 
 # -- PEFT's ------------------------------------------------------------------------------------------------------------

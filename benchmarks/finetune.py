@@ -303,16 +303,14 @@ def _train(model: Any, task: _tasks.Task, frame: Frame, key: Key, selection: dic
     tuned = METHODS[method](model, _setting(frame, task, selection, seed=seed, lr=lr))
     tuned.model.train()
     trainable = sum(p.numel() for group in tuned.optimizer.param_groups for p in group["params"])
-    schedule = FinetuneConfig(lr=1.0, steps=frame.steps, warmup=frame.warmup)
-    for group in tuned.optimizer.param_groups:
-        group["highest"] = group["lr"]
+    shape = FinetuneConfig(lr=1.0, steps=frame.steps, warmup=frame.warmup)
+    schedule = torch.optim.lr_scheduler.LambdaLR(tuned.optimizer, lambda step: learning_rate(shape, step))
     losses, shares = [], []
     begin = time.perf_counter()
     for step in tqdm(range(frame.steps), desc=f"{method}, lr {lr:g}, seed {seed}", leave=False, disable=None):
         batch = task.train.batch(batch_indices(len(task.train), frame.batch_size, step, seed))
-        for group in tuned.optimizer.param_groups:
-            group["lr"] = group["highest"] * learning_rate(schedule, step)
         loss, share = _step(tuned, {k: v.to(device) for k, v in batch.items()}, step)
+        schedule.step()
         losses.append(loss)
         shares.append(share)
         if not math.isfinite(loss):

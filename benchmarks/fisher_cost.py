@@ -357,8 +357,7 @@ def report(results: dict[str, Any]) -> str:
         f"epochs of {PAPER[2]:,}), {share['default_run']:.0%} of the 50 steps of `stiefel-lora finetune`."
     )
     rows = [
-        # Older results have the default budget alone.
-        [r.get("layers", "half"), r["tol"], f"{r['samples']} of {r['of']}", r["stable"], r["jaccard"]]
+        [r["layers"], r["tol"], f"{r['samples']} of {r['of']}", r["stable"], r["jaccard"]]
         for r in results["early_stopping"]
     ]
     header = ["layers to choose", "tol", "samples", "stable", "Jaccard overlap with all samples"]

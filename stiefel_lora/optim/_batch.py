@@ -63,9 +63,9 @@ class Piece:
             self.params[0].copy_(new.view(self.params[0].shape))
             return
         r = new.shape[-1]
-        rows = new.view(-1, r).split([p.numel() // r for p in self.params])
+        parts = new.view(-1, r).split([p.numel() // r for p in self.params])
         torch._foreach_copy_(
-            self.params, [r if p.dim() == 2 else r.view(p.shape) for r, p in zip(rows, self.params, strict=True)]
+            self.params, [x if p.dim() == 2 else x.view(p.shape) for x, p in zip(parts, self.params, strict=True)]
         )
 
 
