@@ -259,8 +259,8 @@ def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:
     hidden = 64 if quick else 2048
     config = LlamaConfig(**_SIZES, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=1000)
     model = LlamaForCausalLM(config).eval()
-    # As many as the calibration of a default run: how the loss weighs its samples is found out once.
-    batches = _batches(model, 32, 128) if not quick else _batches(model, 8, 8)
+    # What is found out once, from the first sample alone, is shared by as many as elsewhere in this study.
+    batches = _batches(model, 64, 128) if not quick else _batches(model, 8, 8)
     forward(model, batches)
     times = _harness.interleave(
         {FORWARD: lambda: forward(model, batches), OURS: lambda: ours(model, batches)},

@@ -22,13 +22,22 @@ class LeanCrossEntropy(TorchFunctionMode):
     have been written to and raises an error.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken: list[tuple[Tensor, Tensor]] = []
+
+    def rows_of(self, loss: Tensor) -> Tensor | None:
+        """Return the loss of each row of the logits, NaN where the target is ignored, if ``loss`` is their mean."""
+        return next((rows for mean, rows in self._taken if mean is loss), None)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is cross_entropy:
             call = _SIGNATURE.bind(*args, **(kwargs or {}))
             call.apply_defaults()
             if _fits(call.arguments):
                 logits, target, ignored = (call.arguments[k] for k in ("input", "target", "ignore_index"))
-                return _Mean.apply(logits, target, ignored)
+                self._taken.append(_Mean.apply(logits, target, ignored))
+                return self._taken[-1][0]
         return func(*args, **(kwargs or {}))
 
 
@@ -41,17 +50,20 @@ def _fits(call: dict[str, Any]) -> bool:
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over the rows whose target is not ignored of logsumexp(logits) - logits[target]."""
+    """The mean over the rows whose target is not ignored of logsumexp(logits) - logits[target], and these losses."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
         valid = target != ignored
         target = torch.where(valid, target, 0)
         # As torch's: no rows give 0 / 0.
         weight = valid.to(logits.dtype) / valid.sum()
         norm = torch.cat([logits[rows].logsumexp(1) for rows in _chunks(logits)])
         ctx.save_for_backward(logits, target, weight, norm)
-        return (norm - logits.gather(1, target[:, None]).squeeze(1))[valid].mean()
+        losses = norm - logits.gather(1, target[:, None]).squeeze(1)
+        rows = losses.masked_fill(~valid, torch.nan)
+        ctx.mark_non_differentiable(rows)
+        return losses[valid].mean(), rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -95,6 +95,7 @@ class GradientNorms:
         self._keep_inputs = len(self._weights) < len(linears)
         self._parameters = {_address(p) for p in model.parameters()}
         self._saved: dict[int, int] = {}
+        self.row_losses: Tensor | None = None
         # The last input and its Gram matrix: query, key and value projections share theirs.
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -111,15 +112,16 @@ class GradientNorms:
         self._handles.clear()
         self._forget()
 
-    def measure(self, forward: Callable[[], Tensor], batch_size: int) -> tuple[Tensor, Tensor]:
+    def measure(self, forward: Callable[[], Tensor], batch_size: int) -> Tensor:
         """Run a forward pass and the backward pass of its loss.
 
         Args:
-            forward: Returns the loss, a scalar.
+            forward: Returns the loss, a scalar. If that is a mean cross entropy, ``row_losses`` then holds the loss of
+                each row of the logits, NaN where the target is ignored; else None.
             batch_size: Number of samples that the forward pass sees.
 
         Returns:
-            The squared norms, shape (batch_size, number of linears), in float32 or wider, and the loss, detached.
+            The squared norms, shape (batch_size, number of linears), in float32 or wider.
 
         Raises:
             NotBatchedError: If the first dimension of an input is not ``batch_size``, unless that is 1.
@@ -138,16 +140,17 @@ class GradientNorms:
             loss.backward()
             for weight in self._weights.values():
                 self._finish(weight)
-            return self._measured(), loss.detach()
+            return self._measured()
         finally:
             self._forget()
 
     def _forward(self, forward: Callable[[], Tensor]) -> Tensor:
         self._forget()
         self._saved.clear()
-        with torch.enable_grad(), LeanCrossEntropy(), torch.autograd.graph.saved_tensors_hooks(self._save, _saved):
+        entropy = LeanCrossEntropy()
+        with torch.enable_grad(), entropy, torch.autograd.graph.saved_tensors_hooks(self._save, _saved):
             loss = forward()
-        self._last = None
+        self._last, self.row_losses = None, entropy.rows_of(loss)
         if loss.dim() != 0:
             raise InputError(f"the loss must be a scalar, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:

@@ -26,9 +26,10 @@ _LEAST_BYTES = 32 * 2**20
 class SampleLosses:
     """Measures the gradient norms of each sample's own loss, as if it were scored alone.
 
-    A model returns one loss for a batch, in which each sample has some weight: an equal one, or its share of the label
-    tokens. Which of these it is, is found by evaluating the first samples alone (and again whenever the ways that
-    fitted so far disagree about a batch); a loss that is none of them is taken one sample at a time, exact but slow.
+    A model returns one loss for a batch, in which each sample has some weight. Where that loss is a mean cross entropy,
+    the weights are seen where the mean is taken. Elsewhere they are equal, or shares of the label tokens: which of
+    these is found by evaluating the samples of the first batch alone (and again whenever the ways that fitted so far
+    disagree about a batch). A loss that is none of them is taken one sample at a time, exact but slow.
 
     Args:
         model: The model; called as ``model(**batch)`` for its ``loss`` unless ``loss_fn`` is given.
@@ -44,6 +45,7 @@ class SampleLosses:
         self._sketches = norms.sketches
         self._loss_fn = loss_fn
         self._fitting: set[str] | None = None  # None: nothing tried yet; empty: one at a time
+        self._rows_fit: bool | None = None  # Whether the rows of a mean cross entropy are the samples' in order
         self._checked = False
         self._bytes_per_entry: float | None = None
         size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -62,30 +64,30 @@ class SampleLosses:
             return self._together(batch, 1)
         if self._fitting == set():
             return self._one_by_one(batch, size)
-        alone = self._first_alone(batch, size) if self._bytes_per_entry is None else None
+        alone, loss = self._first_alone(batch, size) if self._bytes_per_entry is None else (None, None)
         rows = self._rows(batch, size)
         # Alone, a sample is not counted in the sketches.
         parts = [alone[None]] if rows == 1 and alone is not None and self._sketches is None else []
         parts += [
-            self._together(take(batch, slice(n, n + rows), size), min(rows, size - n))
+            self._together(take(batch, slice(n, n + rows), size), min(rows, size - n), first=None if n else loss)
             for n in range(len(parts), size, rows)
         ]
         squared = torch.cat(parts)
         if rows > 1 and not self._checked:
             self._checked = True
             # Sequence-first layers whose length is the batch size look as if they had the batch in front.
-            if not _same_shares(self._first_alone(batch, size) if alone is None else alone, squared[0]):
+            if not _same_shares(self._first_alone(batch, size)[0] if alone is None else alone, squared[0]):
                 self._fitting = set()
                 if self._sketches is not None:
                     self._sketches.drop()
                 return self._one_by_one(batch, size)
         return squared
 
-    def _first_alone(self, batch: Any, size: int) -> Tensor:
-        """Return the norms of the first sample, and see how much it keeps for the backward pass."""
-        squared = self._together(sample(batch, 0, size), 1, keep=False)
+    def _first_alone(self, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+        """Return the norms and the loss of the first sample, and see how much it keeps for the backward pass."""
+        squared, loss = self._evaluate(sample(batch, 0, size), 1)
         self._bytes_per_entry = size * self._norms.saved_bytes / _entries(batch)
-        return squared[0]
+        return squared[0], loss.sum()
 
     def _rows(self, batch: Any, size: int) -> int:
         """Return how many samples of a batch are evaluated together, so that they fit into the memory."""
@@ -94,8 +96,25 @@ class SampleLosses:
         # In parts of nearly the same size: a small part takes more time a sample.
         return math.ceil(size / math.ceil(size / most))
 
-    def _together(self, batch: Any, size: int, *, keep: bool = True) -> Tensor:
-        """Return the norms of samples that are evaluated together, and keep the sketches unless told not to."""
+    def _together(self, batch: Any, size: int, *, first: Tensor | None = None) -> Tensor:
+        """Return the squared norms of samples evaluated together; ``first`` is the loss of the first one alone."""
+        try:
+            squared, losses = self._evaluate(batch, size)
+        except NotBatchedError:
+            self._fitting = set()
+            return self._one_by_one(batch, size)
+        if losses.dim() or size == 1:
+            self._keep(squared, torch.ones(size))
+            return squared
+        weights = self._weights(batch, size, losses, first) if bool(losses.isfinite()) else None
+        if weights is None:
+            return self._one_by_one(batch, size)
+        squared = squared / weights.to(squared)[:, None].square()
+        self._keep(squared, weights)
+        return squared
+
+    def _evaluate(self, batch: Any, size: int) -> tuple[Tensor, Tensor]:
+        """Return the squared norms under the loss of a batch, and that loss: one number, or one for each sample."""
         losses = torch.empty(0)
 
         def forward() -> Tensor:
@@ -106,24 +125,13 @@ class SampleLosses:
                     f"the loss of a batch of size {size} must be one number or of shape ({size},), "
                     f"got {tuple(losses.shape)}"
                 )
-            return losses.sum()
+            return losses.sum() if losses.dim() else losses
 
-        try:
-            squared, total = self._norms.measure(forward, size)
-        except NotBatchedError:
-            self._fitting = set()
-            return self._one_by_one(batch, size)
+        squared = self._norms.measure(forward, size)
+        losses = losses.detach()
         if losses.dim() or size == 1:
-            squared = squared.masked_fill(~losses.detach().isfinite().reshape(-1, 1), torch.nan)
-            if keep:
-                self._keep(squared, torch.ones(size))
-            return squared
-        weights = self._weights(batch, size, total) if bool(total.isfinite()) else None
-        if weights is None:
-            return self._one_by_one(batch, size)
-        squared = squared / weights.to(squared)[:, None].square()
-        self._keep(squared, weights)
-        return squared
+            squared = squared.masked_fill(~losses.isfinite().reshape(-1, 1), torch.nan)
+        return squared, losses
 
     def _keep(self, squared: Tensor, weights: Tensor) -> None:
         """Keep the sketches of the samples that are finite, of which the loss was the weighted sum."""
@@ -151,24 +159,26 @@ class SampleLosses:
         return found
 
     @torch.no_grad()
-    def _alone(self, batch: Any, size: int) -> Tensor:
-        """Return the loss of each sample when it is evaluated alone, shape (size,), in float64."""
-        return torch.stack([self._losses(sample(batch, n, size)).double().sum() for n in range(size)])
+    def _alone(self, batch: Any, size: int, count: int) -> Tensor:
+        """Return the losses of the first samples when each is evaluated alone, shape (count,), in float64."""
+        return torch.stack([self._losses(sample(batch, n, size)).double().sum() for n in range(count)])
 
     def _one_by_one(self, batch: Any, size: int) -> Tensor:
         return torch.cat([self._together(sample(batch, n, size), 1) for n in range(size)])
 
-    def _weights(self, batch: Any, size: int, total: Tensor) -> Tensor | None:
+    def _weights(self, batch: Any, size: int, total: Tensor, first: Tensor | None) -> Tensor | None:
         """Return each sample's weight in the batch's loss, None if it cannot be told."""
+        seen = self._seen_weights(batch, size, total, first)
+        if seen is not None:
+            return seen
         candidates = {
             name: weights
             for name, weights in _reductions(batch, size).items()
             if self._fitting is None or name in self._fitting
         }
         if self._fitting is None or not _agree(list(candidates.values())):
-            alone = self._alone(batch, size)
-            # What two evaluations may differ by in this precision: products of one sample round differently.
-            tolerance = 100 * torch.finfo(total.dtype).eps * float(alone.abs().max())
+            alone = self._alone(batch, size, size)
+            tolerance = _rounding(total) * float(alone.abs().max())
             candidates = {
                 name: weights
                 for name, weights in candidates.items()
@@ -179,6 +189,27 @@ class SampleLosses:
         if not candidates or not _agree(list(candidates.values())):
             return None
         return next(iter(candidates.values()))
+
+    def _seen_weights(self, batch: Any, size: int, total: Tensor, first: Tensor | None) -> Tensor | None:
+        """Return each sample's weight in a mean cross entropy, None if the loss is something else."""
+        rows = self._norms.row_losses
+        if rows is None or self._rows_fit is False or len(rows) % size:
+            return None
+        rows = rows.double().view(size, -1)
+        if self._rows_fit is None:
+            first = self._alone(batch, size, 1)[0] if first is None else first
+            if not first.isfinite():
+                return None  # a sample without labels tells nothing
+            self._rows_fit = bool((rows[0].nanmean() - first).abs() <= _rounding(total) * first.abs())
+            if not self._rows_fit:
+                return None
+        counts = (~rows.isnan()).sum(1).double()
+        return counts / counts.sum()
+
+
+def _rounding(loss: Tensor) -> float:
+    """Return what two evaluations may differ by in this precision, relatively: batches round differently."""
+    return 100 * torch.finfo(loss.dtype).eps
 
 
 def _same_shares(first: Tensor, second: Tensor) -> bool:

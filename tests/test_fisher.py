@@ -134,6 +134,43 @@ def test_the_reduction_is_found_again_when_it_matters() -> None:
     torch.testing.assert_close(by_module(model, [equal, unequal]).double(), expected, rtol=1e-6, atol=0)
 
 
+class _Tagger(nn.Module):
+    """Two linear layers and a class for each position; counts its calls. Its rows may be in an order of their own."""
+
+    def __init__(self, *, positions_first: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.head = nn.Linear(6, 5)
+        self.positions_first = positions_first
+        self.calls = 0
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        logits = self.head(x)
+        if self.positions_first:
+            logits, labels = logits.transpose(0, 1), labels.T
+        return {"loss": cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+@pytest.mark.parametrize("positions_first", [False, True])
+def test_the_weights_in_a_mean_cross_entropy_are_seen_not_tried(positions_first: bool) -> None:
+    """A call for the first sample alone and one a batch; where rows are not the samples' in order, that is seen."""
+    torch.manual_seed(0)
+    model = _Tagger(positions_first=positions_first).double()
+    x, labels = torch.randn(4, 7, 6, dtype=torch.float64), torch.randint(5, (4, 7))
+    for n in range(4):
+        labels[n, : 2 * n] = -100
+    batches = [{"x": x[i], "labels": labels[i]} for i in ([1, 2, 0, 3], [3, 1, 0, 2])]
+    singles = [one for batch in batches for one in reference.singles(batch)]
+    expected = reference.squared_norms(model, linear_weights(model), singles).mean(0)
+    model.calls = 0
+    got = by_module(model, batches).double()
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
+    assert (model.calls == 3) is not positions_first
+
+
 class _Reused(nn.Module):
     """Two layers; the first runs twice in one forward, the second's two maps share one weight."""
 
@@ -545,13 +582,13 @@ def test_a_batch_that_is_too_large_for_the_memory_is_taken_in_parts(monkeypatch:
     model, batch = LLAMA.build(), causal_batch(5, 9)
     expected = expected_by_module(model, batch).double()
     sizes: list[int] = []
-    together = _losses.SampleLosses._together
+    evaluate = _losses.SampleLosses._evaluate
 
-    def seen(self: Any, part: Any, size: int, **options: Any) -> Tensor:
+    def seen(self: Any, part: Any, size: int) -> tuple[Tensor, Tensor]:
         sizes.append(size)
-        return together(self, part, size, **options)
+        return evaluate(self, part, size)
 
-    monkeypatch.setattr(_losses.SampleLosses, "_together", seen)
+    monkeypatch.setattr(_losses.SampleLosses, "_evaluate", seen)
     with undisturbed(model), GradientNorms(model, dict(find_linears(model)[0])) as norms:
         norms.measure(lambda: model(**_losses.sample(batch, 0, 5)).loss, 1)
     monkeypatch.setattr(_losses, "_SHARE_OF_MODEL", 0.0)
