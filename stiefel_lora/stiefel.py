@@ -13,6 +13,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,30 +111,50 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
     """
     _check_pair(x, u)
     check_choice("retraction", method, tuple(RETRACTIONS))
+    function, of_sum = RETRACTIONS[method]
     with exact_products([x.device.type]):
-        return RETRACTIONS[method](x, u, None)
+        return function(x + u) if of_sum else function(x, u)
 
 
-# Each retraction below is a function (x, u, into) -> new point. With ``into`` given, all three of shape ([k,] n, r), it
-# writes the new point there and may overwrite u; without, it allocates and can be differentiated.
+def retract_(
+    x: Tensor, direction: Tensor, scale: Tensor | float, method: Retraction, *, work: Tensor, into: Tensor
+) -> Tensor:
+    """Write what ``retract`` gives for the step scale * direction into ``into``, and return it.
+
+    Args:
+        x: Points, shape ([k,] n, r).
+        direction: Tangent vectors at ``x``, same shape.
+        scale: One number for each matrix, shape (k, 1, 1); or one number.
+        method: A key of ``RETRACTIONS``.
+        work: Scratch memory of the same shape; may be ``direction``.
+        into: Where the new points go; neither of the others.
+    """
+    function, of_sum = RETRACTIONS[method]
+    if not of_sum:
+        return function(x, torch.mul(direction, scale, out=work), into)
+    if isinstance(scale, Tensor):
+        return function(torch.addcmul(x, direction, scale, out=work), into)
+    return function(torch.add(x, direction, alpha=scale, out=work), into)
 
 
-def _qr(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
+# Each retraction below is a function of x and u, or of their sum y = x + u alone. With ``into`` given, all of shape
+# ([k,] n, r), it writes the new point there; without, it allocates and can be differentiated.
+
+
+def _qr(y: Tensor, into: Tensor | None = None) -> Tensor:
     # CholeskyQR. Y^T Y = I + U^T U >= I, so its condition is 1 + |U|^2 and one pass is enough. Y^T Y is measured, not
     # assumed, so an error of x is removed here instead of piling up.
-    y = _sum(x, u, into)
     chol, _ = torch.linalg.cholesky_ex(y.mT @ y)
     return torch.matmul(y, torch.linalg.solve_triangular(chol, _eye_like(chol), upper=False).mT, out=into)
 
 
-def _polar(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
-    y = _sum(x, u, into)
+def _polar(y: Tensor, into: Tensor | None = None) -> Tensor:
     gram = y.mT @ y
     root = _inverse_sqrt(gram) if into is None or not reads_at_no_cost(gram) else _inverse_sqrt_by_eigenvalues(gram)
     return torch.matmul(y, root, out=into)
 
 
-def _cayley(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
+def _cayley(x: Tensor, u: Tensor, into: Tensor | None = None) -> Tensor:
     # (I - W/2)^-1 (I + W/2) X = X (I - Q B / 2) + U B with S = X^T U, Q = U^T (I - X X^T) U and
     # B = (I - S/2 + Q/4)^-1. The symmetric part of B^-1 is I + Q/4 >= I: never singular, however long the step.
     repair, s, h, n = _tangent_grams(x, u)
@@ -143,7 +164,7 @@ def _cayley(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
     return _combine(x, repair @ (eye - q @ b / 2 - h @ b), u, b, into)
 
 
-def _exp(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
+def _exp(x: Tensor, u: Tensor, into: Tensor | None = None) -> Tensor:
     # [X U] expm([[S, -U^T U], [I, S]]) [expm(-S); 0]. U / t in place of U is a similarity of the 2r x 2r matrix
     # that brings its norm from |U|^2 down to |U|.
     r = x.shape[-1]
@@ -157,16 +178,17 @@ def _exp(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
     return _combine(x, repair @ (c1 - h @ c2), u, c2, into)
 
 
-RETRACTIONS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
-    "qr": _qr,
-    "cayley": _cayley,
-    "polar": _polar,
-    "exp": _exp,
+class _Method(NamedTuple):
+    function: Callable[..., Tensor]
+    of_sum: bool
+
+
+RETRACTIONS = {
+    "qr": _Method(_qr, of_sum=True),
+    "cayley": _Method(_cayley, of_sum=False),
+    "polar": _Method(_polar, of_sum=True),
+    "exp": _Method(_exp, of_sum=False),
 }
-
-
-def _sum(x: Tensor, u: Tensor, into: Tensor | None) -> Tensor:
-    return x + u if into is None else u.add_(x)
 
 
 def _combine(x: Tensor, c1: Tensor, u: Tensor, c2: Tensor, into: Tensor | None) -> Tensor:

@@ -100,11 +100,18 @@ def test_batched_retraction_is_the_one_of_each_matrix(method: str) -> None:
 def test_retraction_into_given_memory_is_the_same(method: str) -> None:
     x = stiefel.random_point(12, 4, batch=(3,), dtype=torch.float64)
     u = tangent(x, 0.7)
-    expected = stiefel.retract(x, u, method)
-    into, before = torch.full_like(x, torch.nan), x.clone()
-    assert stiefel.RETRACTIONS[method](x, u, into) is into
+    scale = torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64)[:, None, None]
+    expected = stiefel.retract(x, scale * u, method)
+    into, work, before = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan), (x.clone(), u.clone())
+    assert stiefel.retract_(x, u, scale, method, work=work, into=into) is into
     torch.testing.assert_close(into, expected, atol=1e-14, rtol=0)
-    assert torch.equal(x, before)
+    one = stiefel.retract_(x[2], u[2], -2.0, method, work=work[2], into=into[2])
+    torch.testing.assert_close(one, expected[2], atol=1e-14, rtol=0)
+    assert torch.equal(x, before[0])
+    assert torch.equal(u, before[1])
+    # The direction itself may be what is written over.
+    stiefel.retract_(x, u, scale, method, work=u, into=into)
+    torch.testing.assert_close(into, expected, atol=1e-14, rtol=0)
 
 
 @pytest.mark.parametrize(("method", "order"), [("qr", 2), ("cayley", 2), ("polar", 3), ("exp", 3)])
@@ -168,7 +175,7 @@ def test_polar_is_the_same_with_and_without_a_derivative() -> None:
     x = stiefel.random_point(12, 4, batch=(3,), dtype=torch.float64)
     u = stiefel.project(x, torch.randn_like(x))
     u[1] = 0
-    in_place = stiefel.RETRACTIONS["polar"](x, u.clone(), torch.empty_like(x))
+    in_place = stiefel.retract_(x, u, 1.0, "polar", work=torch.empty_like(x), into=torch.empty_like(x))
     torch.testing.assert_close(in_place, stiefel.retract(x, u, "polar"), atol=1e-13, rtol=0)
     u.requires_grad_()
     stiefel.retract(x, u, "polar").square().sum().backward()

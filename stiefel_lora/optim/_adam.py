@@ -8,7 +8,7 @@ from geoopt import ManifoldTensor
 from torch import Tensor
 
 from stiefel_lora._types import Metric, Params, Retraction, SecondMoment
-from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_step
+from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_scale
 from stiefel_lora.optim._batch import Piece, StateSpec
 from stiefel_lora.stiefel import check_choice, project_
 
@@ -118,7 +118,9 @@ class RiemannianAdam(RiemannianOptimizer):
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("exp_avg")
 
-    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group) -> Tensor:
+    def _stiefel_step(
+        self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group
+    ) -> tuple[Tensor, Tensor | float]:
         return adam_step(
             piece.point,
             rgrad,
@@ -163,8 +165,8 @@ def adam_step(
     betas: tuple[float, float],
     eps: float,
     second_moment: SecondMoment,
-) -> Tensor:
-    """Update the moments of k matrices in place and return their tangent steps, which take the place of ``rgrad``.
+) -> tuple[Tensor, Tensor | float]:
+    """Update the moments of k matrices in place and return their tangent steps; may overwrite ``rgrad``.
 
     Args:
         x: Points, shape (k, n, r), or one alone, shape (n, r), and likewise below.
@@ -181,7 +183,7 @@ def adam_step(
         second_moment: "mean", "norm" or "element".
 
     Returns:
-        Steps U, shape (k, n, r).
+        Directions, shape (k, n, r), and what to multiply them by, shape (k, 1, 1), or one number for a matrix alone.
     """
     if moves is None:
         exp_avg.lerp_(rgrad, 1 - betas[0])
@@ -209,8 +211,9 @@ def adam_step(
     if moves is not None:
         size = torch.where(moves, size, 0)
     if second_moment == "element":
-        return bounded_step(project_(x, torch.div(exp_avg, root, out=rgrad)), size, rgrad)
-    return bounded_step(exp_avg, size / root, rgrad)
+        direction = project_(x, torch.div(exp_avg, root, out=rgrad))
+        return direction, bounded_scale(direction, size)
+    return exp_avg, bounded_scale(exp_avg, size / root)
 
 
 def adam_numbers(

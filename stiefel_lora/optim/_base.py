@@ -23,6 +23,7 @@ from stiefel_lora.stiefel import (
     project_,
     project_point,
     reads_at_no_cost,
+    retract_,
 )
 
 Group: TypeAlias = dict[str, Any]
@@ -53,22 +54,26 @@ def manifold_name(p: Tensor) -> str | None:
     return None if is_ordinary(p) else type(p.manifold).__name__  # type: ignore[attr-defined]
 
 
-def bounded_step(direction: Tensor, size: Tensor | float, out: Tensor) -> Tensor:
-    """Write -size * direction into ``out``, shortened where it is longer than a quarter turn a column, and return it.
+def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | None = None) -> Tensor | float:
+    """Return -size, reduced where the step -size * direction is longer than a quarter turn a column.
 
     Args:
         direction: Tangent vectors, shape (k, n, r), or one, shape (n, r).
         size: Step sizes, shape (k,), zero for a matrix that is to stay; or one number.
-        out: Where the steps go, same shape; may be ``direction``.
+        square: Squared norms of ``direction``, shape (k,) or (), if they are known.
+
+    Returns:
+        What to multiply ``direction`` by, shape (k, 1, 1); or one number.
     """
     limit = _LONGEST_STEP * direction.shape[-1] ** 0.5
-    if direction.dim() == 2:
-        length = float(size * torch.linalg.vector_norm(direction).item())
-        return torch.mul(direction, -size * limit / max(length, limit), out=out)
+    alone = direction.dim() == 2
+    norm = torch.linalg.vector_norm(direction, dim=None if alone else (-2, -1)) if square is None else square.sqrt()
+    if alone:
+        return -float(size) * limit / max(float(size) * norm.item(), limit)
     # Zero times a norm that overflows is a step of zero.
-    length = (size * torch.linalg.vector_norm(direction, dim=(-2, -1))).nan_to_num_(nan=0)
-    factor = size * (-limit / length.clamp_min_(limit))
-    return torch.mul(direction, factor[:, None, None], out=out)
+    length = (size * norm).nan_to_num_(nan=0)
+    scale: Tensor = size * (-limit / length.clamp_min_(limit))
+    return scale[:, None, None]
 
 
 class _Kinds:
@@ -152,8 +157,10 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         """Return the state that the update of a Stiefel parameter in this group keeps."""
         raise NotImplementedError
 
-    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group) -> Tensor:
-        """Update a piece's state in place and return the tangent step.
+    def _stiefel_step(
+        self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group
+    ) -> tuple[Tensor, Tensor | float]:
+        """Update a piece's state in place and return the tangent step as a direction and what to multiply it by.
 
         Args:
             piece: The matrices and their state.
@@ -164,7 +171,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             group: The options.
 
         Returns:
-            The step U, in the shape of ``rgrad``, zero where ``moves`` is false.
+            Tangent vectors in the shape of ``rgrad``, which they may be, and a scale, shape (k, 1, 1) or one number,
+            that is zero where ``moves`` is false.
         """
         raise NotImplementedError
 
@@ -329,8 +337,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                 return
             # From here on its gradient is finite, and all that is done with a matrix that stays is multiplied by zero.
             rgrad.nan_to_num_(0, 0, 0)
-        u = self._stiefel_step(piece, rgrad, square, moves, group)
-        new = RETRACTIONS[group["retraction"]](x, u, piece.spare)
+        direction, scale = self._stiefel_step(piece, rgrad, square, moves, group)
+        new = retract_(x, direction, scale, group["retraction"], work=rgrad, into=piece.spare)
         if moves is not None:
             new = x.lerp_(new, moves.to(x.dtype)[:, None, None])
         momentum = self._momentum(piece.state)

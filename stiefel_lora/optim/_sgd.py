@@ -7,7 +7,7 @@ from geoopt import ManifoldTensor
 from torch import Tensor
 
 from stiefel_lora._types import Metric, Params, Retraction
-from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_step
+from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_scale
 from stiefel_lora.optim._batch import Piece, StateSpec
 
 
@@ -92,12 +92,14 @@ class RiemannianSGD(RiemannianOptimizer):
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("momentum_buffer")
 
-    def _stiefel_step(self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group) -> Tensor:
+    def _stiefel_step(
+        self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group
+    ) -> tuple[Tensor, Tensor | float]:
         size = group["lr"] if moves is None else moves.to(rgrad.dtype) * group["lr"]
         if piece.alone:
             size = float(size)
         if group["momentum"] == 0:
-            return bounded_step(rgrad, size, rgrad)
+            return rgrad, bounded_scale(rgrad, size, square)
         momentum, buffer, step = group["momentum"], piece.state["momentum_buffer"], piece.state["step"]
         if piece.alone:
             count = step.item()
@@ -111,7 +113,7 @@ class RiemannianSGD(RiemannianOptimizer):
             buffer.mul_(kept[:, None, None]).addcmul_(rgrad, fresh[:, None, None])
             step += weight
         direction = rgrad.add_(buffer, alpha=momentum) if group["nesterov"] else buffer
-        return bounded_step(direction, size, rgrad)
+        return direction, bounded_scale(direction, size)
 
     def _geoopt_step(self, p: ManifoldTensor, rgrad: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
         momentum, buffer = group["momentum"], self.state[p].get("momentum_buffer")
