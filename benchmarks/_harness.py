@@ -75,10 +75,11 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
         )
 
     # For a study that goes on where it was stopped: a way to keep what it has so far, what an earlier run found, and
-    # the same only if that run did not come to its end.
+    # the same only if that run had this seed and did not come to its end.
     found = json.loads(output.read_text()) if output.is_file() else {}
     args.save, args.output, args.previous = save, output, found.get("results")
-    args.interrupted = found["results"] if found.get("status") == "partial" else None
+    same_run = found.get("status") == "partial" and found["seed"] == args.seed
+    args.interrupted = found["results"] if same_run else None
     signal.signal(signal.SIGTERM, _stop)
     try:
         results = study.run(args)

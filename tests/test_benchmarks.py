@@ -49,6 +49,21 @@ def test_list_names_every_study_and_an_unknown_one_is_an_error() -> None:
     assert "Traceback" not in wrong.stderr
 
 
+@pytest.mark.parametrize(("seed", "kept"), [(0, True), (1, False)])
+def test_a_study_goes_on_with_its_own_seed_alone(seed: int, kept: bool, tmp_path: Path) -> None:
+    output = tmp_path / "drift.json"
+    run = ["--quick", "--output", str(output)]
+    _harness.main(importlib.import_module("benchmarks.drift"), run)
+    result = json.loads(output.read_text())
+    first = result["results"]["rows"][0]["dtype"]
+    result["results"]["rows"] = [{**row, "mark": True} for row in result["results"]["rows"] if row["dtype"] == first]
+    output.write_text(json.dumps({**result, "status": "partial"}))
+    _harness.main(importlib.import_module("benchmarks.drift"), [*run, "--seed", str(seed)])
+    rows = json.loads(output.read_text())["results"]["rows"]
+    assert [row["dtype"] == first and kept for row in rows] == ["mark" in row for row in rows]
+    assert len({row["dtype"] for row in rows}) == 2
+
+
 def test_interleaving_takes_turns_and_leaves_out_warm_up_and_slow_ones() -> None:
     calls: list[str] = []
     times = _harness.interleave(
