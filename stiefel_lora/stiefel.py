@@ -127,7 +127,7 @@ def retract_(
         scale: One number for each matrix, shape (k, 1, 1); or one number.
         method: A key of ``RETRACTIONS``.
         work: Scratch memory of the same shape; may be ``direction``.
-        into: Where the new points go; neither of the others.
+        into: Where the new points go; ``x`` itself is possible if the retraction is one of the sum x + u alone.
     """
     function, of_sum = RETRACTIONS[method]
     if not of_sum:

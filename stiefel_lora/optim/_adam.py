@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stiefel_lora._types import Metric, Params, Retraction, SecondMoment
 from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_scale
-from stiefel_lora.optim._batch import Piece, StateSpec
+from stiefel_lora.optim._batch import COUNT, MATRIX, SCALAR, Piece, StateSpec
 from stiefel_lora.stiefel import check_choice, project_
 
 # A tensor, or a Python number that does the same in the same formula.
@@ -111,15 +111,15 @@ class RiemannianAdam(RiemannianOptimizer):
         check_choice("second_moment", group["second_moment"], ("mean", "norm", "element"))
 
     def _state_spec(self, group: Group) -> dict[str, StateSpec]:
-        second = StateSpec("matrix" if group["second_moment"] == "element" else "scalar")
-        spec = {"step": StateSpec("scalar", torch.float32), "exp_avg": StateSpec("matrix"), "exp_avg_sq": second}
+        second = MATRIX if group["second_moment"] == "element" else SCALAR
+        spec = {"step": COUNT, "exp_avg": MATRIX, "exp_avg_sq": second}
         return {**spec, "max_exp_avg_sq": second} if group["amsgrad"] else spec
 
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("exp_avg")
 
     def _stiefel_step(
-        self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group
+        self, piece: Piece, rgrad: Tensor, square: Tensor | float, moves: Tensor | None, group: Group
     ) -> tuple[Tensor, Tensor | float]:
         return adam_step(
             piece.point,
@@ -154,7 +154,7 @@ class RiemannianAdam(RiemannianOptimizer):
 def adam_step(
     x: Tensor,
     rgrad: Tensor,
-    square: Tensor,
+    square: Tensor | float,
     moves: Tensor | None,
     *,
     step: Tensor,
@@ -171,7 +171,7 @@ def adam_step(
     Args:
         x: Points, shape (k, n, r), or one alone, shape (n, r), and likewise below.
         rgrad: Riemannian gradients, same shape.
-        square: Their squared norms, shape (k,).
+        square: Their squared norms, shape (k,), or a number.
         moves: Whether a matrix is updated, shape (k,); where not, its moments stay and its step is zero. None: all are.
         step: Number of updates so far, shape (k,).
         exp_avg: First moment, tangent at ``x``, shape (k, n, r).
@@ -200,7 +200,7 @@ def adam_step(
     old: list[Number] = [square, step.to(x.dtype), *kept[1:]]
     if x.dim() == 2:
         # The few numbers of a matrix alone are Python's, at a tenth of the cost.
-        old, lr = [z if z.dim() else z.item() for z in old], float(lr)
+        old, lr = [z if isinstance(z, float) or z.dim() else z.item() for z in old], float(lr)
     least = torch.finfo(x.dtype).tiny ** 0.75
     new, size, root = adam_numbers(*old, lr=lr, betas=betas, eps=eps, least=least)
     for tensor, value in zip(kept, new, strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor
 from stiefel_lora._precision import exact_products
 from stiefel_lora._types import Params
 from stiefel_lora.errors import InputError, ManifoldError
-from stiefel_lora.optim._batch import Bucket, Piece, StateSpec, Workspace, compute_dtype
+from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, compute_dtype
 from stiefel_lora.stiefel import (
     RETRACTIONS,
     add_product,
@@ -54,22 +54,25 @@ def manifold_name(p: Tensor) -> str | None:
     return None if is_ordinary(p) else type(p.manifold).__name__  # type: ignore[attr-defined]
 
 
-def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | None = None) -> Tensor | float:
+def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | float | None = None) -> Tensor | float:
     """Return -size, reduced where the step -size * direction is longer than a quarter turn a column.
 
     Args:
         direction: Tangent vectors, shape (k, n, r), or one, shape (n, r).
         size: Step sizes, shape (k,), zero for a matrix that is to stay; or one number.
-        square: Squared norms of ``direction``, shape (k,) or (), if they are known.
+        square: Squared norms of ``direction``, if they are known; like ``size``.
 
     Returns:
         What to multiply ``direction`` by, shape (k, 1, 1); or one number.
     """
     limit = _LONGEST_STEP * direction.shape[-1] ** 0.5
     alone = direction.dim() == 2
-    norm = torch.linalg.vector_norm(direction, dim=None if alone else (-2, -1)) if square is None else square.sqrt()
+    if square is None:
+        norm = torch.linalg.vector_norm(direction, dim=None if alone else (-2, -1))
+    else:
+        norm = square**0.5
     if alone:
-        return -float(size) * limit / max(float(size) * norm.item(), limit)
+        return -float(size) * limit / max(float(size) * float(norm), limit)
     # Zero times a norm that overflows is a step of zero.
     length = (size * norm).nan_to_num_(nan=0)
     scale: Tensor = size * (-limit / length.clamp_min_(limit))
@@ -158,7 +161,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _stiefel_step(
-        self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group
+        self, piece: Piece, rgrad: Tensor, square: Tensor | float, moves: Tensor | None, group: Group
     ) -> tuple[Tensor, Tensor | float]:
         """Update a piece's state in place and return the tangent step as a direction and what to multiply it by.
 
@@ -166,7 +169,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             piece: The matrices and their state.
             rgrad: Riemannian gradients, shape (k, n, r), or (n, r) of a matrix alone, without NaN or infinity; may be
                 overwritten.
-            square: Their squared norms, shape (k,), or () of a matrix alone; NaN or infinite where ``moves`` is false.
+            square: Their squared norms, shape (k,), NaN or infinite where ``moves`` is false; a number for one alone.
             moves: Whether a matrix is updated, shape (k,); where not, it keeps its state. None if all are known to be.
             group: The options.
 
@@ -329,16 +332,22 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     def _step_piece(self, piece: Piece, group: Group) -> None:
         x = piece.point
         rgrad = _riemannian_gradient(x, piece.grad, group, piece.work)
-        square = torch.linalg.vector_norm(rgrad, dim=None if piece.alone else (-2, -1)).square_()
-        moves = _moves(square)
+        square: Tensor | float = torch.linalg.vector_norm(rgrad, dim=None if piece.alone else (-2, -1)).square_()
+        if piece.alone:
+            square = float(square)
+            if not square < torch.inf:
+                piece.state["skipped"] += 1
+                return
+        moves = _moves(square) if isinstance(square, Tensor) else None
         if moves is not None:
             piece.state["skipped"] += ~moves
-            if piece.alone:
-                return
             # From here on its gradient is finite, and all that is done with a matrix that stays is multiplied by zero.
             rgrad.nan_to_num_(0, 0, 0)
         direction, scale = self._stiefel_step(piece, rgrad, square, moves, group)
-        new = retract_(x, direction, scale, group["retraction"], work=rgrad, into=piece.spare)
+        # The point itself is not needed any more where it and the step have been added up.
+        in_place = moves is None and RETRACTIONS[group["retraction"]].of_sum
+        into = x if in_place else piece.spare
+        new = retract_(x, direction, scale, group["retraction"], work=rgrad, into=into)
         if moves is not None:
             new = x.lerp_(new, moves.to(x.dtype)[:, None, None])
         momentum = self._momentum(piece.state)
@@ -365,7 +374,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     def _group_buckets(self, index: int, params: list[Tensor]) -> list[Bucket]:
         group = self.param_groups[index]
-        spec = {**self._state_spec(group), "skipped": StateSpec("scalar", torch.int64)}
+        spec = {**self._state_spec(group), "skipped": SKIPPED}
         buckets = self._buckets.get(index)
         if buckets is None or not all(bucket.is_current(spec, self.state) for bucket in buckets):
             alike: dict[Any, list[Tensor]] = {}

@@ -25,6 +25,12 @@ class StateSpec:
     dtype: torch.dtype | None = None  # None: the dtype that the update is computed in
 
 
+MATRIX = StateSpec("matrix")
+SCALAR = StateSpec("scalar")
+COUNT = StateSpec("scalar", torch.float32)  # of updates, as torch keeps it
+SKIPPED = StateSpec("scalar", torch.int64)
+
+
 @dataclass
 class Piece:
     """A run of k matrices that are updated together, or one matrix alone.
@@ -124,7 +130,7 @@ class Bucket:
         # The size of all matrices in the compute dtype, in bytes.
         self.nbytes = self.ends[-1] * params[0].shape[-2:].numel() * self.dtype.itemsize
         if self.dtype != params[0].dtype:
-            spec = {**spec, "master": StateSpec("matrix")}
+            spec = {**spec, "master": MATRIX}
         self.buffers = {key: self._gather_state(key, entry, state) for key, entry in spec.items()}
         self._views = []
         for p, start, end in zip(params, self.starts, self.ends, strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stiefel_lora._types import Metric, Params, Retraction
 from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_scale
-from stiefel_lora.optim._batch import Piece, StateSpec
+from stiefel_lora.optim._batch import COUNT, MATRIX, Piece, StateSpec
 
 
 class RiemannianSGD(RiemannianOptimizer):
@@ -87,13 +87,13 @@ class RiemannianSGD(RiemannianOptimizer):
     def _state_spec(self, group: Group) -> dict[str, StateSpec]:
         if group["momentum"] == 0:
             return {}
-        return {"step": StateSpec("scalar", torch.float32), "momentum_buffer": StateSpec("matrix")}
+        return {"step": COUNT, "momentum_buffer": MATRIX}
 
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("momentum_buffer")
 
     def _stiefel_step(
-        self, piece: Piece, rgrad: Tensor, square: Tensor, moves: Tensor | None, group: Group
+        self, piece: Piece, rgrad: Tensor, square: Tensor | float, moves: Tensor | None, group: Group
     ) -> tuple[Tensor, Tensor | float]:
         size = group["lr"] if moves is None else moves.to(rgrad.dtype) * group["lr"]
         if piece.alone:
