@@ -35,8 +35,8 @@ from stiefel_lora.pretrained import find_device, load_pretrained
 from stiefel_lora.training import FinetuneConfig, learning_rate
 
 # Rows that get all seeds; the others show a tendency.
-MAIN = ("LoRA", FORA, STARTED, "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half", "Stiefel A, random half",
-        "LoRA, random half", "Stiefel A, all layers")  # fmt: skip
+MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half",
+        "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers")  # fmt: skip
 CALIBRATION = 32
 
 
