@@ -166,6 +166,16 @@ def find_linears(
     return {i: layer for i, layer in linears.items() if layer}
 
 
+def split_at_layer(name: str) -> tuple[str, int, str]:
+    """Return what stands before the first number in a qualified name, that number, and what stands behind it.
+
+    Without a number all of the name stands before it, and -1 is in its place.
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[:at]), int(parts[at]) if at < len(parts) else -1, ".".join(parts[at + 1 :])
+
+
 def matches(name: str, target: str) -> bool:
     """Tell whether a qualified name is ``target`` or ends in it, by whole components."""
     return name == target or name.endswith("." + target)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from stiefel_lora._models import Layers, find_layers, join, matches, named_linears
+from stiefel_lora._models import Layers, find_layers, join, matches, named_linears, split_at_layer
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import StiefelLoRALinear
 
@@ -131,15 +131,14 @@ def describe(names: Iterable[str]) -> str:
     stacks: dict[tuple[str, int], list[str]] = {}
     others = []
     for name in names:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-        if at < len(parts) - 1:
-            stacks.setdefault((".".join(parts[:at]), int(parts[at])), []).append(".".join(parts[at + 1 :]))
+        stack, layer, inner = split_at_layer(name)
+        if inner:
+            stacks.setdefault((stack, layer), []).append(inner)
         else:
             others.append(name)
     alike: dict[tuple[str, str], list[int]] = {}
-    for (stack, layer), inner in stacks.items():
-        alike.setdefault((stack, ", ".join(inner)), []).append(layer)
+    for (stack, layer), inside in stacks.items():
+        alike.setdefault((stack, ", ".join(inside)), []).append(layer)
     blocks = [f"{stack} {ranges(layers)}".strip() + f": {inner}" for (stack, inner), layers in alike.items()]
     return "; ".join(blocks + others)
 

@@ -104,6 +104,13 @@ def _add_selection(parser: Any, defaults: Any) -> None:
         help="layers to adapt: a share such as 0.5, or a number such as 8",
     )
     parser.add_argument(
+        "--granularity",
+        choices=("layer", "module"),
+        default=defaults.granularity,
+        help="choose whole layers, or single linear maps by score per parameter; the budget then is a share of the "
+        "adapters' parameters, or a number of linear maps",
+    )
+    parser.add_argument(
         "--calibration-samples", type=int, default=defaults.calibration_samples, help="samples the layers are scored on"
     )
     parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="samples of a forward pass")
@@ -312,10 +319,11 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Score the layers and print the ranking."""
+    from stiefel_lora._targets import describe
     from stiefel_lora.data import check_source, load_data
     from stiefel_lora.pretrained import find_device, load_pretrained
     from stiefel_lora.report import check_picture
-    from stiefel_lora.training import check_targets, score_layers
+    from stiefel_lora.training import check_targets, choose, score_layers
 
     config = _config(args)
     config.check()
@@ -332,13 +340,16 @@ def run_select(args: argparse.Namespace) -> None:
     data, _ = load_data(config.data, tokenizer, seq_len=config.seq_len)
     check_targets(model, config)
     scores = score_layers(model, data, config)
-    selected = scores.select(config.budget)
+    selected = choose(scores, config)
     print(scores.table(selected))
-    verdict = "stable" if scores.stable else "not yet told apart from the rest"
-    print(
-        f"\nselected: {' '.join(map(str, selected))}\n{scores.n_samples} samples in {scores.seconds:.0f} s; at "
-        f"{scores.confidence:.0%} confidence the selection is {verdict}"
-    )
+    by_layer = config.granularity == "layer"
+    chosen = " ".join(map(str, selected)) if by_layer else describe(scores.names[i] for i in selected)
+    print(f"\nselected: {chosen}\n{scores.n_samples} samples in {scores.seconds:.0f} s", end="")
+    # Whether a choice by score per parameter is stable is not known.
+    if by_layer or isinstance(config.budget, int):
+        verdict = "stable" if scores.stable else "not yet told apart from the rest"
+        print(f"; at {scores.confidence:.0%} confidence the selection is {verdict}", end="")
+    print()
     if hasattr(args, "output"):
         scores.save(args.output)
     if hasattr(args, "plot"):

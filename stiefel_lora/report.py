@@ -25,7 +25,7 @@ def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     pictures = []
     if importlib.util.find_spec("matplotlib"):
         pictures = [folder / "fisher.png", folder / "loss.png"]
-        FisherScores(**metrics["fisher"]).plot(pictures[0], metrics["selected_layers"])
+        FisherScores(**metrics["fisher"]).plot(pictures[0], metrics["selected"])
         plot_loss(metrics, pictures[1])
     # Last: where there are metrics, the run is finished.
     write_json(folder / METRICS_FILE, metrics)
@@ -76,9 +76,11 @@ def table(metrics: Mapping[str, Any]) -> str:
     """Return the short table that ends a run."""
     before, after = metrics["held_out"]["before"], metrics["held_out"]["after"]
     seconds = metrics["seconds"]
-    layers = metrics["selected_layers"]
+    selected = metrics["selected"]
+    count = f"{len(selected)} of {len(metrics['fisher']['scores'])}"
+    by_layer = metrics["config"]["granularity"] == "layer"
     rows = [
-        ("layers adapted", f"{len(layers)} of {len(metrics['fisher']['scores'])}: {ranges(layers)}"),
+        ("layers adapted", f"{count}: {ranges(selected)}") if by_layer else ("linear maps adapted", count),
         ("linears adapted", describe(metrics["adapted_modules"])),
         ("trainable parameters", f"{metrics['trainable_parameters']:,} ({metrics['trainable_share']:.2%})"),
         ("held-out loss", f"{before['loss']:.4f} -> {after['loss']:.4f}"),

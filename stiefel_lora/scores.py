@@ -4,9 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
 
 from stiefel_lora._files import atomic_file
+from stiefel_lora._models import split_at_layer
 from stiefel_lora.errors import InputError
 from stiefel_lora.stiefel import check_choice
 
@@ -128,7 +131,7 @@ class FisherScores:
         )
 
     def plot(self, path: str | Path, selected: Sequence[int] | None = None) -> None:
-        """Draw the scores with their standard errors, the selected ones in colour, into an image file.
+        """Draw the scores into an image file: bars with standard errors, or layers against kinds of linear maps.
 
         Args:
             path: Where to; the ending decides the format.
@@ -138,24 +141,46 @@ class FisherScores:
         from matplotlib.figure import Figure
 
         chosen = set(self.select(self.budget) if selected is None else selected)
-        indices = self.layers if self.granularity == "layer" else range(len(self))
-        figure = Figure(figsize=(max(6.0, 0.22 * len(self)), 3.6), layout="constrained")
+        figure = Figure(figsize=(max(6.0, 0.22 * len(set(self.layers))), 3.6), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        (self._draw_bars if self.granularity == "layer" else self._draw_grid)(axes, chosen)
+        axes.set_title(f"{axes.get_title()}mean squared gradient norm over {self.n_samples} samples")
+        axes.spines[["top", "right"]].set_visible(False)
+        with atomic_file(path) as file:
+            figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")
+
+    def _draw_bars(self, axes: Any, chosen: set[int]) -> None:
+        """Draw a bar for each layer, those of the chosen ones in colour."""
         for mine, label, colour in ((True, "selected", "#1f77b4"), (False, "not selected", "#c7c7c7")):
             bars = [
-                (i, s, e) for i, s, e in zip(indices, self.scores, self.stderr, strict=True) if (i in chosen) == mine
+                (i, s, e)
+                for i, s, e in zip(self.layers, self.scores, self.stderr, strict=True)
+                if (i in chosen) == mine
             ]
             if bars:
                 x, y, error = zip(*bars, strict=True)
                 axes.bar(x, y, yerr=error, label=label, color=colour, ecolor="#555555", capsize=2)
-        axes.set_xlabel("decoder layer" if self.granularity == "layer" else "linear map, in the model's order")
+        axes.set_xlabel("decoder layer")
         axes.set_ylabel("Fisher score (± s.e.)")
-        axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
         axes.legend()
-        axes.spines[["top", "right"]].set_visible(False)
-        with atomic_file(path) as file:
-            figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")
+
+    def _draw_grid(self, axes: Any, chosen: set[int]) -> None:
+        """Draw a field for each linear map, darker for a higher score, with a dot in the chosen ones."""
+        from matplotlib.colors import LogNorm
+
+        kinds = [split_at_layer(name)[2] or name for name in self.names]
+        rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds))}
+        values = np.full((len(rows), max(self.layers) + 1), np.nan)
+        for layer, kind, score in zip(self.layers, kinds, self.scores, strict=True):
+            values[rows[kind], layer] = score or np.nan
+        mesh = axes.imshow(values, norm=LogNorm(), cmap="Blues", aspect="auto")
+        dots = [(self.layers[i], rows[kinds[i]]) for i in sorted(chosen)]
+        axes.plot(*zip(*dots, strict=True), "o", color="#d62728", markersize=4)
+        axes.set_title("dots: selected; ")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel("decoder layer")
+        axes.figure.colorbar(mesh, label="Fisher score")
 
     def save(self, path: str | Path) -> None:
         """Write the scores as JSON, whole or not at all."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: S403  only caught
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ class FinetuneConfig:
         data: File or folder; None for the standard library's source.
         rank: Rank of the adapters.
         alpha: Numerator of their scaling; None for twice the rank.
-        budget: Share of the layers to adapt in (0, 1], or their number.
+        budget: Share of the layers to adapt in (0, 1], or their number. With granularity "module": share of the
+            parameters that adapters on all linear maps would have, filled by score per parameter, or number of maps.
+        granularity: "layer" or "module": what is scored and chosen, whole layers or single linear maps.
         calibration_samples: Samples that the layers are scored on.
         steps: Optimizer steps.
         batch_size: Samples of a forward pass.
@@ -68,6 +70,7 @@ class FinetuneConfig:
     rank: int = 16
     alpha: float | None = None
     budget: float | int = 0.5
+    granularity: Literal["layer", "module"] = "layer"
     calibration_samples: int = 32
     steps: int = 50
     batch_size: int = 4
@@ -101,6 +104,7 @@ class FinetuneConfig:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
         if isinstance(self.budget, float):
             count_of(self.budget, 1)
+        check_choice("granularity", self.granularity, ("layer", "module"))
         check_choice("optimizer", self.optimizer, ("adam", "sgd"))
         check_choice("retraction", self.retraction, tuple(RETRACTIONS))
         check_choice("init", self.init, ("random", "svd", "gradient"))
@@ -143,24 +147,24 @@ def finetune(
     if saved is None:
         with clock.time("selection"):
             scores = score_layers(model, train, config)
-        selected = scores.select(config.budget)
+        selected = choose(scores, config)
         with clock.time("evaluation"):
             before = evaluate(model, held_out, config, "before")
     else:
         scores = FisherScores(**saved["fisher"])
-        selected, before = scores.select(config.budget), saved["before"]
+        selected, before = choose(scores, config), saved["before"]
+    where = _places(scores, selected, config)
     init: Any = config.init
     if init == "gradient":
         # The checkpoint of a run that goes on has the factors.
         with clock.time("selection"):
-            init = "random" if saved is not None else gradient_start(model, train, config, selected)
+            init = "random" if saved is not None else gradient_start(model, train, config, where)
     torch.manual_seed(config.seed)
     names = add_adapters(
         model,
-        layers=selected,
+        **where,
         rank=config.rank,
         alpha=config.alpha,
-        target_modules=config.target_modules,
         dropout=config.dropout,
         init=init,
     )
@@ -186,10 +190,10 @@ def check_targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
 
 
 def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> FisherScores:
-    """Score the layers by the linear maps that would be adapted, on training data.
+    """Score the layers, or the single linear maps, by the linear maps that would be adapted, on training data.
 
     Raises:
-        InputError: If the budget is larger than the number of layers.
+        InputError: If the budget is larger than their number.
     """
     samples = min(config.calibration_samples, len(train))
     with _autocast(model):
@@ -197,16 +201,32 @@ def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> Fi
             model,
             _calibration(train, config),
             modules=check_targets(model, config),
+            granularity=config.granularity,
             max_samples=samples,
             budget=config.budget,
         )
 
 
-def gradient_start(model: nn.Module, train: Dataset, config: FinetuneConfig, layers: Sequence[int]) -> dict[str, Init]:
+def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
+    """Return what the budget allows: indices as `FisherScores.select` returns them."""
+    if config.granularity == "layer" or isinstance(config.budget, int):
+        return scores.select(config.budget)
+    size = config.rank * sum(scores.adapter_size)
+    return scores.select(budget_params=round(config.budget * size), rank=config.rank)
+
+
+def _places(scores: FisherScores, selected: Sequence[int], config: FinetuneConfig) -> dict[str, Any]:
+    """Return the arguments of `add_adapters` that say where."""
+    if config.granularity == "layer":
+        return {"layers": selected, "target_modules": config.target_modules}
+    return {"layers": None, "target_modules": [scores.names[i] for i in selected]}
+
+
+def gradient_start(model: nn.Module, train: Dataset, config: FinetuneConfig, where: dict[str, Any]) -> dict[str, Init]:
     """Return starts for the adapters of some layers, from the gradient on the calibration samples."""
     batches = progress(_calibration(train, config), label="gradient start")
     with _autocast(model):
-        return gradient_init(model, batches, layers=layers, rank=config.rank, target_modules=config.target_modules)
+        return gradient_init(model, batches, **where, rank=config.rank)
 
 
 def _calibration(train: Dataset, config: FinetuneConfig) -> list[dict[str, Tensor]]:
@@ -378,6 +398,7 @@ class _Run:
         self, selected: list[int], names: list[str], before: dict[str, float], after: dict[str, float]
     ) -> dict[str, Any]:
         """Return what the run was and what came out of it."""
+        by_layer = self.config.granularity == "layer"
         trainable = sum(factor.numel() for factor in self.factors.values())
         base = sum(p.numel() for p in self.model.parameters()) - trainable
         ranks = [measured["effective_rank"] for measured in adapter_metrics(self.model).values()]
@@ -393,7 +414,8 @@ class _Run:
             "data": {"training": self.data.description, "held_out": self.held_out.description},
             "device": str(next(self.model.parameters()).device),
             "fisher": asdict(self.scores),
-            "selected_layers": selected,
+            "selected": selected,
+            "selected_layers": selected if by_layer else sorted({self.scores.layers[i] for i in selected}),
             "adapted_modules": names,
             "trainable_parameters": trainable,
             "trainable_share": trainable / (base + trainable),

@@ -116,6 +116,19 @@ def test_select_prints_the_ranking(base: list[str], tmp_path: Path, capsys: pyte
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_select_single_linear_maps(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["select", *base, "--calibration-samples", "4", "--granularity", "module", "--budget"]
+    assert main([*words, "1"]) == 0
+    out = capsys.readouterr().out
+    best = out.splitlines()[1].split()[2]
+    assert best.startswith("model.layers.")
+    layer, inner = best.removeprefix("model.layers.").split(".", 1)
+    assert f"selected: model.layers {layer}: {inner}\n" in out
+    assert "confidence the selection is" in out
+    assert main([*words, "0.5"]) == 0
+    assert "confidence" not in capsys.readouterr().out
+
+
 def test_select_finds_out_first_that_a_file_cannot_be_written(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

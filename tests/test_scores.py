@@ -100,6 +100,13 @@ def test_plot_is_an_image(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"new", "fisher.pdf", "fisher"}
 
 
+def test_plot_of_single_linear_maps_takes_zeros_and_maps_that_only_some_layers_have(tmp_path: Path) -> None:
+    names = ["layers.0.q", "layers.0.up", "layers.2.q", "layers.3"]
+    found = scores(granularity="module", names=names, layers=[0, 0, 2, 3], scores=[3.0, 0.0, 4.0, 1.0])
+    found.plot(tmp_path / "fisher.png", [0, 3])
+    assert (tmp_path / "fisher.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_file_round_trip_and_its_errors(tmp_path: Path) -> None:
     path = tmp_path / "new" / "scores.json"
     scores().save(path)

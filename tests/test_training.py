@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stiefel_lora import training
+from stiefel_lora import report, training
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.checkpoint import load_adapter, read_adapter
 from stiefel_lora.data import load_data
@@ -48,7 +48,10 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "fisher": {k: v for k, v in metrics["fisher"].items() if k != "seconds"}}
 
 
-@pytest.mark.parametrize("options", [{"optimizer": "adam"}, {"optimizer": "sgd"}, {"init": "gradient"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": "adam"}, {"optimizer": "sgd"}, {"init": "gradient"}, {"init": "gradient", "granularity": "module"}],
+)
 def test_a_run_that_broke_off_ends_with_the_same_bits(
     config: FinetuneConfig, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +95,26 @@ def test_training_lowers_the_loss_and_stays_on_the_manifold(config: FinetuneConf
     assert len(metrics["adapted_modules"]) == 10
     assert metrics["seconds"].keys() >= {"loading", "selection", "training", "optimizer", "evaluation", "total"}
     json.dumps(metrics, allow_nan=False)
+
+
+def test_single_linear_maps_fill_the_share_of_the_parameters_by_score_per_parameter(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    metrics = finetune(replace(config, granularity="module", steps=2, warmup=0), tmp_path)
+    scores, selected = metrics["fisher"], metrics["selected"]
+    assert metrics["adapted_modules"] == [scores["names"][i] for i in selected]
+    assert metrics["selected_layers"] == sorted({scores["layers"][i] for i in selected})
+    cost = [config.rank * size for size in scores["adapter_size"]]
+    worth = [score / size for score, size in zip(scores["scores"], scores["adapter_size"], strict=True)]
+    left_out = sorted(set(range(len(cost))) - set(selected))
+    # Nothing that is worth more was left out, but what did not fit.
+    spent = sum(cost[i] for i in selected)
+    assert spent == metrics["trainable_parameters"] <= sum(cost) / 2
+    for i in left_out:
+        better = sum(cost[j] for j in selected if worth[j] > worth[i])
+        assert better + cost[i] > sum(cost) / 2
+    table = report.table(metrics)
+    assert f"linear maps adapted   {len(selected)} of {len(cost)}" in table
 
 
 def test_a_gradient_start_spans_the_leading_directions_of_the_calibration_gradient(
