@@ -20,6 +20,18 @@ CLAIMS = (
     ("Selection beats random layers, on the manifold", FORA, "Stiefel A, random half"),
     ("The constraint helps on the selected layers", FORA, "LoRA, Fisher half"),
     ("The constraint helps on all layers", "Stiefel A, all layers", "LoRA"),
+    ("Single linear maps by score beat whole layers", "FoRA (A), modules", FORA),
+    (
+        "Single linear maps by score, with a gradient start, at half the parameters beat LoRA",
+        "FoRA (A), modules, gradient start",
+        "LoRA",
+    ),
+    (
+        "Half the rank on all layers with a gradient start beats LoRA",
+        "Stiefel A, half the rank, gradient start",
+        "LoRA",
+    ),
+    ("A gradient start at LoRA's parameters beats LoRA", "Stiefel A, all layers, gradient start", "LoRA"),
 )
 
 

@@ -224,6 +224,7 @@ METHODS: dict[str, Build] = {
     "FoRA (A), gradient start, A at twice the rate": ours(_selected, gradient_start=True, rate_on_manifold=2.0),
     "FoRA (A), second moment of each element": ours(_selected, second_moment="element"),
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
+    "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "FoRA (both)": ours(_selected, orthonormal="both"),
     "FoRA (B)": ours(_selected, orthonormal="B"),
     "FoRA (A), modules": ours(),

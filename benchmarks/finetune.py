@@ -36,7 +36,8 @@ from stiefel_lora.training import FinetuneConfig, learning_rate
 
 # Rows that get all seeds; the others show a tendency.
 MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half",
-        "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers")  # fmt: skip
+        "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers", "FoRA (A), modules, gradient start",
+        "Stiefel A, half the rank, gradient start")  # fmt: skip
 CALIBRATION = 32
 
 
