@@ -159,7 +159,7 @@ def _add_finetune(commands: Any) -> None:
         choices=("random", "svd", "gradient"),
         default=defaults.init,
         help="start of the orthonormal factors: random, or the leading directions of the weight or of the gradient on "
-        "the calibration samples",
+        "the calibration samples, which wants a lower --lr, such as 5e-4",
     )
     parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder for the results")
