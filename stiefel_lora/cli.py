@@ -344,12 +344,12 @@ def run_select(args: argparse.Namespace) -> None:
     print(scores.table(selected))
     by_layer = config.granularity == "layer"
     chosen = " ".join(map(str, selected)) if by_layer else describe(scores.names[i] for i in selected)
-    print(f"\nselected: {chosen}\n{scores.n_samples} samples in {scores.seconds:.0f} s", end="")
+    verdict = "stable" if scores.stable else "not yet told apart from the rest"
+    summary = f"{scores.n_samples} samples in {scores.seconds:.0f} s"
     # Whether a choice by score per parameter is stable is not known.
-    if by_layer or isinstance(config.budget, int):
-        verdict = "stable" if scores.stable else "not yet told apart from the rest"
-        print(f"; at {scores.confidence:.0%} confidence the selection is {verdict}", end="")
-    print()
+    if not config.budget_is_parameters:
+        summary += f"; at {scores.confidence:.0%} confidence the selection is {verdict}"
+    print(f"\nselected: {chosen}\n{summary}")
     if hasattr(args, "output"):
         scores.save(args.output)
     if hasattr(args, "plot"):

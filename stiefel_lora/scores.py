@@ -145,7 +145,7 @@ class FisherScores:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         (self._draw_bars if self.granularity == "layer" else self._draw_grid)(axes, chosen)
-        axes.set_title(f"{axes.get_title()}mean squared gradient norm over {self.n_samples} samples")
+        axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
         axes.spines[["top", "right"]].set_visible(False)
         with atomic_file(path) as file:
             figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")
@@ -177,9 +177,8 @@ class FisherScores:
         mesh = axes.imshow(values, norm=LogNorm(), cmap="Blues", aspect="auto")
         dots = [(self.layers[i], rows[kinds[i]]) for i in sorted(chosen)]
         axes.plot(*zip(*dots, strict=True), "o", color="#d62728", markersize=4)
-        axes.set_title("dots: selected; ")
         axes.set_yticks(range(len(rows)), rows)
-        axes.set_xlabel("decoder layer")
+        axes.set_xlabel("decoder layer (dots: selected)")
         axes.figure.colorbar(mesh, label="Fisher score")
 
     def save(self, path: str | Path) -> None:

@@ -87,6 +87,11 @@ class FinetuneConfig:
     seed: int = 0
     dtype: str | None = None
 
+    @property
+    def budget_is_parameters(self) -> bool:
+        """Whether the budget is a share of parameters, not of what is scored, nor a number of it."""
+        return self.granularity == "module" and isinstance(self.budget, float)
+
     def check(self) -> None:
         """Raise InputError for a value that no model or data could make right."""
         for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
@@ -209,7 +214,7 @@ def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> Fi
 
 def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
     """Return what the budget allows: indices as `FisherScores.select` returns them."""
-    if config.granularity == "layer" or isinstance(config.budget, int):
+    if not config.budget_is_parameters:
         return scores.select(config.budget)
     size = config.rank * sum(scores.adapter_size)
     return scores.select(budget_params=round(config.budget * size), rank=config.rank)

@@ -72,7 +72,8 @@ def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | floa
     else:
         norm = square**0.5
     if alone:
-        return -float(size) * limit / max(float(size) * float(norm), limit)
+        size = float(size)
+        return -size * limit / max(size * float(norm), limit)
     # Zero times a norm that overflows is a step of zero.
     length = (size * norm).nan_to_num_(nan=0)
     scale: Tensor = size * (-limit / length.clamp_min_(limit))
