@@ -3,8 +3,7 @@
 On SmolLM2-135M (or --model) with random tokens: our scores against a forward pass, against a loop over single samples
 with full weight gradients, and against the ghost norms of opacus; all of them over the same samples, in turn, with the
 agreement of the scores. The peak memory of each is measured in a process of its own. Also: the time against a forward
-pass for a wide random model, what share of a training run the scoring takes, and how many samples of real text (the
-standard library's source, in blocks of 128 tokens) early stopping takes.
+pass for a wide random model, and what share of a training run the scoring takes.
 
     python -m benchmarks fisher_cost
 """
@@ -23,12 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks import _harness
+from benchmarks import _harness, _tasks
 from stiefel_lora import add_adapters, fisher_scores
 from stiefel_lora._models import find_linears
-from stiefel_lora.data import batch_indices, load_data
 from stiefel_lora.optim import RiemannianAdam
 from stiefel_lora.pretrained import load_pretrained
 
@@ -52,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything, or (in a child process) the peak memory of one method."""
     if args.peak_of:
-        print(f"peak {_peak(args.peak_of, _load(args)[0])}")
+        print(f"peak {_peak(args.peak_of, load_pretrained(args.model)[0])}")
         sys.exit(0)
     rounds = 1 if args.quick else args.rounds
     lengths = {128: args.samples, 512: args.long_samples} if not args.quick else {16: 4}
-    model, tokenizer = _load(args)
+    model = _tasks.tiny()[0] if args.quick else load_pretrained(args.model)[0]
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     compared = {str(t): _compare(model, _batches(model, n, t), rounds) for t, n in lengths.items()}
     able = {name for part in compared.values() for name in part["rows"]}
@@ -69,32 +66,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else {m: [_child_peak(m, args, trim=trim) for trim in (False, True)] for m in METHODS if m in able},
         "wide": _wide(rounds, quick=args.quick),
         "share": _share(model, *((4, 16) if args.quick else (32, 128))),
-        "early_stopping": _early_stopping(model, _batches(model, 8, 16) if args.quick else _texts(tokenizer, 64, 128)),
     }
-
-
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the model and its tokenizer; a tiny random model has none."""
-    if not args.quick:
-        return load_pretrained(args.model)
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, hidden_size=32, intermediate_size=64, vocab_size=99)).eval(), None
-
-
-_SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def _batches(model: Any, samples: int, length: int, size: int = 4) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (samples, length), generator=generator)
     return [{"input_ids": part, "labels": part} for part in ids.split(size)]
-
-
-def _texts(tokenizer: Any, samples: int, length: int, size: int = 4) -> list[Batch]:
-    """Return shuffled blocks of the default data, the standard library's source."""
-    data, _ = load_data(None, tokenizer, seq_len=length)
-    return [data.batch(batch_indices(len(data), size, step, seed=0)) for step in range(samples // size)]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -257,7 +235,8 @@ def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden = 64 if quick else 2048
-    config = LlamaConfig(**_SIZES, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=1000)
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=1000)
     model = LlamaForCausalLM(config).eval()
     # What is found out once, from the first sample alone, is shared by as many as elsewhere in this study.
     batches = _batches(model, 64, 128) if not quick else _batches(model, 8, 8)
@@ -298,28 +277,6 @@ def _share(model: Any, calibration: int, length: int) -> dict[str, Any]:
     }
 
 
-def _early_stopping(model: Any, batches: list[Batch]) -> list[dict[str, Any]]:
-    """Select some, a fifth and half of the layers from the samples until they are told apart, and from all samples."""
-    full = fisher_scores(model, batches, progress=False)
-    cases = [(budget, tol) for budget in (1, 3, 0.2, 0.5) for tol in (0.5, 0.1, 0.01)]
-    rows = []
-    for budget, tol in tqdm(cases, desc="early stopping", leave=False, disable=None):
-        scores = fisher_scores(model, batches, budget=budget, tol=tol, progress=False)
-        chosen, wanted = set(scores.select(budget)), set(full.select(budget))
-        rows.append(
-            {
-                "budget": budget,
-                "layers": len(chosen),
-                "tol": tol,
-                "samples": scores.n_samples,
-                "of": full.n_samples,
-                "stable": scores.stable,
-                "jaccard": len(wanted & chosen) / len(wanted | chosen),
-            }
-        )
-    return rows
-
-
 def report(results: dict[str, Any]) -> str:
     """Return the tables as Markdown."""
     parts = []
@@ -356,12 +313,6 @@ def report(results: dict[str, Any]) -> str:
         f"Share of a training run: {share['paper']:.2%} at the paper's setting ({PAPER[0]} samples against {PAPER[1]} "
         f"epochs of {PAPER[2]:,}), {share['default_run']:.0%} of the 50 steps of `stiefel-lora finetune`."
     )
-    rows = [
-        [r["layers"], r["tol"], f"{r['samples']} of {r['of']}", r["stable"], r["jaccard"]]
-        for r in results["early_stopping"]
-    ]
-    header = ["layers to choose", "tol", "samples", "stable", "Jaccard overlap with all samples"]
-    parts.append("Early stopping\n\n" + _harness.markdown(header, rows))
     return "\n\n".join(parts)
 
 
