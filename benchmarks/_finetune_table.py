@@ -32,6 +32,11 @@ CLAIMS = (
         "LoRA",
     ),
     ("A gradient start at LoRA's parameters beats LoRA", "Stiefel A, all layers, gradient start", "LoRA"),
+    (
+        "The constraint helps after a gradient start, at half the rank on all layers",
+        "Stiefel A, half the rank, gradient start",
+        "LoRA, half the rank, gradient start",
+    ),
 )
 
 

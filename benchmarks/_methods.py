@@ -136,9 +136,13 @@ def lora(
     *,
     share: float = 1.0,
     targets: Sequence[str] = TARGETS,
+    gradient_start: bool = False,
     **more: Any,
 ) -> Build:
-    """PEFT's LoRA at ``share`` of the rank; ``more`` goes to its configuration."""
+    """PEFT's LoRA at ``share`` of the rank; ``more`` goes to its configuration.
+
+    With ``gradient_start`` its A starts where ours does, in the leading directions of the calibration gradient.
+    """
 
     def build(model: Any, setting: Setting) -> Tuned:
         peft = _peft()
@@ -146,7 +150,13 @@ def lora(
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=list(targets), layers_to_transform=chosen, **more
         )
-        return _with_adamw(peft.get_peft_model(model, config), setting, {"layers": chosen})
+        begin = time.perf_counter()
+        where = {"layers": chosen, "rank": rank, "target_modules": targets}
+        starts = gradient_init(model, setting.calibration, **where) if gradient_start else {}
+        adapted = peft.get_peft_model(model, config)
+        for name, start in starts.items():
+            adapted.get_base_model().get_submodule(name).lora_A["default"].weight.data.copy_(start.T)
+        return _with_adamw(adapted, setting, {"layers": chosen, "start_s": time.perf_counter() - begin})
 
     return build
 
@@ -217,6 +227,7 @@ METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
     "LoRA, half the rank": lora(share=0.5),
+    "LoRA, half the rank, gradient start": lora(share=0.5, gradient_start=True),
     "Stiefel A, all layers": ours(_all),
     "LoRA, Fisher half": lora(_selected),
     "DoRA": lora(use_dora=True),

@@ -103,6 +103,25 @@ def test_effective_rank_share_is_that_of_the_whole_update(method: str) -> None:
         assert float(cosine) == pytest.approx(1, abs=1e-3)
 
 
+def test_loras_gradient_start_is_ours_and_leaves_the_output_alone() -> None:
+    model, task = _tasks.tiny()
+    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
+    selection = finetune._select(model, task, frame)
+    setting = finetune._setting(frame, task, selection, seed=0, lr=1e-2)
+    batch = task.train.batch([0])
+    before = model(**batch).loss.detach()
+    ours = METHODS["Stiefel A, half the rank, gradient start"](copy.deepcopy(model), setting)
+    peers = METHODS["LoRA, half the rank, gradient start"](model, setting)
+    pairs = list(zip(ours.updates(), peers.updates(), strict=True))
+    assert len(pairs) == 4 * len(_methods.TARGETS)
+    for (_, mine), (_, other) in pairs:
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+        # Singular vectors in float32.
+        torch.testing.assert_close(other @ other.T, torch.eye(2), rtol=0, atol=1e-5)
+    # The same sums in another order.
+    torch.testing.assert_close(peers.model(**batch).loss.detach(), before, rtol=1e-6, atol=0)
+
+
 def dense_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {
         name: getattr(module, "base_layer", module)
