@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stiefel_lora.data import IGNORED, Dataset, load_data, prompt_text, spread
+from stiefel_lora.data import IGNORED, Dataset, load_data, prompt_of, spread
 from stiefel_lora.errors import InputError
 
 
@@ -120,7 +120,7 @@ def _questions(train: Path, test: Path, tokenizer: Any, seq_len: int, count: int
     records = [r for r in read[1] if r["output"] in answers]
     return [
         Question(
-            torch.tensor((tokenizer(prompt_text(r["instruction"]))["input_ids"] + tokens[0][:shared])[-seq_len:]),
+            torch.tensor((tokenizer(prompt_of(r))["input_ids"] + tokens[0][:shared])[-seq_len:]),
             choices,
             answers.index(r["output"]),
         )

@@ -6,6 +6,8 @@ import random
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,15 @@ def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int
     indices = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(position, count)
-        order = list(range(count))
-        random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311  not for secrets
-        indices.append(order[place])
+        indices.append(_order(count, seed, epoch)[place])
     return indices
+
+
+@lru_cache(maxsize=2)  # a batch may be of two epochs
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/{epoch}").shuffle(order)  # noqa: S311  not for secrets
+    return order
 
 
 def spread(available: int, count: int) -> list[int]:
@@ -76,11 +83,13 @@ def load_data(
     """Read and tokenise data, and hold a part of it out.
 
     Text is packed into blocks of ``seq_len`` tokens. It is held out by whole files where there are several, so that
-    no held-out block continues a training block. Instructions are one example each.
+    no held-out block continues a training block. Instructions are one example each, with the loss on the answer. Of one
+    that is too long the prompt loses its beginning, up to half of ``seq_len``, and then the answer its end.
 
     Args:
         source: A .txt, .md or .py file, a folder of them, or a .jsonl file whose lines have "text", or "instruction"
-            and "output", or "prompt" and "completion", or "messages"; None for the standard library's source.
+            (perhaps "input" as well) and "output", or "prompt" and "completion", or "messages"; None for the standard
+            library's source.
         tokenizer: A transformers tokenizer.
         seq_len: Longest example, in tokens; at least 2.
         held_out: Share of the data that is held out, in (0, 1).
@@ -89,10 +98,13 @@ def load_data(
         Training and held-out data, neither empty. The split depends on the data alone.
 
     Raises:
-        InputError: If the source is missing, empty, of an unknown form, or too short.
+        InputError: If the source is missing, empty, of an unknown form, or too short, or the tokenizer has no token
+            for the end of a text.
     """
     if seq_len < 2:
         raise InputError(f"seq_len must be at least 2 tokens, got {seq_len}")
+    if tokenizer.eos_token is None:
+        raise InputError("the model's tokenizer has no end-of-text token (eos_token), which training data need")
     if source is None:
         return _from_texts(_standard_library(), tokenizer, seq_len, held_out, "the Python standard library's source")
     path = check_source(source)
@@ -146,7 +158,7 @@ def _read_texts(path: Path) -> list[str]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
 
@@ -154,9 +166,12 @@ def _read(file: Path) -> str:
 def _from_texts(
     texts: list[str], tokenizer: Any, seq_len: int, held_out: float, description: str
 ) -> tuple[Dataset, Dataset]:
+    if not texts:
+        raise InputError(f"{description} is empty")
     streams = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, verbose=False)["input_ids"]]
     if len(streams) > 1:
-        cut = _cut([len(s) for s in streams], held_out)
+        sizes = [len(s) for s in streams]
+        cut = _cut(sizes, held_out * sum(sizes))
         parts = [_blocks(streams[cut:], seq_len), _blocks(streams[:cut], seq_len)]
     else:
         blocks = _blocks(streams, seq_len)
@@ -170,12 +185,12 @@ def _from_texts(
     return tuple(Dataset(p, p, f"{description}, {len(p)} blocks of {seq_len} tokens") for p in parts)  # type: ignore[return-value]
 
 
-def _cut(sizes: Sequence[int], share: float) -> int:
-    """Return how many of the first items make about a share of the whole, at least one and not all."""
-    total, taken = sum(sizes), 0
+def _cut(sizes: Sequence[int], wanted: float) -> int:
+    """Return how many of the first items make up a size, at least one and not all."""
+    taken = 0
     for count, size in enumerate(sizes, start=1):
         taken += size
-        if taken >= share * total:
+        if taken >= wanted:
             return min(count, len(sizes) - 1)
     return len(sizes) - 1
 
@@ -192,33 +207,42 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
     records = list(_read_records(path))
     if not records:
         raise InputError(f"{path} is empty")
-    if all("text" in record for record in records):
+    if all(_form(record) == "text" for record in records):
         return _from_texts([r["text"] for r in records if r["text"].strip()], tokenizer, seq_len, held_out, str(path))
     examples = [e for r in records if (e := _example(r, tokenizer, seq_len)) is not None]
-    if len(examples) < 2:
-        raise InputError(f"{path} has {len(examples)} usable example(s); a training and a held-out one are needed")
     # By a hash of the content: the same record is on the same side, wherever it stands and however often.
-    examples.sort(key=lambda example: _hash(str(example[0].tolist())))
-    cut = min(max(1, round(len(examples) * held_out)), len(examples) - 1)
+    examples.sort(key=_example_hash)
+    groups = [list(group) for _, group in groupby(examples, key=_example_hash)]
+    if len(groups) < 2:
+        raise InputError(
+            f"{path} has {len(groups)} usable example(s) without repetitions; a training and a held-out one are needed"
+        )
+    cut = _cut([len(group) for group in groups], round(held_out * len(examples)))
     return tuple(  # type: ignore[return-value]
-        Dataset([ids for ids, _ in part], [labels for _, labels in part], f"{path}, {len(part)} examples")
-        for part in (examples[cut:], examples[:cut])
+        _examples([example for group in part for example in group], str(path), seq_len)
+        for part in (groups[cut:], groups[:cut])
     )
 
 
-# The forms of a record: its keys, and its prompt and answer.
+# The forms of a record with a prompt and an answer.
 _PAIRS = (("instruction", "output"), ("prompt", "completion"))
 
 
 def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    # Not splitlines(): JSON strings may hold the other line separators of Unicode.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{path}, line {number}: a string has half of a surrogate pair, which is no text"
+            ) from error
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not _is_record(record):
+        if _form(record) is None:
             keys = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
             raise InputError(
                 f"{path}, line {number}: expected an object with the strings text; instruction and output; prompt and "
@@ -227,41 +251,75 @@ def _read_records(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _is_record(record: Any) -> bool:
+def _form(record: Any) -> str | tuple[str, str] | None:
+    """Return what a record is read as: "messages", "text", or the keys of its prompt and answer; None for nothing.
+
+    Other keys do not count, nor does one of these that holds something else, as in sets with fixed columns.
+    """
     if not isinstance(record, dict):
-        return False
-    if isinstance(record.get("messages"), list):
+        return None
+    messages = record.get("messages")
+    if isinstance(messages, list):
         strings = (
-            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-            for m in record["messages"]
+            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages
         )
-        return bool(record["messages"]) and all(strings)
-    return isinstance(record.get("text"), str) or any(
-        all(isinstance(record.get(k), str) for k in pair) for pair in _PAIRS
-    )
+        return "messages" if messages and all(strings) else None
+    if isinstance(record.get("text"), str):
+        return "text"
+    return next((pair for pair in _PAIRS if all(isinstance(record.get(key), str) for key in pair)), None)
 
 
-def _example(record: dict[str, Any], tokenizer: Any, seq_len: int) -> tuple[Tensor, Tensor] | None:
+@dataclass(frozen=True)
+class _Example:
+    """One tokenised record, and whether it was cut to the longest length."""
+
+    ids: list[int]
+    labels: list[int]
+    is_cut: bool
+
+
+def _example(record: dict[str, Any], tokenizer: Any, seq_len: int) -> _Example | None:
     """Tokenise one record, with labels on what the model is to answer; None if nothing of that is left."""
+    form = _form(record)
     pieces: list[tuple[str, bool]]
-    if "messages" in record:
+    if form == "messages":
         pieces = _turns(record["messages"], tokenizer)
-    elif "text" in record:
+    elif form == "text":
         pieces = [(record["text"] + tokenizer.eos_token, True)]
     else:
-        prompt, answer = next((record[a], record[b]) for a, b in _PAIRS if a in record and b in record)
-        pieces = [(prompt_text(prompt), False), (answer + tokenizer.eos_token, True)]
+        pieces = [(prompt_of(record), False), (record[form[1]] + tokenizer.eos_token, True)]  # type: ignore[index]
+    # A chat template writes the special tokens itself.
+    special = not (form == "messages" and tokenizer.chat_template)
     ids: list[int] = []
     labels: list[int] = []
     for text, learn in pieces:
-        tokens = tokenizer(text, add_special_tokens=not ids, verbose=False)["input_ids"]
+        tokens = tokenizer(text, add_special_tokens=special and not ids, verbose=False)["input_ids"]
         ids += tokens
         labels += tokens if learn else [IGNORED] * len(tokens)
-    # The answer is at the end, so a long prompt is cut at its beginning.
-    ids, labels = ids[-seq_len:], labels[-seq_len:]
-    if all(label == IGNORED for label in labels[1:]):
-        return None
-    return torch.tensor(ids), torch.tensor(labels)
+    prompt = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+    dropped = max(0, min(len(ids) - seq_len, prompt - seq_len // 2))
+    example = _Example(ids[dropped:][:seq_len], labels[dropped:][:seq_len], len(ids) > seq_len)
+    return None if all(label == IGNORED for label in example.labels[1:]) else example
+
+
+def _example_hash(example: _Example) -> str:
+    return _hash(str(example.ids))
+
+
+def _examples(examples: list[_Example], name: str, seq_len: int) -> Dataset:
+    cut = sum(example.is_cut for example in examples)
+    description = f"{name}, {len(examples)} examples" + (f", {cut} of them cut to {seq_len} tokens" if cut else "")
+    return Dataset([torch.tensor(e.ids) for e in examples], [torch.tensor(e.labels) for e in examples], description)
+
+
+def prompt_of(record: dict[str, Any]) -> str:
+    """Return what a model is given of a record with a prompt and an answer; the answer follows."""
+    form = _form(record)
+    if not isinstance(form, tuple):
+        raise InputError(f"a record with a prompt and an answer is needed, got the keys {', '.join(record)}")
+    prompt, more = record[form[0]], record.get("input")
+    has_input = form[0] == "instruction" and isinstance(more, str) and more.strip()
+    return prompt_text(f"{prompt}\n\n{more}" if has_input else prompt)
 
 
 def prompt_text(prompt: str) -> str:
@@ -274,16 +332,42 @@ def _turns(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bo
     if not tokenizer.chat_template:
         return [(f"{m['role']}: {m['content']}{tokenizer.eos_token}\n", m["role"] == "assistant") for m in messages]
     render: Callable[..., str] = tokenizer.apply_chat_template
+    try:
+        pieces = _all_turns(messages, render)
+        return _last_turn(messages, render) if pieces is None else pieces
+    except Exception as error:  # whatever a template raises
+        raise InputError(
+            f"the model's chat template refuses the conversation that begins with {messages[0]['content'][:60]!r} "
+            f"({error})"
+        ) from error
+
+
+def _all_turns(messages: list[dict[str, str]], render: Callable[..., str]) -> list[tuple[str, bool]] | None:
+    """Return each turn as the template writes it; None where it writes earlier turns differently later on."""
     pieces, done = [], ""
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            asked = render(messages[:i], tokenize=False, add_generation_prompt=True)
-            pieces.append((asked[len(done) :], False))
-            done = asked
-        whole = render(messages[: i + 1], tokenize=False)
-        pieces.append((whole[len(done) :], message["role"] == "assistant"))
-        done = whole
+        is_answer = message["role"] == "assistant"
+        stages = [(render(messages[: i + 1], tokenize=False), is_answer)]
+        if is_answer and i:
+            stages.insert(0, (render(messages[:i], tokenize=False, add_generation_prompt=True), False))
+        for text, learn in stages:
+            if not text.startswith(done):
+                return None
+            pieces.append((text[len(done) :], learn))
+            done = text
     return pieces
+
+
+def _last_turn(messages: list[dict[str, str]], render: Callable[..., str]) -> list[tuple[str, bool]]:
+    """Return the conversation up to the last answer, which alone is learnt."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        return []
+    asked = render(messages[:last], tokenize=False, add_generation_prompt=True)
+    whole = render(messages[: last + 1], tokenize=False)
+    if not whole.startswith(asked):
+        raise ValueError("what it writes to ask for an answer is not what it writes before one")
+    return [(asked, False), (whole[len(asked) :], True)]
 
 
 def _hash(text: str) -> str:

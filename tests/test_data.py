@@ -15,10 +15,15 @@ from tests.tiny import TEXT, save_tiny_model, write_jsonl
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(save_tiny_model(tmp_path_factory.mktemp("model")))
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def all_tokens(data: Dataset) -> list[int]:
@@ -84,18 +89,112 @@ def test_a_long_prompt_is_cut_at_its_beginning(tokenizer: Any, tmp_path: Path) -
 
 def test_messages_learn_the_assistants_turns(tokenizer: Any, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "left?"}, {"role": "assistant", "content": "right"}]
-    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": talk + talk}] * 3)
+    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": talk + talk}, {"messages": talk + talk + talk}])
     train, _ = load_data(file, tokenizer, seq_len=128)
-    assert learnt(tokenizer, train, 0) == "assistant: right<eos>\n" * 2
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
-    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
-    tokenizer.chat_template = template
-    try:
-        train, _ = load_data(file, tokenizer, seq_len=128)
-    finally:
-        tokenizer.chat_template = None
-    assert learnt(tokenizer, train, 0) == "right<eos>" * 2
-    assert tokenizer.decode(train.input_ids[0]) == "<user>left?<eos><assistant>right<eos>" * 2
+    turns = tokenizer.decode(train.input_ids[0]).count("left?")
+    assert turns in (2, 3)
+    assert learnt(tokenizer, train, 0) == "assistant: right<eos>\n" * turns
+    tokenizer.chat_template = CHAT
+    train, _ = load_data(file, tokenizer, seq_len=128)
+    turns = tokenizer.decode(train.input_ids[0]).count("left?")
+    assert learnt(tokenizer, train, 0) == "right<eos>" * turns
+    assert tokenizer.decode(train.input_ids[0]) == "<user>left?<eos><assistant>right<eos>" * turns
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def conversation(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
+def test_a_template_writes_the_special_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    end = ("<eos>", tokenizer.eos_token_id)  # this tokenizer has no other special token to begin with
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[end])
+    assert tokenizer.decode(tokenizer("left")["input_ids"]) == "<eos>left"
+    file = write_jsonl(tmp_path / "d.jsonl", [conversation("left?", "right"), conversation("right?", "left")])
+    train, _ = load_data(file, tokenizer, seq_len=64)
+    assert tokenizer.decode(train.input_ids[0]).count("<eos>") == 3, "before the first turn and after each"
+    tokenizer.chat_template = "<eos>" + CHAT
+    train, _ = load_data(file, tokenizer, seq_len=64)
+    assert tokenizer.decode(train.input_ids[0]).count("<eos>") == 3
+
+
+def test_where_a_template_rewrites_earlier_answers_the_last_one_is_learnt(tokenizer: Any, tmp_path: Path) -> None:
+    # As Qwen3's: an empty thought stands before the last answer only.
+    tokenizer.chat_template = CHAT.replace(
+        "{{ m.content }}", "{{ '!' if loop.last and loop.index is even else '' }}{{ m.content }}"
+    )
+    file = write_jsonl(tmp_path / "d.jsonl", [conversation("a", "left", x, "right") for x in ("b", "c")])
+    train, _ = load_data(file, tokenizer, seq_len=128)
+    text = tokenizer.decode(train.input_ids[0])
+    assert text[: text.index("<assistant>!")] in (f"<user>a<eos><assistant>left<eos><user>{x}<eos>" for x in "bc")
+    assert learnt(tokenizer, train, 0) == "!right<eos>"
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    file = write_jsonl(tmp_path / "d.jsonl", [conversation("left?", "right")])
+    with pytest.raises(InputError, match=r"begins with 'left\?' \(System role not supported\)"):
+        load_data(file, tokenizer, seq_len=64)
+
+
+def test_a_long_answer_loses_its_end_and_its_prompt_at_most_down_to_half(tokenizer: Any, tmp_path: Path) -> None:
+    words = " ".join(map(str, range(100, 200)))
+    records = [{"instruction": f"{words} {i}", "output": f"total {words}"} for i in range(4)]
+    train, held_out = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=24)
+    for i in range(len(train)):
+        assert len(train.input_ids[i]) == 24
+        assert int((train.labels[i] == IGNORED).sum()) == 12
+        assert learnt(tokenizer, train, i).startswith("total 100")
+        assert tokenizer.decode(train.input_ids[i][:12]).split()[-2] == "199", "its end, before the number"
+    assert train.description.endswith(f"{len(train)} examples, {len(train)} of them cut to 24 tokens")
+    short, _ = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=2000)
+    assert short.description.endswith(f"{len(short)} examples")
+
+
+def test_an_input_stands_behind_its_instruction(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"instruction": "add", "input": f"{i} and {i}", "output": f"total {i}"} for i in range(3)]
+    records += [{"instruction": "add", "input": more, "output": "total"} for more in ("", " ", None)]  # type: ignore[dict-item]
+    parts = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    texts = {tokenizer.decode(ids) for part in parts for ids in part.input_ids}
+    assert texts == {f"add\n\n{i} and {i}\n\ntotal {i}<eos>" for i in range(3)} | {"add\n\ntotal<eos>"}
+
+
+def test_a_repeated_record_is_on_one_side(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"prompt": f"add {i}", "completion": f"total {i}"} for i in range(5)] * 10
+    train, held_out = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    sides = [{tuple(ids.tolist()) for ids in part.input_ids} for part in (train, held_out)]
+    assert not sides[0] & sides[1]
+    assert (len(train), len(held_out)) == (40, 10)
+
+
+def test_unused_keys_and_rare_separators_do_no_harm(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "d.jsonl"
+    records = [
+        {"text": None, "messages": None, "instruction": "a", "output": "left\u2028right\x85"},
+        {"prompt": 3, "completion": None, "instruction": "b", "output": "total"},
+    ]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    file.write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8", newline="")
+    parts = load_data(file, tokenizer, seq_len=64)
+    assert [len(part) for part in parts] == [1, 1]
+    (tmp_path / "d.txt").write_text("\ufeff" + TEXT, encoding="utf-8")
+    (tmp_path / "e.txt").write_text(TEXT, encoding="utf-8")
+    marked, plain = (load_data(tmp_path / name, tokenizer, seq_len=32)[0] for name in ("d.txt", "e.txt"))
+    assert all_tokens(marked) == all_tokens(plain)
+
+
+def test_a_tokenizer_without_an_end_of_text_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="has no end-of-text token"):
+        load_data(None, tokenizer, seq_len=32)
 
 
 def test_text_records_are_packed(tokenizer: Any, tmp_path: Path) -> None:
@@ -140,7 +239,10 @@ def test_epochs_and_seeds_have_their_own_order() -> None:
         ("half.jsonl", '{"instruction": "a"}', "line 1: .* got instruction"),
         ("number.jsonl", '{"instruction": "a", "output": 3}', "line 1"),
         ("turns.jsonl", '{"messages": [{"role": "user"}]}', "line 1"),
-        ("one.jsonl", '{"instruction": "a", "output": "b"}', "has 1 usable example"),
+        ("one.jsonl", '{"instruction": "a", "output": "b"}\n' * 3, "has 1 usable example"),
+        ("blank.jsonl", '{"text": " "}', "is empty"),
+        ("half-pair.jsonl", '{"text": "\\ud800"}', "line 1: a string has half of a surrogate pair"),
+        ("deep.jsonl", "[" * 100_000, "line 1: not valid JSON"),
     ],
 )
 def test_bad_data_is_named(tokenizer: Any, tmp_path: Path, name: str, content: Any, message: str) -> None:
