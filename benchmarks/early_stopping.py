@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from benchmarks import _harness, _tasks
 from stiefel_lora import FisherScores, fisher_scores
-from stiefel_lora.data import batch_indices
 from stiefel_lora.pretrained import load_pretrained
 
 # The best layer, the best three, a fifth and half of them.
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model, tokenizer = load_pretrained(args.model)
         task, samples = _tasks.code(tokenizer, 128), args.samples
     steps = range(samples // args.batch_size)
-    batches = [task.train.batch(batch_indices(len(task.train), args.batch_size, step, args.seed)) for step in steps]
+    batches = [task.train.shuffled_batch(args.batch_size, step, args.seed) for step in steps]
     full = fisher_scores(model, batches, progress=False)
     rows = []
     with tqdm(total=len(BUDGETS) * len(TOLERANCES), desc="selections", leave=False, disable=None) as bar:

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
 from benchmarks._methods import FORA, METHODS, STARTED, TARGETS, Setting, Tuned
-from stiefel_lora.data import batch_indices
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.pretrained import find_device, load_pretrained
 from stiefel_lora.training import FinetuneConfig, learning_rate
@@ -226,7 +225,7 @@ def _select(model: Any, task: _tasks.Task, frame: Frame) -> dict[str, Any]:
 
 def _calibration(task: _tasks.Task, frame: Frame) -> list[dict[str, torch.Tensor]]:
     steps = range(CALIBRATION // frame.batch_size)
-    return [task.train.batch(batch_indices(len(task.train), frame.batch_size, step, 0)) for step in steps]
+    return [task.train.shuffled_batch(frame.batch_size, step, 0) for step in steps]
 
 
 def run_cell(frame: Frame, key: Key, selection: dict[str, Any], threads: int) -> Cell:
@@ -309,7 +308,7 @@ def _train(model: Any, task: _tasks.Task, frame: Frame, key: Key, selection: dic
     losses, shares = [], []
     begin = time.perf_counter()
     for step in tqdm(range(frame.steps), desc=f"{method}, lr {lr:g}, seed {seed}", leave=False, disable=None):
-        batch = task.train.batch(batch_indices(len(task.train), frame.batch_size, step, seed))
+        batch = task.train.shuffled_batch(frame.batch_size, step, seed)
         loss, share = _step(tuned, {k: v.to(device) for k, v in batch.items()}, step)
         schedule.step()
         losses.append(loss)

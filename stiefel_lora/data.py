@@ -51,6 +51,10 @@ class Dataset:
             "labels": pad([self.labels[i] for i in indices], batch_first=True, padding_value=IGNORED),
         }
 
+    def shuffled_batch(self, batch_size: int, step: int, seed: int) -> dict[str, Tensor]:
+        """Return the step-th batch of an endless stream of shuffled epochs; see `batch_indices`."""
+        return self.batch(batch_indices(len(self), batch_size, step, seed))
+
 
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Return the examples of the step-th batch in an endless stream of shuffled epochs.
@@ -211,8 +215,8 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
         return _from_texts([r["text"] for r in records if r["text"].strip()], tokenizer, seq_len, held_out, str(path))
     examples = [e for r in records if (e := _example(r, tokenizer, seq_len)) is not None]
     # By a hash of the content: the same record is on the same side, wherever it stands and however often.
-    examples.sort(key=_example_hash)
-    groups = [list(group) for _, group in groupby(examples, key=_example_hash)]
+    examples.sort(key=lambda example: _hash(str(example.ids)))
+    groups = [list(group) for _, group in groupby(examples, key=lambda example: example.ids)]
     if len(groups) < 2:
         raise InputError(
             f"{path} has {len(groups)} usable example(s) without repetitions; a training and a held-out one are needed"
@@ -300,10 +304,6 @@ def _example(record: dict[str, Any], tokenizer: Any, seq_len: int) -> _Example |
     dropped = max(0, min(len(ids) - seq_len, prompt - seq_len // 2))
     example = _Example(ids[dropped:][:seq_len], labels[dropped:][:seq_len], len(ids) > seq_len)
     return None if all(label == IGNORED for label in example.labels[1:]) else example
-
-
-def _example_hash(example: _Example) -> str:
-    return _hash(str(example.ids))
 
 
 def _examples(examples: list[_Example], name: str, seq_len: int) -> Dataset:

@@ -20,7 +20,7 @@ from stiefel_lora._progress import progress
 from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
-from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data, spread
+from stiefel_lora.data import IGNORED, Dataset, load_data, spread
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.initialisation import gradient_init
@@ -237,8 +237,7 @@ def gradient_start(model: nn.Module, train: Dataset, config: FinetuneConfig, whe
 def _calibration(train: Dataset, config: FinetuneConfig) -> list[dict[str, Tensor]]:
     samples = min(config.calibration_samples, len(train))
     return [
-        train.batch(batch_indices(len(train), config.batch_size, i, config.seed))
-        for i in range(math.ceil(samples / config.batch_size))
+        train.shuffled_batch(config.batch_size, i, config.seed) for i in range(math.ceil(samples / config.batch_size))
     ]
 
 
@@ -373,7 +372,7 @@ class _Run:
     def _step(self) -> int:
         config, accum = self.config, self.config.grad_accum
         batches = [
-            _onto(self.model, self.data.batch(batch_indices(len(self.data), config.batch_size, i, config.seed)))
+            _onto(self.model, self.data.shuffled_batch(config.batch_size, i, config.seed))
             for i in range(self.step * accum, (self.step + 1) * accum)
         ]
         counts = [_label_count(batch) for batch in batches]

@@ -88,17 +88,15 @@ def test_a_long_prompt_is_cut_at_its_beginning(tokenizer: Any, tmp_path: Path) -
 
 
 def test_messages_learn_the_assistants_turns(tokenizer: Any, tmp_path: Path) -> None:
-    talk = [{"role": "user", "content": "left?"}, {"role": "assistant", "content": "right"}]
-    file = write_jsonl(tmp_path / "d.jsonl", [{"messages": talk + talk}, {"messages": talk + talk + talk}])
+    asked = ("left?", "total?")
+    file = write_jsonl(tmp_path / "d.jsonl", [conversation(x, "right", x, "right") for x in asked])
     train, _ = load_data(file, tokenizer, seq_len=128)
-    turns = tokenizer.decode(train.input_ids[0]).count("left?")
-    assert turns in (2, 3)
-    assert learnt(tokenizer, train, 0) == "assistant: right<eos>\n" * turns
+    assert learnt(tokenizer, train, 0) == "assistant: right<eos>\n" * 2
     tokenizer.chat_template = CHAT
     train, _ = load_data(file, tokenizer, seq_len=128)
-    turns = tokenizer.decode(train.input_ids[0]).count("left?")
-    assert learnt(tokenizer, train, 0) == "right<eos>" * turns
-    assert tokenizer.decode(train.input_ids[0]) == "<user>left?<eos><assistant>right<eos>" * turns
+    assert learnt(tokenizer, train, 0) == "right<eos>" * 2
+    texts = [f"<user>{x}<eos><assistant>right<eos>" * 2 for x in asked]
+    assert tokenizer.decode(train.input_ids[0]) in texts
 
 
 CHAT = (
