@@ -1,6 +1,7 @@
 """The mean cross entropy in the memory of its logits alone."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,20 +15,37 @@ _CHUNK = 1 << 18
 _SIGNATURE = inspect.signature(cross_entropy)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a mean cross entropy.
+
+    Attributes:
+        losses: Shape (rows,), NaN where the target is ignored.
+        targets: Classes, shape (rows,).
+    """
+
+    losses: Tensor
+    targets: Tensor
+
+
 class LeanCrossEntropy(TorchFunctionMode):
     """While it is entered, ``cross_entropy`` keeps its logits, and its backward pass writes their gradient over them.
 
     torch keeps the log-probabilities and makes two more tensors of their size; for a large vocabulary these are the
-    greatest tensors of a model. Should something else need the logits in the backward pass, autograd sees that they
-    have been written to and raises an error.
+    greatest tensors of a model. Whoever keeps the logits for another use in the backward pass must see that their
+    version has changed, and run again without ``in_place``.
+
+    Args:
+        in_place: Whether the gradient may take the logits' place; else it gets memory of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_place: bool = True) -> None:
         super().__init__()
-        self._taken: list[tuple[Tensor, Tensor]] = []
+        self._in_place = in_place
+        self._taken: list[tuple[Tensor, Rows]] = []
 
-    def rows_of(self, loss: Tensor) -> Tensor | None:
-        """Return the loss of each row of the logits, NaN where the target is ignored, if ``loss`` is their mean."""
+    def rows_of(self, loss: Tensor) -> Rows | None:
+        """Return the rows of the logits if ``loss`` is the mean of their cross entropy."""
         return next((rows for mean, rows in self._taken if mean is loss), None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -36,8 +54,9 @@ class LeanCrossEntropy(TorchFunctionMode):
             call.apply_defaults()
             if _fits(call.arguments):
                 logits, target, ignored = (call.arguments[k] for k in ("input", "target", "ignore_index"))
-                self._taken.append(_Mean.apply(logits, target, ignored))
-                return self._taken[-1][0]
+                mean, losses = _Mean.apply(logits, target, ignored, self._in_place)
+                self._taken.append((mean, Rows(losses, target)))
+                return mean
         return func(*args, **(kwargs or {}))
 
 
@@ -53,7 +72,8 @@ class _Mean(torch.autograd.Function):
     """The mean over the rows whose target is not ignored of logsumexp(logits) - logits[target], and these losses."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int, in_place: bool) -> tuple[Tensor, Tensor]:
+        ctx.in_place = in_place
         valid = target != ignored
         target = torch.where(valid, target, 0)
         # As torch's: no rows give 0 / 0.
@@ -66,13 +86,15 @@ class _Mean(torch.autograd.Function):
         return losses[valid].mean(), rows
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         logits, target, weight, norm = ctx.saved_tensors
+        if not ctx.in_place:
+            logits = logits.clone()
         weight = weight * grads[0]
         for rows in _chunks(logits):
             part = logits[rows].sub_(norm[rows, None]).exp_()
             part.mul_(weight[rows, None]).scatter_add_(1, target[rows, None], -weight[rows, None])
-        return logits.detach(), None, None
+        return logits.detach(), None, None, None
 
 
 def _chunks(logits: Tensor) -> list[slice]:

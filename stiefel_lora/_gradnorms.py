@@ -11,13 +11,14 @@ sequences Li et al., "Large language models can be strong differentially private
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from stiefel_lora._entropy import LeanCrossEntropy
+from stiefel_lora._entropy import LeanCrossEntropy, Rows
 from stiefel_lora._models import linear_shape
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError
@@ -34,6 +35,10 @@ class _UsedAgainError(Exception):
     """A weight of which only the Gram matrix of its input was kept is used a second time in one forward pass."""
 
 
+class _OverwrittenError(Exception):
+    """What the backward pass needs was written to after it had been kept."""
+
+
 @dataclass
 class _Weight:
     """One weight matrix and its uses in the forward pass at hand; several modules and calls may share it."""
@@ -44,7 +49,10 @@ class _Weight:
 
 
 class _Kept:
-    """An input that is kept until its gradient arrives, and must not be written to in between."""
+    """A tensor that is kept for the backward pass, and must not be written to in between.
+
+    Autograd does not look after what is kept in hooks.
+    """
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -52,16 +60,19 @@ class _Kept:
 
     def get(self) -> Tensor:
         if self.x._version != self._version:
-            raise InputError("the input of a linear map was changed in place after its use, so it cannot be scored")
+            raise _OverwrittenError
         return self.x
 
 
-@dataclass(frozen=True)
-class _Again:
+class _KeptAgain(_Kept):
     """An activation that is computed again from its input, which is kept anyway."""
 
-    function: Callable[[Tensor], Tensor]
-    x: Tensor
+    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        super().__init__(x)
+        self._function = function
+
+    def get(self) -> Tensor:
+        return self._function(super().get())
 
 
 class GradientNorms:
@@ -95,7 +106,8 @@ class GradientNorms:
         self._keep_inputs = len(self._weights) < len(linears)
         self._parameters = {_address(p) for p in model.parameters()}
         self._saved: dict[int, int] = {}
-        self.row_losses: Tensor | None = None
+        self._over_logits = True
+        self.rows: Rows | None = None
         # The last input and its Gram matrix: query, key and value projections share theirs.
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -116,8 +128,8 @@ class GradientNorms:
         """Run a forward pass and the backward pass of its loss.
 
         Args:
-            forward: Returns the loss, a scalar. If that is a mean cross entropy, ``row_losses`` then holds the loss of
-                each row of the logits, NaN where the target is ignored; else None.
+            forward: Returns the loss, a scalar. If that is a mean cross entropy, ``rows`` then holds its rows; else
+                None. May be called a second time.
             batch_size: Number of samples that the forward pass sees.
 
         Returns:
@@ -125,32 +137,47 @@ class GradientNorms:
 
         Raises:
             NotBatchedError: If the first dimension of an input is not ``batch_size``, unless that is 1.
-            InputError: If the loss is not a scalar or depends on none of the linear maps.
+            InputError: If the loss is not a scalar or depends on none of the linear maps, or the model changes
+                activations in place that the backward pass needs.
         """
         self._batch_size = batch_size
+        try:
+            try:
+                return self._measure(forward)
+            except _OverwrittenError:
+                # Logits that something besides one cross entropy needs: a second one, a penalty, or their own last
+                # operation if its gradient is that of its output.
+                self._over_logits = False
+                return self._measure(forward)
+        except _OverwrittenError as error:
+            raise InputError(
+                "an activation that the backward pass needs, such as the input of a linear map, was changed in place "
+                "after its use, so the model cannot be scored"
+            ) from error
+        finally:
+            self._forget()
+
+    def _measure(self, forward: Callable[[], Tensor]) -> Tensor:
         if self.sketches is not None:
             self.sketches.unstage()
         try:
-            try:
-                loss = self._forward(forward)
-            except _UsedAgainError:
-                self._keep_inputs = True
-                loss = self._forward(forward)
-            self._in_backward = True
-            loss.backward()
-            for weight in self._weights.values():
-                self._finish(weight)
-            return self._measured()
-        finally:
-            self._forget()
+            loss = self._forward(forward)
+        except _UsedAgainError:
+            self._keep_inputs = True
+            loss = self._forward(forward)
+        self._in_backward = True
+        loss.backward()
+        for weight in self._weights.values():
+            self._finish(weight)
+        return self._measured()
 
     def _forward(self, forward: Callable[[], Tensor]) -> Tensor:
         self._forget()
         self._saved.clear()
-        entropy = LeanCrossEntropy()
-        with torch.enable_grad(), entropy, torch.autograd.graph.saved_tensors_hooks(self._save, _saved):
+        entropy = LeanCrossEntropy(in_place=self._over_logits)
+        with torch.enable_grad(), entropy, torch.autograd.graph.saved_tensors_hooks(self._save, methodcaller("get")):
             loss = forward()
-        self._last, self.row_losses = None, entropy.rows_of(loss)
+        self._last, self.rows = None, entropy.rows_of(loss)
         if loss.dim() != 0:
             raise InputError(f"the loss must be a scalar, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:
@@ -165,14 +192,14 @@ class GradientNorms:
         """What the latest forward pass kept for its backward pass, besides parameters, and what that staged."""
         return sum(self._saved.values()) + (0 if self.sketches is None else self.sketches.staged_bytes)
 
-    def _save(self, x: Tensor) -> Tensor | _Again:
+    def _save(self, x: Tensor) -> _Kept:
         """Keep a tensor for the backward pass, or what it is cheaply computed from."""
         with _unwatched():
             node = x.grad_fn
             if node is not None and node.name() == "SiluBackward0":
-                return _Again(silu, node._saved_self.detach())  # type: ignore[attr-defined]
+                return _KeptAgain(silu, node._saved_self.detach())  # type: ignore[attr-defined]
             self._count(x)
-        return x
+            return _Kept(x)
 
     def _count(self, x: Tensor) -> None:
         if _address(x) not in self._parameters:
@@ -284,10 +311,6 @@ def _address(x: Tensor) -> int:
         return x.untyped_storage().data_ptr()
     except RuntimeError:  # a quantised weight of torchao has its data in other tensors
         return id(x)
-
-
-def _saved(kept: Tensor | _Again) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept.function(kept.x)
 
 
 def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:

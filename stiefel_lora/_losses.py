@@ -1,13 +1,14 @@
 """From the loss of a batch to the gradient of each sample's own loss."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
+from stiefel_lora._entropy import Rows
 from stiefel_lora._gradnorms import GradientNorms, NotBatchedError
 from stiefel_lora.errors import InputError
 
@@ -15,7 +16,8 @@ LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 IGNORED = -100  # the label of a position without a loss, as in torch's cross entropy
 
-
+# What transformers' models take with one entry a sample, the surest first.
+_PER_SAMPLE = ("labels", "input_ids", "inputs_embeds", "pixel_values")
 # Of the largest share of a linear map: what low precision may change, far below what mixed-up samples do.
 _AGREEMENT = 0.02
 # A batch is taken in parts that keep at most this share of the model's own size for the backward pass, or these bytes.
@@ -27,9 +29,9 @@ class SampleLosses:
     """Measures the gradient norms of each sample's own loss, as if it were scored alone.
 
     A model returns one loss for a batch, in which each sample has some weight. Where that loss is a mean cross entropy,
-    the weights are seen where the mean is taken. Elsewhere they are equal, or shares of the label tokens: which of
-    these is found by evaluating the samples of the first batch alone (and again whenever the ways that fitted so far
-    disagree about a batch). A loss that is none of them is taken one sample at a time, exact but slow.
+    the weights are seen where the mean is taken. Elsewhere they are equal, or shares of the labels or of what a mask
+    leaves: which of these is found by evaluating the samples of the first batch alone (and again whenever the ways that
+    fitted so far disagree about a batch). A loss that is none of them is taken one sample at a time, exact but slow.
 
     Args:
         model: The model; called as ``model(**batch)`` for its ``loss`` unless ``loss_fn`` is given.
@@ -192,10 +194,9 @@ class SampleLosses:
 
     def _seen_weights(self, batch: Any, size: int, total: Tensor, first: Tensor | None) -> Tensor | None:
         """Return each sample's weight in a mean cross entropy, None if the loss is something else."""
-        rows = self._norms.row_losses
-        if rows is None or self._rows_fit is False or len(rows) % size:
+        if self._norms.rows is None or self._rows_fit is False or not _in_order(self._norms.rows, batch, size):
             return None
-        rows = rows.double().view(size, -1)
+        rows = self._norms.rows.losses.double().view(size, -1)
         if self._rows_fit is None:
             first = self._alone(batch, size, 1)[0] if first is None else first
             if not first.isfinite():
@@ -205,6 +206,30 @@ class SampleLosses:
                 return None
         counts = (~rows.isnan()).sum(1).double()
         return counts / counts.sum()
+
+
+def _in_order(rows: Rows, batch: Any, size: int) -> bool:
+    """Tell whether a cross entropy's rows are the samples', each as many: not where positions were picked before.
+
+    Then the targets are those in the batch, in place or the next ones; where they are ignored it does not matter.
+    """
+    if len(rows.targets) % size:
+        return False
+    targets, ignored = rows.targets.view(size, -1), rows.losses.isnan().view(size, -1)
+    return any(
+        bool(((known == targets) | ignored).all())
+        for value in _values(batch)
+        if isinstance(value, Tensor) and value.shape[:1] == (size,) and not value.is_floating_point()
+        for known in _aligned(value.reshape(size, -1).to(targets), targets.shape[1])
+    )
+
+
+def _aligned(labels: Tensor, length: int) -> Iterator[Tensor]:
+    """Yield labels of shape (batch, T) in place, and the next ones with and without a place for the last."""
+    following = labels[:, 1:]
+    for known in (labels, following, pad(following, (0, 1), value=IGNORED)):
+        if known.shape[1] == length:
+            yield known
 
 
 def _rounding(loss: Tensor) -> float:
@@ -231,16 +256,16 @@ def _entry(output: Any, name: str) -> Tensor | None:
 def _reductions(batch: Any, size: int) -> dict[str, Tensor]:
     """Return the weights of a batch's samples in its loss under each usual reduction."""
     found = {"mean": torch.full((size,), 1 / size, dtype=torch.float64), "sum": torch.ones(size, dtype=torch.float64)}
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and labels.shape[:1] == (size,) and not labels.is_floating_point():
-        counts = {
-            "mean over labels": labels.reshape(size, -1),
-            "mean over next tokens": labels.reshape(size, -1)[:, 1:],
-        }
-        for name, part in counts.items():
-            count = (part != IGNORED).sum(1).double()
-            if count.sum() > 0:
-                found[name] = (count / count.sum()).cpu()
+    for place, value in enumerate(_values(batch)):
+        if not isinstance(value, Tensor) or value.shape[:1] != (size,) or value.is_floating_point():
+            continue
+        value = value.reshape(size, -1)
+        # Whatever may be labels or a mask of what counts, in place or at the next position.
+        for name, counts in (("labels", value != IGNORED), ("mask", (value == 1) & (value.amax() <= 1))):
+            for shift in (0, 1):
+                count = counts[:, shift:].sum(1).double()
+                if count.sum() > 0:
+                    found[f"mean over {name} {place} from {shift}"] = (count / count.sum()).cpu()
     return found
 
 
@@ -249,8 +274,12 @@ def _agree(candidates: list[Tensor]) -> bool:
 
 
 def batch_size(batch: Any) -> int:
-    """Return the first dimension of the first tensor in a batch, 1 if there is none."""
-    for value in _values(batch):
+    """Return the first dimension of the first tensor in a batch, 1 if there is none.
+
+    The usual names go first: images cut into patches, or positions, may not have one entry a sample.
+    """
+    usual = [batch[name] for name in _PER_SAMPLE if name in batch] if isinstance(batch, Mapping) else []
+    for value in (*usual, *_values(batch)):
         if isinstance(value, Tensor) and value.dim():
             return len(value)
     return 1

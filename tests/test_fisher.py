@@ -171,6 +171,86 @@ def test_the_weights_in_a_mean_cross_entropy_are_seen_not_tried(positions_first:
     assert (model.calls == 3) is not positions_first
 
 
+class _Classifier(nn.Module):
+    """Two linear layers and logits for five classes at each position, perhaps capped by a last tanh."""
+
+    def __init__(self, *, capped: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.ModuleList([nn.Linear(6, 6, dtype=torch.float64) for _ in range(2)])
+        self.head = nn.Linear(6, 5, dtype=torch.float64)
+        self.capped = capped
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        x = self.head(x).flatten(0, -2)
+        return torch.tanh(x) if self.capped else x
+
+
+def _mixup(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits, y = model(batch["x"]), batch["y"].flatten()
+    return 0.7 * cross_entropy(logits, y) + 0.3 * cross_entropy(logits, 4 - y)
+
+
+def _penalty_before(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["x"])
+    penalty = logits.logsumexp(1).square().mean()
+    return cross_entropy(logits, batch["y"].flatten()) + penalty
+
+
+def _penalty_after(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(batch["x"])
+    return cross_entropy(logits, batch["y"].flatten()) + logits.square().mean()
+
+
+def _plain(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return cross_entropy(model(batch["x"]), batch["y"].flatten())
+
+
+@pytest.mark.parametrize("loss_fn", [_mixup, _penalty_before, _penalty_after, _plain])
+@pytest.mark.parametrize("capped", [False, True])
+def test_logits_may_be_used_by_more_than_one_cross_entropy(loss_fn: Any, capped: bool) -> None:
+    """A gradient that takes the logits' place must not be in the way of another use of them."""
+    model = _Classifier(capped=capped)
+    batch = {"x": torch.randn(3, 4, 6, dtype=torch.float64), "y": torch.randint(5, (3, 4))}
+    expected = reference.squared_norms(model, linear_weights(model), reference.singles(batch), loss_fn).mean(0)
+    got = by_module(model, [batch, batch], loss_fn=loss_fn)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("equal_first", [False, True])
+def test_positions_may_be_picked_before_the_cross_entropy(equal_first: bool) -> None:
+    """Rows that divide by the batch size are not the samples' then; an even first batch does not hide it."""
+    model, x, y = _Classifier(), torch.randn(3, 6, 6, dtype=torch.float64), torch.randint(5, (3, 6))
+    uneven, even = y.clone(), y.clone()
+    even[:, 4:] = -100
+    for n, kept in enumerate((6, 4, 2)):
+        uneven[n, kept:] = -100
+    batches = [{"x": x, "y": labels} for labels in ((even, uneven) if equal_first else (uneven, even))]
+
+    def loss_fn(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["y"].flatten()
+        return cross_entropy(net(batch["x"])[labels != -100], labels[labels != -100])
+
+    singles = [one for batch in batches for one in reference.singles(batch)]
+    expected = reference.squared_norms(model, linear_weights(model), singles, loss_fn).mean(0)
+    torch.testing.assert_close(by_module(model, batches, loss_fn=loss_fn), expected, rtol=1e-10, atol=0)
+
+
+def test_the_batch_size_is_that_of_the_labels() -> None:
+    """Not that of whatever comes first, such as positions, which all samples share."""
+    model, x, y = _Classifier(), torch.randn(3, 6, 6, dtype=torch.float64), torch.randint(5, (3, 6))
+
+    def loss_fn(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return cross_entropy(net(batch["x"] + batch["shift"]), batch["labels"].flatten())
+
+    batch = {"shift": torch.randn(6, 6, dtype=torch.float64), "x": x, "labels": y}
+    singles = [{**batch, "x": x[n : n + 1], "labels": y[n : n + 1]} for n in range(3)]
+    expected = reference.squared_norms(model, linear_weights(model), singles, loss_fn).mean(0)
+    torch.testing.assert_close(by_module(model, [batch], loss_fn=loss_fn), expected, rtol=1e-10, atol=0)
+
+
 class _Reused(nn.Module):
     """Two layers; the first runs twice in one forward, the second's two maps share one weight."""
 
