@@ -6,14 +6,14 @@ model with one adapter.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 from warnings import warn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stiefel_lora._models import named_linears, unwrap
 from stiefel_lora._targets import describe, find_targets, last_names, listed, module_ranks
@@ -28,12 +28,22 @@ DEFAULT_NAME = "default"
 
 
 @dataclass
+class _Aside:
+    """A set of adapters that is not in use."""
+
+    layers: dict[str, StiefelLoRALinear]
+    parameters: dict[str, Tensor]  # values of the base's own that were trained along, such as a head
+
+
+@dataclass
 class _Registry:
     """What a model's adapters need to know beyond the layers themselves."""
 
     active: str = DEFAULT_NAME
-    stored: dict[str, dict[str, StiefelLoRALinear]] = field(default_factory=dict)
+    stored: dict[str, _Aside] = field(default_factory=dict)
     trainable: tuple[str, ...] = ()  # parameters that required gradients before the first adapter came
+    base: dict[str, Tensor] = field(default_factory=dict)  # the base's values of what a loaded set has overwritten
+    disabled: bool = False
 
 
 def add_adapters(
@@ -54,8 +64,9 @@ def add_adapters(
 ) -> list[str]:
     """Freeze a model and put adapters on the named linears of the given layers, in place.
 
-    Calling it again adds to the adapters that are there, so that different layers can have different targets or ranks.
-    With another ``name`` it starts another set and puts the present one aside; see `use_adapter`.
+    Calling it again adds to the adapters that are there, so that different layers can have different targets or ranks;
+    what else is trainable by then, such as a head, stays so. With another ``name`` it starts another set and puts the
+    present one aside; see `use_adapter`.
 
     Args:
         model: Any module that stacks layers.
@@ -127,7 +138,8 @@ def insert_adapters(
     bases = _bases(model, options, present)
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     try:
-        new = {key: _wrap(key, base, options[key]) for key, base in bases.items()}
+        with _original_weights(model):
+            new = {key: _wrap(key, base, options[key]) for key, base in bases.items()}
     except BaseException:
         for parameter in trainable.values():
             parameter.requires_grad_(True)
@@ -140,9 +152,10 @@ def insert_adapters(
     model._stiefel_adapters = registry  # type: ignore[assignment]
     model.requires_grad_(False)
     _put_in(model, {**present, **new})
-    for layer in present.values():
-        for factor in layer.parameters(recurse=False):
-            factor.requires_grad_(True)
+    if present:
+        wrapped = {id(p) for base in bases.values() for p in base.parameters()}
+        for parameter in trainable.values():
+            parameter.requires_grad_(id(parameter) not in wrapped)
     logger.info("adapter %r is on %s", name, describe(new))
     return list(new)
 
@@ -167,15 +180,20 @@ def adapter_names(model: nn.Module) -> list[str]:
 def use_adapter(model: nn.Module, name: str) -> None:
     """Put the named set of adapters into the model, and the one in use aside; a merged one is unmerged first.
 
+    Parameters of the base that were trained along with a set, such as a head, are switched with it. A new set starts
+    from what they are then.
+
     Raises:
-        InputError: If the model has no such set.
+        InputError: If the model has no such set, or within `disable_adapters`.
     """
     model, registry = unwrap(model), _registry(model)
     if name not in adapter_names(model):
         raise InputError(f"no adapter is named {name!r}; the model has: {', '.join(adapter_names(model)) or 'none'}")
     if name != registry.active:
         _take_out(model, registry)
-        _put_in(model, registry.stored.pop(name))
+        aside = registry.stored.pop(name)
+        _put_in(model, aside.layers)
+        _set_parameters(model, aside.parameters, trainable=True)
         registry.active = name
 
 
@@ -230,19 +248,46 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within the context the model computes as its base does, exactly, whether the adapters are merged or not."""
+    """Within the context the model computes as its base does, exactly, whether the adapters are merged or not.
+
+    Parameters of the base that a loaded set has overwritten, such as a head, have the base's values again; what was
+    trained without being loaded stays.
+    """
+    registry = _registry(model)
+    parameters = dict(unwrap(model).named_parameters())
+    with _original_weights(model), ExitStack() as stack:
+        for layer in adapter_layers(model).values():
+            stack.callback(setattr, layer, "enabled", layer.enabled)
+            layer.enabled = False
+        for name, value in registry.base.items():
+            stack.callback(setattr, parameters[name], "data", parameters[name].data)
+            parameters[name].data = value.to(parameters[name])
+        stack.callback(setattr, registry, "disabled", registry.disabled)
+        registry.disabled = True
+        yield
+
+
+@contextmanager
+def _original_weights(model: nn.Module) -> Iterator[None]:
+    """Within the context the adapted linears have their own weights, even if they are merged."""
     with ExitStack() as stack:
         for layer in adapter_layers(model).values():
             stack.enter_context(layer.original_weight())
-            stack.callback(setattr, layer, "enabled", layer.enabled)
-            layer.enabled = False
         yield
+
+
+def keep_base_values(model: nn.Module, names: Iterable[str]) -> None:
+    """Remember parameters of the base that a set of adapters is about to overwrite."""
+    registry, parameters = _registry(model), dict(unwrap(model).named_parameters())
+    for name in names:
+        registry.base.setdefault(name, parameters[name].detach().clone())
 
 
 def remove_adapters(model: Model, name: str | None = None) -> Model:
     """Take adapters out: the very base modules come back, unmerged.
 
-    When the last adapter goes, parameters are trainable again as they were before the first one came.
+    When the last adapter goes, parameters are trainable again as they were before the first one came. Parameters of
+    the base that a loaded set had overwritten get their values back; what was trained without being loaded stays.
 
     Args:
         model: A model with adapters.
@@ -252,7 +297,7 @@ def remove_adapters(model: Model, name: str | None = None) -> Model:
         The model given.
 
     Raises:
-        InputError: If the model has no adapters, or none of that name.
+        InputError: If the model has no adapters, or none of that name, or within `disable_adapters`.
     """
     bare, registry = unwrap(model), _registry(model)
     names = adapter_names(bare)
@@ -378,12 +423,25 @@ def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
 
 
 def _take_out(model: nn.Module, registry: _Registry) -> None:
+    if registry.disabled:
+        raise InputError("leave disable_adapters before you switch, add or remove a set of adapters")
     layers = adapter_layers(model)
+    if not layers:
+        return
     for name, layer in layers.items():
         layer.unmerge()
         _replace(model, name, layer.base)
-    if layers:
-        registry.stored[registry.active] = layers
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    registry.stored[registry.active] = _Aside(layers, trained)
+    _set_parameters(model, {**trained, **registry.base}, trainable=False)
+
+
+@torch.no_grad()
+def _set_parameters(model: nn.Module, values: Mapping[str, Tensor], *, trainable: bool) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)
+        parameters[name].requires_grad_(trainable)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._models import linear_shape, unwrap
 from stiefel_lora._targets import listed, wrappable_linears
-from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, insert_adapters
+from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, insert_adapters, keep_base_values
 from stiefel_lora.errors import InputError, ManifoldError
 from stiefel_lora.layer import StiefelLoRALinear
 from stiefel_lora.stiefel import orthogonality_error
@@ -77,7 +77,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = DEFAULT_NAME
         InputError: If the folder is missing, damaged, of another kind or of a newer version, holds a factor that is not
             on the manifold, or does not fit the model (names or shapes are listed). The model is left as it was.
 
-    Saved parameters of the base, such as a head, overwrite the model's and are trainable again.
+    Saved parameters of the base, such as a head, overwrite the model's and are trainable again; the model has its own
+    back when the set is removed.
     """
     return insert_state(model, read_adapter(path), what=f"the adapter in {path}", name=name)
 
@@ -120,6 +121,7 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
     else:
         _check_fits(model, state, what)
         insert_adapters(model, {key: _start(state, key) for key in state.modules}, name=name)
+        keep_base_values(model, state.parameters)
     layers = adapter_layers(model)
     with torch.no_grad():
         for key, factors in state.factors.items():

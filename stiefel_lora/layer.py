@@ -199,11 +199,15 @@ class StiefelLoRALinear(nn.Module):
         """Put the original weight parameter back into the base, bit for bit. Does nothing if not merged."""
         if not self.merged:
             return
+        self.base.weight = self._own_weight()
+        self._base_weight = ()
+
+    def _own_weight(self) -> nn.Parameter:
+        """Return the base's own weight while a merged one is in its place."""
         (original,) = self._base_weight
         # The model may have been moved or converted in between.
         original.data = original.data.to(self.weight)
-        self.base.weight = original
-        self._base_weight = ()
+        return original
 
     @contextmanager
     def original_weight(self) -> Iterator[None]:
@@ -211,11 +215,12 @@ class StiefelLoRALinear(nn.Module):
         if not self.merged:
             yield
             return
-        merged, self.base.weight = self.base.weight, self._base_weight[0]
+        merged, self.base.weight = self.base.weight, self._own_weight()
         try:
             yield
         finally:
-            self.base.weight = merged
+            if self.merged:  # unmerged in between otherwise
+                self.base.weight = merged
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the module's state; the base's weight in it is always the original one, merged or not."""

@@ -29,6 +29,7 @@ from stiefel_lora.adapters import (
     unwrap,
     use_adapter,
 )
+from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import StiefelLoRALinear
 from stiefel_lora.stiefel import random_point
@@ -98,6 +99,17 @@ def test_adding_again_extends_the_set_and_keeps_it_trainable() -> None:
     assert torch.equal(logits(model), before)
     with pytest.raises(InputError, match="q_proj has an adapter already"):
         add_adapters(model, layers=[0], rank=2, target_modules=["q_proj"])
+
+
+def test_adding_again_leaves_a_head_trainable_and_a_factor_frozen() -> None:
+    model = adapted(layers=[0])
+    model.lm_head.weight.requires_grad_(True)
+    frozen = adapter_layers(model)[names([0])[0]].lora_A.requires_grad_(False)
+    add_adapters(model, layers=[1], rank=2)
+    assert model.lm_head.weight.requires_grad
+    assert not frozen.requires_grad
+    trainable = sum(p.requires_grad for p in model.parameters())
+    assert trainable == 2 * len(adapter_layers(model))  # one factor less, one head more
 
 
 def test_the_mode_of_the_base_is_kept() -> None:
@@ -172,6 +184,43 @@ def test_disabled_is_the_base_exactly(merged: bool) -> None:
     with pytest.raises(KeyError), disable_adapters(model):
         raise KeyError
     assert torch.equal(logits(model), before)
+
+
+def test_unmerging_while_disabled_is_exact_and_switching_is_refused() -> None:
+    model = LLAMA.build()
+    base = logits(model)
+    add_adapters(model, layers=[0], rank=4)
+    train(model)
+    expected = logits(model)
+    merge_adapters(model, keep=True)
+    with disable_adapters(model):
+        unmerge_adapters(model)
+        assert torch.equal(logits(model), base)
+        with pytest.raises(InputError, match="leave disable_adapters"):
+            add_adapters(model, layers=[1], rank=2, name="second")
+        with pytest.raises(InputError, match="leave disable_adapters"):
+            remove_adapters(model)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(remove_adapters(model)), base)
+
+
+def test_a_merged_model_that_was_converted_is_disabled_in_its_new_type() -> None:
+    model = LLAMA.build()
+    expected = logits(copy.deepcopy(model).bfloat16())
+    add_adapters(model, layers=[0], rank=4)
+    train(model)
+    merge_adapters(model, keep=True).bfloat16()
+    with disable_adapters(model):
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_second_set_starts_from_the_weight_itself_not_a_merged_one() -> None:
+    fresh, model = LLAMA.build(), adapted(layers=[1])
+    merge_adapters(model, keep=True)
+    for each in (fresh, model):
+        add_adapters(each, layers=[1], rank=2, init="svd", name="second")
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(layer.lora_A, adapter_layers(fresh)[name].lora_A)
 
 
 def test_merge_gives_a_plain_model_that_saves_and_loads(tmp_path: Path) -> None:
@@ -288,6 +337,44 @@ def test_named_adapters_switch_exactly() -> None:
     remove_adapters(model)
     assert adapter_names(model) == []
     assert all(p.requires_grad for p in model.parameters())
+
+
+def _train_head(model: nn.Module, value: float) -> torch.Tensor:
+    head = model.lm_head.weight.requires_grad_(True)
+    with torch.no_grad():
+        head.fill_(value)
+    return logits(model)
+
+
+def test_a_head_that_was_trained_along_is_switched_with_its_set() -> None:
+    model = adapted(name="first")
+    first = _train_head(model, 0.1)
+    add_adapters(model, layers=[1], rank=2, name="second")
+    assert not model.lm_head.weight.requires_grad
+    second = _train_head(model, 0.2)
+    for name, expected in (("first", first), ("second", second), ("first", first)):
+        use_adapter(model, name)
+        assert torch.equal(logits(model), expected)
+        assert model.lm_head.weight.requires_grad
+
+
+def test_a_head_that_was_loaded_gives_the_base_its_own_back(tmp_path: Path) -> None:
+    trained = adapted()
+    expected = _train_head(trained, 0.1)
+    save_adapter(trained, tmp_path)
+    model = LLAMA.build()
+    base = logits(model)
+    load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), expected)
+    with disable_adapters(model):
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), expected)
+    add_adapters(model, layers=[1], rank=2, name="second")
+    assert torch.equal(logits(model), base)
+    use_adapter(model, "default")
+    assert torch.equal(logits(model), expected)
+    remove_adapters(model)
+    assert torch.equal(logits(model), base)
 
 
 def test_stored_adapters_follow_the_model() -> None:
