@@ -95,6 +95,8 @@ class GradientNorms:
         self.sketches = sketches
         self._linears = linears
         self._names = list(linears)
+        # Linear maps that no forward pass has called so far, so that nothing is known of them.
+        self.unused = dict.fromkeys(self._names)
         self._weights: dict[Hashable, _Weight] = {}
         for row, module in enumerate(linears.values()):
             self._weights.setdefault(_key(module), _Weight()).rows.append(row)
@@ -229,6 +231,8 @@ class GradientNorms:
                 # A checkpointed segment runs again. Its first run is the one that counts, but the same must be saved.
                 return _tap(output, lambda g: None)
             weight.uses += 1
+            for row in weight.rows:
+                self.unused.pop(self._names[row], None)
             x = args[0] if args else next(iter(kwargs.values()))
             with _unwatched():
                 arrive = self._arrival(weight, x, n_in, n_out)
@@ -340,8 +344,9 @@ def _direct_norms(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _key(module: nn.Module) -> Hashable:
-    weight = getattr(module, "weight", None)
-    return id(weight) if isinstance(weight, Tensor) else id(module)
+    # A parametrized weight is another tensor whenever it is asked for.
+    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    return id(module if weight is None else weight)
 
 
 def _check_not_shared(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:

@@ -142,23 +142,7 @@ class SampleLosses:
             self._sketches.keep(finite, 1 / weights.to(squared)[finite])
 
     def _losses(self, batch: Any) -> Tensor:
-        if self._loss_fn is not None:
-            loss = self._loss_fn(self._model, batch)
-            if not isinstance(loss, Tensor):
-                raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
-            return loss
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"a batch must be a mapping for model(**batch), got {type(batch).__name__}; or give loss_fn="
-            )
-        output = self._model(**batch)
-        found = _entry(output, "loss")
-        if found is None:
-            raise InputError(
-                f"the model returned no loss for a batch of {', '.join(map(str, batch)) or 'nothing'}; add labels to "
-                "it, or give loss_fn="
-            )
-        return found
+        return batch_losses(self._model, batch, self._loss_fn)
 
     @torch.no_grad()
     def _alone(self, batch: Any, size: int, count: int) -> Tensor:
@@ -230,6 +214,24 @@ def _aligned(labels: Tensor, length: int) -> Iterator[Tensor]:
     for known in (labels, following, pad(following, (0, 1), value=IGNORED)):
         if known.shape[1] == length:
             yield known
+
+
+def batch_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor:
+    """Return the loss of a batch, one number or one for each sample."""
+    if loss_fn is not None:
+        loss = loss_fn(model, batch)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn must return a tensor, got {type(loss).__name__}")
+        return loss
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"a batch must be a mapping for model(**batch), got {type(batch).__name__}; or give loss_fn=")
+    found = _entry(model(**batch), "loss")
+    if found is None:
+        raise InputError(
+            f"the model returned no loss for a batch of {', '.join(map(str, batch)) or 'nothing'}; add labels to it, "
+            "or give loss_fn="
+        )
+    return found
 
 
 def _rounding(loss: Tensor) -> float:

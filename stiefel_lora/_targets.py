@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import nn
 
 from stiefel_lora._models import Layers, find_layers, join, matches, named_linears, split_at_layer
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, listed
 from stiefel_lora.layer import StiefelLoRALinear
 
 logger = logging.getLogger("stiefel_lora")
@@ -170,9 +170,3 @@ def module_ranks(targets: Sequence[str], rank: int, pattern: Mapping[str, int]) 
         raise InputError(f"rank_pattern {', '.join(unused)} matches none of the adapted linears: {listed(targets)}")
     best = {target: max((k for k in pattern if matches(target, k)), key=len, default=None) for target in targets}
     return {target: rank if key is None else pattern[key] for target, key in best.items()}
-
-
-def listed(names: Iterable[str], limit: int = 6) -> str:
-    """Return the first names and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._models import named_linears, unwrap
-from stiefel_lora._targets import describe, find_targets, last_names, listed, module_ranks
-from stiefel_lora.errors import InputError
+from stiefel_lora._targets import describe, find_targets, last_names, module_ranks
+from stiefel_lora.errors import InputError, listed
 from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics, is_plain
 
 logger = logging.getLogger("stiefel_lora")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._models import linear_shape, unwrap
-from stiefel_lora._targets import listed, wrappable_linears
+from stiefel_lora._targets import wrappable_linears
 from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, insert_adapters, keep_base_values
-from stiefel_lora.errors import InputError, ManifoldError
+from stiefel_lora.errors import InputError, ManifoldError, listed
 from stiefel_lora.layer import StiefelLoRALinear
 from stiefel_lora.stiefel import orthogonality_error
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._models import is_conv1d, unwrap
-from stiefel_lora._targets import listed
 from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, remove_adapters
 from stiefel_lora.checkpoint import (
     AdapterState,
@@ -29,7 +29,7 @@ from stiefel_lora.checkpoint import (
     read_safetensors,
     write_safetensors,
 )
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, listed
 from stiefel_lora.layer import Orthonormal
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def export_peft(model: nn.Module, path: str | Path) -> None:
         InputError: If the model has no adapters, a tensor has a NaN or infinity, ``path`` is a file, or only a part of
             a module was trained.
     """
-    write_peft(adapter_state(model), path, unwrap(model))
+    model = unwrap(model)
+    write_peft(_with_tied(adapter_state(model), model), path, model)
 
 
 def import_peft(
@@ -134,7 +135,8 @@ def to_peft(model: nn.Module) -> "PeftModel":
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    state, model = adapter_state(model), unwrap(model)
+    model = unwrap(model)
+    state = _with_tied(adapter_state(model), model)
     config = _peft_config(state, model)
     tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
     remove_adapters(model)
@@ -361,6 +363,14 @@ def _peft_config(state: AdapterState, model: nn.Module | None) -> dict[str, Any]
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         **_describe_targets(list(modules), model),
     }
+
+
+def _with_tied(state: AdapterState, model: nn.Module) -> AdapterState:
+    """Return the state with trained parameters under all their names: PEFT unties a module that it saves whole."""
+    ids = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    trained = {ids[name]: tensor for name, tensor in state.parameters.items()}
+    # Copies: a safetensors file has no shared tensors.
+    return replace(state, parameters={name: trained[key].clone() for name, key in ids.items() if key in trained})
 
 
 def _modules_to_save(state: AdapterState, model: nn.Module | None) -> list[str] | None:

@@ -1,5 +1,7 @@
 """Errors that a user's input can cause; the command line turns them into one line and exit code 2."""
 
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input: the message says what was given, what is allowed and, where it helps, what to do next."""
@@ -7,3 +9,9 @@ class InputError(ValueError):
 
 class ManifoldError(InputError):
     """A matrix is not on the manifold it was declared to be on, or has lost its manifold."""
+
+
+def listed(names: Iterable[str], limit: int = 6) -> str:
+    """Return the first names and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

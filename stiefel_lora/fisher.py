@@ -19,8 +19,8 @@ from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses, batch_size,
 from stiefel_lora._models import find_layers, find_linears, join, linear_shape, undisturbed, unwrap
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
-from stiefel_lora.errors import InputError
-from stiefel_lora.scores import FisherScores, Normalize, count_of
+from stiefel_lora.errors import InputError, listed
+from stiefel_lora.scores import FisherScores, Normalize, count_of, divisors
 from stiefel_lora.stiefel import check_choice
 
 # Fewer samples than this tell nothing about a standard error.
@@ -58,7 +58,7 @@ def fisher_select(
         loss_fn: Loss for other models and data.
         labels: "data" or "model".
         max_samples: Stop after so many.
-        tol: Stop as soon as the set is stable.
+        tol: Stop as soon as the set that ``budget`` and ``normalize`` choose is stable; not with ``budget_params``.
         seed: Seed of drawn labels.
         progress: Show a bar on a terminal.
 
@@ -71,7 +71,9 @@ def fisher_select(
     check_choice("normalize", normalize, ("raw", "params", "weight"))
     if budget_params is not None and (rank is None or rank < 1):
         raise InputError(f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}")
-    scores = fisher_scores(
+    if budget_params is not None and tol is not None:
+        raise InputError("tol= cannot tell when a choice by budget_params is stable; give budget= with it, or no tol=")
+    scores = _score(
         model,
         batches,
         layers=layers,
@@ -80,6 +82,7 @@ def fisher_select(
         labels=labels,
         max_samples=max_samples,
         budget=budget,
+        normalize=normalize,
         tol=tol,
         seed=seed,
         progress=progress,
@@ -134,7 +137,8 @@ def fisher_scores(
             scored, an option is out of range, or no sample had a finite gradient.
 
     Warns:
-        UserWarning: If samples were left out because their loss or gradient was not finite.
+        UserWarning: If samples were left out because their loss or gradient was not finite, or a linear map was never
+            called: some models, such as Mamba, read the weight of one past its ``forward``.
     """
     return _score(
         model,
@@ -164,6 +168,7 @@ def _score(
     modules: Sequence[str] | None = None,
     labels: str = "data",
     granularity: Literal["layer", "module"] = "layer",
+    normalize: Normalize = "raw",
     tol: float | None = None,
     seed: int = 0,
     sketches: GradientSketches | None = None,
@@ -178,6 +183,9 @@ def _score(
     linears = {name: module for layer in found.values() for name, module in layer.items()}
     groups = _groups(model, found, layers, granularity)
     count = count_of(budget, len(groups))
+    parameters = [sum(math.prod(s) for s in _shapes(linears, members)) for members in groups.values()]
+    weight_norm = [sum(_square(list(linears.values())[i]) for i in members) for members in groups.values()]
+    divisor = torch.tensor(divisors(normalize, parameters, weight_norm), dtype=torch.float64)
     rows: list[Tensor] = []
     # Ranks must not draw the same numbers for their different samples.
     rank = torch.distributed.get_rank() if _distributed() else 0
@@ -190,9 +198,11 @@ def _score(
                 squared = losses.measure(batch if sampler is None else sampler.draw(batch))
                 rows.append(torch.stack([squared[:, members].sum(1) for members in groups.values()], dim=1))
                 bar.update(len(squared))
-                if tol is not None and _is_stable(_finite(rows), count, tol):
+                if tol is not None and _is_stable(_finite(rows).cpu() / divisor, count, tol):
                     break
     samples, skipped = _gathered(rows)
+    if norms.unused:
+        warn(f"never called, so their score is zero: {listed(norms.unused)}; modules= leaves them out", stacklevel=3)
     if sketches is not None and _distributed():
         sketches.add_other_ranks()
     return FisherScores(
@@ -200,14 +210,14 @@ def _score(
         stderr=(samples.std(0) / math.sqrt(len(samples))).tolist() if len(samples) > 1 else [0.0] * len(groups),
         names=[name for name, _ in groups],
         layers=[layer for _, layer in groups],
-        parameters=[sum(math.prod(s) for s in _shapes(linears, members)) for members in groups.values()],
+        parameters=parameters,
         adapter_size=[sum(sum(s) for s in _shapes(linears, members)) for members in groups.values()],
-        weight_norm=[sum(_square(list(linears.values())[i]) for i in members) for members in groups.values()],
+        weight_norm=weight_norm,
         granularity=granularity,
         n_samples=len(samples),
         n_skipped=skipped,
         seconds=perf_counter() - start,
-        stable=_is_stable(samples, count, 0.05 if tol is None else tol),
+        stable=_is_stable(samples / divisor, count, 0.05 if tol is None else tol),
         budget=budget,
         confidence=1 - (0.05 if tol is None else tol),
     )

@@ -7,12 +7,12 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora._losses import LossFn, to_device
+from stiefel_lora._losses import LossFn, batch_losses, to_device
 from stiefel_lora._models import is_conv1d, linear_shape, undisturbed, unwrap
 from stiefel_lora._sketches import GradientSketches
-from stiefel_lora._targets import find_targets, listed, module_ranks
+from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora.adapters import adapter_layers
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, listed
 from stiefel_lora.fisher import _score
 from stiefel_lora.layer import Init, Orthonormal, leading_singular_vectors, plain_weight
 from stiefel_lora.scores import Normalize
@@ -45,14 +45,14 @@ def gradient_init(
         orthonormal: As for `add_adapters`: right singular vectors for "A", left for "B", pairs for "both".
         rank_pattern: As for `add_adapters`.
         layers_path: As for `add_adapters`.
-        loss_fn: Computes the loss from the model and a batch.
+        loss_fn: As for `fisher_scores`; of one loss a sample the mean is taken.
 
     Returns:
         For each qualified name of a linear to adapt its start, to be given as ``init``.
 
     Raises:
-        InputError: If the model has adapters, there is no batch, a base is quantised, a gradient is not finite, or for
-            what `add_adapters` raises it.
+        InputError: If the model has adapters, there is no batch or loss, a base is quantised, a gradient is not finite,
+            or for what `add_adapters` raises it.
     """
     model = _bare(model)
     check_choice("orthonormal", orthonormal, ("A", "B", "both"))
@@ -197,7 +197,7 @@ def _gradients(
         for batch in batches:
             empty = False
             batch = to_device(batch, weights[0].device)
-            loss = model(**batch)["loss"] if loss_fn is None else loss_fn(model, batch)
+            loss = batch_losses(model, batch, loss_fn).mean()
             for total, gradient in zip(totals, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True):
                 total.add_(gradient)
     if empty:

@@ -32,7 +32,8 @@ class FisherScores:
         n_samples: Number of samples the means are over.
         n_skipped: Samples left out because their loss or gradient was not finite.
         seconds: What the scoring took.
-        stable: Whether the selection at ``budget`` is separated from the rest beyond ``confidence``.
+        stable: Whether the selection at ``budget`` (under the ``normalize`` of `fisher_select`, else by the raw scores)
+            is separated from the rest beyond ``confidence``.
         budget: Budget for which ``stable`` was decided.
         confidence: 1 - tol.
     """
@@ -57,12 +58,7 @@ class FisherScores:
 
     def normalized(self, normalize: Normalize = "raw") -> list[float]:
         """Return the scores: "raw" (the paper's), "params" (per weight), or "weight" (relative to |W|_F^2)."""
-        check_choice("normalize", normalize, ("raw", "params", "weight"))
-        if normalize == "raw":
-            return list(self.scores)
-        by: Sequence[float] = self.parameters if normalize == "params" else self.weight_norm
-        if any(not value > 0 for value in by):
-            raise InputError("normalize='weight' needs weights that are ordinary tensors and not zero")
+        by = divisors(normalize, self.parameters, self.weight_norm)
         return [score / value for score, value in zip(self.scores, by, strict=True)]
 
     def ranking(self, normalize: Normalize = "raw") -> list[int]:
@@ -199,6 +195,18 @@ class FisherScores:
             raise InputError(f"cannot read {path}: {error.strerror}") from error
         except (ValueError, TypeError) as error:
             raise InputError(f"{path} does not hold Fisher scores: {error}") from error
+
+
+def divisors(normalize: Normalize, parameters: Sequence[int], weight_norm: Sequence[float]) -> Sequence[float]:
+    """Return what scores are divided by to normalize them; see `FisherScores.normalized`."""
+    check_choice("normalize", normalize, ("raw", "params", "weight"))
+    if normalize == "raw":
+        return [1] * len(parameters)
+    if normalize == "params":
+        return parameters
+    if any(not value > 0 for value in weight_norm):
+        raise InputError("normalize='weight' needs weights that are ordinary tensors and not zero")
+    return weight_norm
 
 
 def count_of(budget: float | int, available: int) -> int:

@@ -28,8 +28,10 @@ def trainer_optimizer(args: TrainingArguments, **options: Any) -> tuple[type[tor
         The class and its keyword arguments.
 
     Raises:
-        InputError: If ``optim`` is another.
+        InputError: If ``optim`` is another, or ``optim_args`` is given.
     """
+    if args.optim_args:
+        raise InputError(f"optim_args={args.optim_args!r} is not read; give optimizer_options= to StiefelTrainer")
     if args.optim == "sgd":
         return RiemannianSGD, {"lr": args.learning_rate, **options}
     if args.optim not in ("adamw_torch", "adamw_torch_fused"):
@@ -55,6 +57,9 @@ class AdapterMetricsCallback(TrainerCallback):
         if control.should_log and adapter_layers(model):
             self.trainer.log(summary(model))
             control.should_log = True  # logging resets it, and Trainer's own record is still to come
+
+    # With logging_strategy="epoch" it is here that logging is due.
+    on_epoch_end = on_step_end
 
 
 class StiefelTrainer(Trainer):
@@ -86,9 +91,14 @@ class StiefelTrainer(Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the Riemannian optimizer."""
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
-            self.optimizer_cls_and_kwargs = trainer_optimizer(self.args, **self.optimizer_options)
-        return super().create_optimizer(*args, **kwargs)
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            return super().create_optimizer(*args, **kwargs)
+        self.optimizer_cls_and_kwargs = trainer_optimizer(self.args, **self.optimizer_options)
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        finally:
+            # A hyperparameter search changes the arguments and asks again.
+            self.optimizer_cls_and_kwargs = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:

@@ -1,6 +1,7 @@
 """Against the real PEFT library: what we write it reads, what it writes we read, with the same function."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,20 @@ def test_a_trained_head_becomes_a_module_to_save(tmp_path: Path) -> None:
     model.classifier.bias.requires_grad_(False)
     with pytest.raises(InputError, match="PEFT saves modules whole: classifier.bias was not trained"):
         export_peft(model, tmp_path)
+
+
+def test_a_trained_embedding_that_is_tied_to_the_head_is_exported_as_both(tmp_path: Path) -> None:
+    model = adapted("llama-tied")
+    model.model.embed_tokens.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    expected = outputs(model, "llama-tied")
+    export_peft(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT on saving modules that were tied
+        loaded = peft.PeftModel.from_pretrained(FAMILIES["llama-tied"].build(), tmp_path)
+        torch.testing.assert_close(outputs(loaded, "llama-tied"), expected, **SAME)
+        torch.testing.assert_close(outputs(to_peft(model), "llama-tied"), expected, **SAME)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from stiefel_lora._entropy import LeanCrossEntropy
 from stiefel_lora._gradnorms import GradientNorms
+from stiefel_lora._losses import SampleLosses
 from stiefel_lora._models import find_linears, undisturbed
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import _is_stable, fisher_scores, fisher_select
@@ -275,6 +276,27 @@ def test_reused_and_shared_weights_are_exact(length: int) -> None:
     # The shared weight appears under both names, with its whole gradient each time.
     assert len(linear_weights(model)) == 4
     torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)
+
+
+def test_a_linear_that_is_never_called_is_named() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.a(x), self.b.weight)
+
+    model = Loss(nn.Sequential(Block(), Block()))
+    with pytest.warns(UserWarning, match="never called, so their score is zero: net.0.b, net.1.b"):
+        fisher_scores(model, [plain_batch(2, 4)], progress=False)
+
+
+def test_a_parametrized_weight_is_scored_by_its_value() -> None:
+    model, batch = FAMILIES["sequential"].build().double(), {k: v.double() for k, v in plain_batch(3, 4).items()}
+    expected = expected_by_module(model, batch)
+    torch.nn.utils.parametrizations.weight_norm(model.net[0][1])
+    torch.testing.assert_close(by_module(model, [batch]).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_weight_shared_with_something_else_is_refused_by_name() -> None:
@@ -614,6 +636,23 @@ def test_early_stopping_takes_few_samples_when_the_choice_is_clear() -> None:
     assert scores.stable
     assert 8 <= scores.n_samples <= 60
     assert scores.select(1) == [0]
+
+
+def test_early_stopping_goes_by_the_scores_that_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights ten times as large the relative scores are no longer apart, so all samples are taken."""
+    model, data = _clear_cut(10.0)
+    with torch.no_grad():
+        for layer, size in zip(model.layers, (10.0, 1.0, 1.0), strict=True):
+            layer.weight.copy_(size * torch.eye(4))
+    seen: list[int] = []
+    monkeypatch.setattr(SampleLosses, "measure", lambda *a, _own=SampleLosses.measure: seen.append(4) or _own(*a))
+    assert fisher_select(model, data, budget=1, tol=1e-4, progress=False) == [0]
+    assert sum(seen) < 60
+    seen.clear()
+    fisher_select(model, data, budget=1, tol=1e-4, normalize="weight", progress=False)
+    assert sum(seen) == 200
+    with pytest.raises(InputError, match="budget_params"):
+        fisher_select(model, data, budget_params=8, rank=1, tol=0.1, progress=False)
 
 
 def test_early_stopping_takes_all_samples_when_it_is_not() -> None:

@@ -21,7 +21,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "_entropy": set(),
         "_sketches": set(),
         "_gradnorms": {"_entropy", "_sketches"},
-        "_losses": {"_gradnorms"},
+        "_losses": {"_entropy", "_gradnorms"},
         "fisher": {"_gradnorms", "_losses", "_sketches", "scores"},
     },
     {

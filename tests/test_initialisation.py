@@ -79,6 +79,8 @@ def test_bad_input() -> None:
         gradient_init(model, [batch], layers=[0], rank=17)
     with pytest.raises(InputError, match="NaN"):
         gradient_init(model, [batch], layers=[0], rank=2, loss_fn=lambda m, b: m(**b).loss * torch.nan)
+    with pytest.raises(InputError, match="the model returned no loss for a batch of input_ids"):
+        gradient_init(model, [{"input_ids": batch["input_ids"]}], layers=[0], rank=2)
     with pytest.raises(InputError, match="orthonormal must be one of"):
         gradient_init(model, [batch], layers=[0], rank=2, orthonormal="C")  # type: ignore[arg-type]
     model.model.layers[0].mlp.up_proj = QuantisedLinear(nn.Linear(32, 56))
@@ -87,6 +89,20 @@ def test_bad_input() -> None:
     add_adapters(model, layers=[1], rank=2)
     with pytest.raises(InputError, match="the model has adapters"):
         gradient_init(model, [batch], layers=[1], rank=2)
+
+
+def test_of_one_loss_a_sample_the_mean_is_taken() -> None:
+    model, batch = FAMILIES["sequential"].build(), plain_batch(3, 5)
+
+    def each(net: nn.Module, batch: Any) -> Tensor:
+        return (net.net(batch["x"]) - batch["y"]).square().mean((1, 2))
+
+    options: dict[str, Any] = {"layers": [0], "rank": 2, "target_modules": "all-linear"}
+    starts = [
+        gradient_init(model, [batch], loss_fn=loss_fn, **options)
+        for loss_fn in (each, lambda net, batch: each(net, batch).mean())
+    ]
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[1])
 
 
 # -- selection and starts in one pass ----------------------------------------------------------------------------------
@@ -254,7 +270,8 @@ def test_a_linear_without_a_gradient_starts_at_random_and_says_so() -> None:
             return {"loss": self.layers[0]["used"](x).square().mean()}
 
     model, batch = Idle(), {"x": torch.randn(3, 4, 6)}
-    with pytest.warns(UserWarning, match=r"no gradient reached layers\.0\.idle"):
+    no_gradient = pytest.warns(UserWarning, match=r"no gradient reached layers\.0\.idle")
+    with pytest.warns(UserWarning, match=r"never called.*layers\.0\.idle"), no_gradient:
         layers, starts = select_and_start(model, [batch], rank=2, target_modules=["used", "idle"], progress=False)
     add_adapters(model, layers=layers, rank=2, target_modules=["used", "idle"], init=starts)
 

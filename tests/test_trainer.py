@@ -182,6 +182,21 @@ def test_plain_trainer_with_our_optimizer_and_callback(tmp_path: Path) -> None:
     assert state["global_step"] == 6
 
 
+def test_metrics_are_logged_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    args = arguments(tmp_path, logging_strategy="epoch", max_steps=-1, num_train_epochs=2)
+    trainer = StiefelTrainer(adapted(), args, train_dataset=EXAMPLES)
+    trainer.train()
+    records = [[r for r in trainer.state.log_history if key in r] for key in ("effective_rank", "loss")]
+    assert [r["epoch"] for r in records[0]] == [r["epoch"] for r in records[1]] == [1.0, 2.0]
+
+
+def test_a_new_optimizer_has_the_new_learning_rate(tmp_path: Path) -> None:
+    trainer = StiefelTrainer(adapted(), arguments(tmp_path), train_dataset=EXAMPLES)
+    for rate in (1e-2, 1e-3):
+        trainer.args.learning_rate, trainer.optimizer = rate, None
+        assert trainer.create_optimizer().param_groups[0]["lr"] == rate
+
+
 def test_quantised_base_passes_the_trainers_check(tmp_path: Path) -> None:
     model = adapted()
     type(model).is_quantized = True
@@ -199,6 +214,8 @@ def test_bad_use_is_refused(tmp_path: Path) -> None:
         StiefelTrainer(LLAMA.build(), arguments(tmp_path), train_dataset=EXAMPLES)
     with pytest.raises(InputError, match="optim='adafactor' has no Riemannian form"):
         trainer_optimizer(arguments(tmp_path, optim="adafactor"))
+    with pytest.raises(InputError, match="optim_args='momentum=0.9' is not read"):
+        trainer_optimizer(arguments(tmp_path, optim="sgd", optim_args="momentum=0.9"))
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
