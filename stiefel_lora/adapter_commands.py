@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,8 +16,9 @@ from stiefel_lora.convert import read_peft, write_peft
 from stiefel_lora.errors import InputError
 from stiefel_lora.info import adapter_info
 
-# Loads a model by folder, hub name or .gguf file and by its class if that is known, and its tokenizer if it has one.
-LoadModel: TypeAlias = Callable[[str, str | None], tuple[nn.Module, Any]]
+# Loads a model by folder, hub name or .gguf file, its class if that is known, and the names of parameters that it may
+# lack; and its tokenizer if it has one.
+LoadModel: TypeAlias = Callable[[str, str | None, Collection[str]], tuple[nn.Module, Any]]
 
 
 def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model: LoadModel) -> None:
@@ -58,7 +59,7 @@ def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
     name = args.model or state.base_model.get("name_or_path")
     if not name:
         raise InputError(f"{args.adapter} does not name its base model; give it with --model")
-    model, tokenizer = load_model(name, state.base_model.get("class"))
+    model, tokenizer = load_model(name, state.base_model.get("class"), state.parameters)
     load_adapter(model, args.adapter)
     merged: Any = merge_adapters(model)
     with atomic_folder(args.output) as folder:

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -59,10 +59,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load_model(name: str, kind: str | None) -> Any:
+def _load_model(name: str, kind: str | None, adapted: Collection[str]) -> Any:
     from stiefel_lora.pretrained import load_base
 
-    return load_base(_base_of(name), kind)
+    return load_base(_base_of(name), kind, adapted)
 
 
 def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:

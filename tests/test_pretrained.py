@@ -1,12 +1,16 @@
 """Base models are found and loaded from folders, and what is missing is named in one line."""
 
 import importlib.util
+import json
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from stiefel_lora import pretrained
 from stiefel_lora.errors import InputError
@@ -46,6 +50,70 @@ def test_a_base_comes_with_what_prepares_its_inputs(tmp_path: Path) -> None:
     (tmp_path / "image" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="cannot load a model from .*image"):
         load_base(tmp_path / "image", None)
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = folder / "model.safetensors"
+    # Copies: the tensors are a map of the file that is written next.
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("load", [load_pretrained, lambda folder: load_base(folder, None)])
+def test_weights_that_would_be_random_are_named(load: Callable[[Path], object], tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    edit_weights(tmp_path, lambda tensors: (tensors.pop(Q), tensors.update({UP: torch.zeros(3, 3)})))
+    with pytest.raises(InputError, match=f"not hold all of a LlamaForCausalLM: it has no {Q}, and has other .* {UP}$"):
+        load(tmp_path)
+    # As a configuration with one layer too many does.
+    save_tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    with pytest.raises(InputError, match=r"it has no model.layers.4.* and 3 more"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied"])
+def test_a_head_that_is_the_embedding_is_not_missing(family: str, tmp_path: Path) -> None:
+    FAMILIES[family].build().save_pretrained(tmp_path)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
+    load_base(tmp_path, None)
+
+
+def test_a_base_may_lack_the_head_that_the_adapter_brings(tmp_path: Path) -> None:
+    model = FAMILIES["roberta"].build()
+    model.base_model.save_pretrained(tmp_path)
+    head = [name for name, _ in model.named_parameters() if name.startswith("classifier")]
+    load_base(tmp_path, type(model).__name__, head)
+    with pytest.raises(InputError, match=f"it has no {', '.join(sorted(head[1:]))}$"):
+        load_base(tmp_path, type(model).__name__, head[:1])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("model.safetensors", b"\x10"), ("config.json", b"[]"), ("tokenizer_config.json", b"[]"), ("model.gguf", b"GGUF")],
+)
+def test_damaged_files_are_one_line(file: str, content: bytes, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    path = tmp_path / file if file.endswith(".gguf") else tmp_path
+    for load in (load_pretrained, lambda model: load_base(model, None)):
+        with pytest.raises(InputError, match=f"cannot load a .*model from {re.escape(str(path))}: .") as error:
+            load(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_local_model_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert load_pretrained("model")[0].config._name_or_path == str(tmp_path / "model")
+    (tmp_path / "blob").touch()
+    (tmp_path / "model.gguf").symlink_to("blob")
+    assert str(find_source("model.gguf")) == str(tmp_path / "model.gguf")
 
 
 def test_verbosity_is_put_back(tmp_path: Path) -> None:
