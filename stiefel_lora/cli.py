@@ -127,7 +127,7 @@ def _add_selection(parser: Any, defaults: Any) -> None:
 
 
 def _add_finetune(commands: Any) -> None:
-    from stiefel_lora.training import FinetuneConfig
+    from stiefel_lora.config import FinetuneConfig
 
     defaults = FinetuneConfig()
     parser = _add_command(
@@ -146,7 +146,12 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
     parser.add_argument("--grad-accum", type=int, default=defaults.grad_accum, help="forward passes of a step")
     parser.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
-    parser.add_argument("--warmup", type=int, default=defaults.warmup, help="steps of linear warm-up")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="steps of linear warm-up (default: 5, but at most a tenth of the steps)",
+    )
     parser.add_argument("--optimizer", choices=("adam", "sgd"), default=defaults.optimizer, help="Riemannian optimizer")
     parser.add_argument(
         "--retraction",
@@ -170,7 +175,7 @@ def _add_finetune(commands: Any) -> None:
 
 
 def _add_select(commands: Any) -> None:
-    from stiefel_lora.training import FinetuneConfig
+    from stiefel_lora.config import FinetuneConfig
 
     parser = _add_command(commands, "select", run_select, "Score the layers and print their ranking; train nothing.")
     _add_model(parser)
@@ -246,7 +251,7 @@ def run_finetune(args: argparse.Namespace) -> None:
 
 
 def _config(args: argparse.Namespace) -> Any:
-    from stiefel_lora.training import FinetuneConfig
+    from stiefel_lora.config import FinetuneConfig
 
     given = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig) if hasattr(args, field.name)}
     config = replace(FinetuneConfig(), **given)
@@ -320,10 +325,10 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 def run_select(args: argparse.Namespace) -> None:
     """Score the layers and print the ranking."""
     from stiefel_lora._targets import describe
-    from stiefel_lora.data import check_source, load_data
-    from stiefel_lora.pretrained import find_device, load_pretrained
+    from stiefel_lora.data import check_source
+    from stiefel_lora.pretrained import find_device
     from stiefel_lora.report import check_picture
-    from stiefel_lora.training import check_targets, choose, score_layers
+    from stiefel_lora.training import choose, load_inputs, score_layers
 
     config = _config(args)
     config.check()
@@ -335,10 +340,7 @@ def run_select(args: argparse.Namespace) -> None:
         check_picture(args.plot)
     if config.data is not None:
         check_source(config.data)
-    device = find_device(getattr(args, "device", None))
-    model, tokenizer = load_pretrained(config.model, device=device, dtype=config.dtype)
-    data, _ = load_data(config.data, tokenizer, seq_len=config.seq_len)
-    check_targets(model, config)
+    model, data, _ = load_inputs(config, find_device(getattr(args, "device", None)))
     scores = score_layers(model, data, config)
     selected = choose(scores, config)
     print(scores.table(selected))

@@ -209,8 +209,8 @@ def divisors(normalize: Normalize, parameters: Sequence[int], weight_norm: Seque
     return weight_norm
 
 
-def count_of(budget: float | int, available: int) -> int:
-    """Return how many of the available layers a budget allows.
+def count_of(budget: float | int, available: int, what: str | None = None) -> int:
+    """Return how many of the available layers a budget allows; ``what`` says in errors what it counts.
 
     Raises:
         InputError: If a float is outside (0, 1] or an int outside [1, available].
@@ -220,8 +220,9 @@ def count_of(budget: float | int, available: int) -> int:
         raise TypeError(f"budget must be a float (a share) or an int (a count), got {type(budget).__name__}")
     if isinstance(budget, int):
         if not 1 <= budget <= available:
-            raise InputError(f"budget as a count must be in [1, {available}], the number there is; got {budget}")
+            number = f"the number of {what}" if what else "the number there is"
+            raise InputError(f"budget as a count must be in [1, {available}], {number}; got {budget}")
         return budget
     if not 0 < budget <= 1:
-        raise InputError(f"budget as a share must be in (0, 1], got {budget}")
+        raise InputError(f"budget as a share{f' of {what}' if what else ''} must be in (0, 1], got {budget}")
     return max(1, int(budget * available + 0.5))

@@ -1,15 +1,15 @@
 """The main job: score the layers, adapt the best, train, evaluate; resumable at any checkpoint."""
 
+import hashlib
 import importlib.metadata
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: S403  only caught
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from stiefel_lora._progress import progress
 from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
+from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.data import IGNORED, Dataset, load_data, spread
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
@@ -28,91 +29,11 @@ from stiefel_lora.layer import Init
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.pretrained import find_device, load_pretrained
 from stiefel_lora.scores import FisherScores, count_of
-from stiefel_lora.stiefel import RETRACTIONS, check_choice, orthogonality_error
+from stiefel_lora.stiefel import orthogonality_error
 
 VERSIONED = ("torch", "geoopt", "transformers", "numpy")
 CHECKPOINT_FILE = "checkpoint.pt"
 _REMEDY = "a lower learning rate or a wider dtype may help"
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """What decides the numbers of a run; two runs with the same configuration are the same run.
-
-    Attributes:
-        model: Folder, .gguf file or hub name; None for the default model.
-        data: File or folder; None for the standard library's source.
-        rank: Rank of the adapters.
-        alpha: Numerator of their scaling; None for twice the rank.
-        budget: Share of the layers to adapt in (0, 1], or their number. With granularity "module": share of the
-            parameters that adapters on all linear maps would have, filled by score per parameter, or number of maps.
-        granularity: "layer" or "module": what is scored and chosen, whole layers or single linear maps.
-        calibration_samples: Samples that the layers are scored on.
-        steps: Optimizer steps.
-        batch_size: Samples of a forward pass.
-        seq_len: Longest sample in tokens.
-        grad_accum: Forward passes of a step.
-        lr: Highest learning rate.
-        warmup: Steps over which the rate rises to it; it falls along a cosine afterwards.
-        optimizer: "adam" or "sgd" (with momentum 0.9).
-        retraction: "qr", "cayley", "polar" or "exp".
-        init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
-            gradient on the calibration samples).
-        target_modules: Names of the linear maps to adapt and score; None for the architecture's default.
-        dropout: Dropout of the adapters' input.
-        eval_samples: Held-out samples that are evaluated.
-        seed: Seed of the adapters, the order of the data and dropout.
-        dtype: "float32", "bfloat16" or "float16"; None for the device's default.
-    """
-
-    model: str | None = None
-    data: str | None = None
-    rank: int = 16
-    alpha: float | None = None
-    budget: float | int = 0.5
-    granularity: Literal["layer", "module"] = "layer"
-    calibration_samples: int = 32
-    steps: int = 50
-    batch_size: int = 4
-    seq_len: int = 128
-    grad_accum: int = 1
-    lr: float = 2e-3
-    warmup: int = 5
-    optimizer: str = "adam"
-    retraction: str = "qr"
-    init: str = "random"
-    target_modules: tuple[str, ...] | None = None
-    dropout: float = 0.0
-    eval_samples: int = 48
-    seed: int = 0
-    dtype: str | None = None
-
-    @property
-    def budget_is_parameters(self) -> bool:
-        """Whether the budget is a share of parameters, not of what is scored, nor a number of it."""
-        return self.granularity == "module" and isinstance(self.budget, float)
-
-    def check(self) -> None:
-        """Raise InputError for a value that no model or data could make right."""
-        for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be in [0, 2^63), got {self.seed}")
-        if not self.lr > 0:
-            raise InputError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.warmup <= self.steps:
-            raise InputError(f"warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise InputError(f"alpha must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
-        if isinstance(self.budget, float):
-            count_of(self.budget, 1)
-        check_choice("granularity", self.granularity, ("layer", "module"))
-        check_choice("optimizer", self.optimizer, ("adam", "sgd"))
-        check_choice("retraction", self.retraction, tuple(RETRACTIONS))
-        check_choice("init", self.init, ("random", "svd", "gradient"))
 
 
 def finetune(
@@ -144,9 +65,7 @@ def finetune(
     clock = Clock()
     target = find_device(device)
     with clock.time("loading"):
-        model, tokenizer = load_pretrained(config.model, device=target, dtype=config.dtype)
-        train, held_out = load_data(config.data, tokenizer, seq_len=config.seq_len)
-        check_targets(model, config)
+        model, train, held_out = load_inputs(config, target)
     run = _Run(config, model, train, held_out, folder / CHECKPOINT_FILE, clock)
     saved = run.load()
     if saved is None:
@@ -182,6 +101,21 @@ def finetune(
     return run.metrics(selected, names, before, after)
 
 
+def load_inputs(config: FinetuneConfig, device: torch.device) -> tuple[Any, Dataset, Dataset]:
+    """Load the model, the training and the held-out data.
+
+    Raises:
+        InputError: If one cannot be read, or the configuration does not fit the model.
+    """
+    model, tokenizer = load_pretrained(config.model, device=device, dtype=config.dtype)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < config.seq_len:
+        raise InputError(f"seq_len must be at most {positions}, the positions of the model, got {config.seq_len}")
+    train, held_out = load_data(config.data, tokenizer, seq_len=config.seq_len)
+    check_targets(model, config)
+    return model, train, held_out
+
+
 def check_targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
     """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
     targets = find_targets(model, None, config.target_modules, None)
@@ -198,17 +132,34 @@ def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> Fi
     """Score the layers, or the single linear maps, by the linear maps that would be adapted, on training data.
 
     Raises:
-        InputError: If the budget is larger than their number.
+        InputError: If the budget is larger than their number, or too small for one.
     """
+    modules = check_targets(model, config)
+    if config.granularity == "module":
+        _check_budget(model, modules, config)
     samples = min(config.calibration_samples, len(train))
     with _autocast(model):
         return fisher_scores(
             model,
             _calibration(train, config),
-            modules=check_targets(model, config),
+            modules=modules,
             granularity=config.granularity,
             max_samples=samples,
             budget=config.budget,
+        )
+
+
+def _check_budget(model: nn.Module, modules: Sequence[str], config: FinetuneConfig) -> None:
+    """Raise InputError unless the budget allows a linear map, and not more of them than there are."""
+    if not config.budget_is_parameters:
+        count_of(config.budget, len(modules), "linear maps")
+        return
+    sizes = [config.rank * sum(linear_shape(model.get_submodule(name))) for name in modules]
+    if round(config.budget * sum(sizes)) < min(sizes):
+        least = math.ceil(1e4 * min(sizes) / sum(sizes)) / 1e4
+        raise InputError(
+            f"budget as a share of the adapters' parameters must be at least {least}, for one linear map; "
+            f"got {config.budget}"
         )
 
 
@@ -261,10 +212,25 @@ def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str
 
 def learning_rate(config: FinetuneConfig, step: int) -> float:
     """Return the rate of a step: linear warm-up, then half a cosine down to zero."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / (config.warmup + 1)
-    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(1, config.steps - warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def fingerprints(model: nn.Module, *data: Dataset) -> dict[str, str]:
+    """Return hashes by which a run that goes on knows its base model, of which a sample must do, and its data again."""
+    weights, tokens = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        # bfloat16, which is what one device takes by default where another takes float32.
+        sample = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.bfloat16)
+        weights.update(f"{name} {tuple(parameter.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+    for part in data:
+        for tensor in (*part.input_ids, *part.labels):
+            tokens.update(f"{len(tensor)} ".encode() + tensor.numpy().tobytes())
+    return {"base model": weights.hexdigest(), "data": tokens.hexdigest()}
 
 
 class Clock:
@@ -291,19 +257,29 @@ class _Run:
     ) -> None:
         self.config, self.model, self.data, self.held_out = config, model, train, held_out
         self.path, self.clock = path, clock
+        self.inputs = fingerprints(model, train, held_out)
         self.step = 0
         self.losses: list[float] = []
         self.tokens = 0
         self.orthogonality = 0.0
 
     def load(self) -> dict[str, Any] | None:
-        """Return the saved state if there is one."""
+        """Return the saved state if there is one.
+
+        Raises:
+            InputError: If it is damaged, or began with another base model or other data.
+        """
         if not self.path.is_file():
             return None
         try:
             saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
+            changed = [name for name, value in self.inputs.items() if saved["inputs"][name] != value]
+        except Exception as error:  # a damaged file makes torch raise anything
             raise InputError(f"{self.path} is damaged; --overwrite starts the run anew") from error
+        if changed:
+            raise InputError(
+                f"cannot resume: the {' and the '.join(changed)} changed since it began; --overwrite starts it anew"
+            )
         return saved
 
     def start(self, saved: dict[str, Any] | None, scores: FisherScores, before: dict[str, float]) -> None:
@@ -340,6 +316,7 @@ class _Run:
         with atomic_file(self.path) as file:
             torch.save(
                 {
+                    "inputs": self.inputs,
                     "step": self.step,
                     "factors": {name: factor.detach().as_subclass(Tensor) for name, factor in self.factors.items()},
                     "optimizer": self.optimizer.state_dict(),

@@ -132,7 +132,7 @@ def test_select_single_linear_maps(base: list[str], capsys: pytest.CaptureFixtur
 def test_select_finds_out_first_that_a_file_cannot_be_written(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stiefel_lora.pretrained.load_pretrained", lambda *_, **__: pytest.fail("loaded the model"))
+    monkeypatch.setattr("stiefel_lora.training.load_pretrained", lambda *_, **__: pytest.fail("loaded the model"))
     (tmp_path / "file").touch()
     for words, message in (
         (["--output", str(tmp_path)], "is a folder; give the name of a file"),

@@ -31,7 +31,13 @@ LEVELS: list[dict[str, set[str]]] = [
         "initialisation": {"adapters"},
         "info": {"checkpoint", "convert"},
     },
-    {"data": set(), "pretrained": set(), "training": {"data", "pretrained"}, "trainer": set()},
+    {
+        "config": set(),
+        "data": set(),
+        "pretrained": set(),
+        "training": {"config", "data", "pretrained"},
+        "trainer": set(),
+    },
     {"report": set(), "adapter_commands": set(), "cli": {"report", "adapter_commands"}, "__main__": {"cli"}},
 ]
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

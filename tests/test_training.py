@@ -82,6 +82,55 @@ def test_a_run_that_broke_off_ends_with_the_same_bits(
         assert torch.equal(tensor, adapters(broken)[name]), name
 
 
+def test_a_run_goes_on_with_its_own_data_and_base_alone(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = tmp_path / "text.py", save_tiny_model(tmp_path / "model")
+    data.write_text(TEXT)
+    config = replace(config, data=str(data), model=str(model))
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training._Run, "train", stopped)
+        finetune(config, tmp_path)
+    saved = (tmp_path / training.CHECKPOINT_FILE).read_bytes()
+    weights = (model / "model.safetensors").read_bytes()
+    data.write_text(TEXT.replace("total = left + right + 7", "total = left + right + 8"))
+    with pytest.raises(InputError, match="cannot resume: the data changed since it began"):
+        finetune(config, tmp_path)
+    network = load_pretrained(model)[0]
+    network.model.layers[3].mlp.up_proj.weight.data *= 1.05
+    network.save_pretrained(model)
+    with pytest.raises(InputError, match="cannot resume: the base model and the data changed since it began"):
+        finetune(config, tmp_path)
+    assert (tmp_path / training.CHECKPOINT_FILE).read_bytes() == saved
+    data.write_text(TEXT)
+    (model / "model.safetensors").write_bytes(weights)
+    assert len(finetune(config, tmp_path)["loss_curve"]) == config.steps
+
+
+def test_a_base_is_known_again_in_another_precision(config: FinetuneConfig) -> None:
+    """A run that began on a device with another default dtype can go on."""
+    single, half = (training.fingerprints(load_pretrained(config.model, dtype=d)[0]) for d in ("float32", "bfloat16"))
+    assert single == half
+
+
+@pytest.mark.parametrize("content", [[], {"step": 3}, "half", b"", b"\x80\x02garbage", b"{"])
+def test_a_damaged_checkpoint_is_named(config: FinetuneConfig, content: Any, tmp_path: Path) -> None:
+    path = tmp_path / training.CHECKPOINT_FILE
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "half":
+        torch.save({"x": torch.zeros(9)}, path)
+        path.write_bytes(path.read_bytes()[:300])
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match="checkpoint.pt is damaged; --overwrite starts the run anew"):
+        finetune(config, tmp_path)
+
+
 def test_training_lowers_the_loss_and_stays_on_the_manifold(config: FinetuneConfig, tmp_path: Path) -> None:
     metrics = finetune(replace(config, steps=30, dropout=0.0, lr=3e-2), tmp_path)
     # Of a random model only the inside of two layers is trained; 0.35 were seen.
@@ -171,15 +220,30 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     assert rates[19] == pytest.approx(0.5 * (1 + math.cos(math.pi * 15 / 16)))
 
 
+def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
+    for steps, warmup in ((3, 0), (20, 2), (50, 5), (500, 5)):
+        config = FinetuneConfig(steps=steps)
+        config.check()
+        assert config.warmup_steps == warmup
+        assert learning_rate(config, warmup) == config.lr
+    with pytest.raises(InputError, match=r"warmup must be in \[0, 3\], the number of steps, got 5"):
+        FinetuneConfig(steps=3, warmup=5).check()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": math.inf}, "lr must be positive and finite, got inf"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
+        ({"alpha": math.inf}, "alpha must be positive and finite, got inf"),
+        ({"alpha": math.nan}, "alpha must be positive and finite, got nan"),
         ({"warmup": 10}, r"warmup must be in \[0, 9\]"),
         ({"budget": 0.0}, r"\(0, 1\], got 0.0"),
-        ({"budget": 1.5}, r"\(0, 1\], got 1.5"),
+        ({"budget": 1.5}, r"share of the layers must be in \(0, 1\], got 1.5"),
+        ({"budget": 1.5, "granularity": "module"}, r"share of the adapters' parameters must be in \(0, 1\], got 1.5"),
         ({"alpha": -1.0}, "alpha must be positive"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
@@ -198,7 +262,12 @@ def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change
         ({"rank": 17}, r"rank must be in \[1, 16\], the smallest dimension of .*k_proj, got 17"),
         ({"target_modules": ("wq",)}, "q_proj"),
         ({"budget": 5}, r"in \[1, 4\].*got 5"),
-        ({"seq_len": 100_000}, "too short"),
+        ({"budget": 21, "granularity": "module"}, r"in \[1, 20\], the number of linear maps; got 21"),
+        (
+            {"budget": 0.001, "granularity": "module"},
+            "share of the adapters' parameters must be at least 0.0375, for one",
+        ),
+        ({"seq_len": 129}, "seq_len must be at most 128, the positions of the model, got 129"),
     ],
 )
 def test_what_does_not_fit_the_model_is_named_before_anything_is_trained(

@@ -1,0 +1,100 @@
+"""What decides the numbers of a fine-tuning run."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from stiefel_lora.errors import InputError
+from stiefel_lora.scores import count_of
+from stiefel_lora.stiefel import RETRACTIONS, check_choice
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What decides the numbers of a run; two runs with the same configuration are the same run.
+
+    Attributes:
+        model: Folder, .gguf file or hub name; None for the default model.
+        data: File or folder; None for the standard library's source.
+        rank: Rank of the adapters.
+        alpha: Numerator of their scaling; None for twice the rank.
+        budget: Share of the layers to adapt in (0, 1], or their number. With granularity "module": share of the
+            parameters that adapters on all linear maps would have, filled by score per parameter, or number of maps.
+        granularity: "layer" or "module": what is scored and chosen, whole layers or single linear maps.
+        calibration_samples: Samples that the layers are scored on.
+        steps: Optimizer steps.
+        batch_size: Samples of a forward pass.
+        seq_len: Longest sample in tokens.
+        grad_accum: Forward passes of a step.
+        lr: Highest learning rate.
+        warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
+            afterwards.
+        optimizer: "adam" or "sgd" (with momentum 0.9).
+        retraction: "qr", "cayley", "polar" or "exp".
+        init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
+            gradient on the calibration samples).
+        target_modules: Names of the linear maps to adapt and score; None for the architecture's default.
+        dropout: Dropout of the adapters' input.
+        eval_samples: Held-out samples that are evaluated.
+        seed: Seed of the adapters, the order of the data and dropout.
+        dtype: "float32", "bfloat16" or "float16"; None for the device's default.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    rank: int = 16
+    alpha: float | None = None
+    budget: float | int = 0.5
+    granularity: Literal["layer", "module"] = "layer"
+    calibration_samples: int = 32
+    steps: int = 50
+    batch_size: int = 4
+    seq_len: int = 128
+    grad_accum: int = 1
+    lr: float = 2e-3
+    warmup: int | None = None
+    optimizer: str = "adam"
+    retraction: str = "qr"
+    init: str = "random"
+    target_modules: tuple[str, ...] | None = None
+    dropout: float = 0.0
+    eval_samples: int = 48
+    seed: int = 0
+    dtype: str | None = None
+
+    @property
+    def budget_is_parameters(self) -> bool:
+        """Whether the budget is a share of parameters, not of what is scored, nor a number of it."""
+        return self.granularity == "module" and isinstance(self.budget, float)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up, given or by default."""
+        return min(5, self.steps // 10) if self.warmup is None else self.warmup
+
+    def check(self) -> None:
+        """Raise InputError for a value that no model or data could make right."""
+        for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_seed(self.seed)
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise InputError(f"warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise InputError(f"alpha must be positive and finite, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
+        if isinstance(self.budget, float):
+            count_of(self.budget, 1, "the adapters' parameters" if self.budget_is_parameters else "the layers")
+        check_choice("granularity", self.granularity, ("layer", "module"))
+        check_choice("optimizer", self.optimizer, ("adam", "sgd"))
+        check_choice("retraction", self.retraction, tuple(RETRACTIONS))
+        check_choice("init", self.init, ("random", "svd", "gradient"))
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError unless all that draws random numbers takes the seed."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be in [0, 2^63), got {seed}")
