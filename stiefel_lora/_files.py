@@ -85,7 +85,12 @@ def _temporary(path: Path) -> Path:
     return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, of which the target stays; nothing happens if there is none."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders that killed processes have left behind in a folder."""
     for path in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)

@@ -29,7 +29,7 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model
         load_model: Used by ``export --format merged``.
     """
     export = commands.add_parser("export", help="write an adapter as a PEFT LoRA, or merged into its base model")
-    export.add_argument("adapter", type=Path, help="adapter folder")
+    export.add_argument("adapter", type=Path, help="folder of an adapter, or of a run")
     export.add_argument("--format", choices=["peft", "merged"], required=True, help="what to write")
     export.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold anything yet")
     export.add_argument("--model", help="base model for 'merged' (default: the one named in the adapter)")
@@ -44,13 +44,19 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model
     imported.set_defaults(run=_import)
 
     info = commands.add_parser("info", help="show what an adapter folder holds, Stiefel or PEFT")
-    info.add_argument("adapter", type=Path, help="adapter folder")
+    info.add_argument("adapter", type=Path, help="folder of an adapter, or of a run")
     info.add_argument("--json", action="store_true", help="print JSON instead of a table")
     info.set_defaults(run=_info)
 
 
+def adapter_folder(path: Path) -> Path:
+    """Return the folder of an adapter, given it or the folder of its run."""
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
 def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
-    state = read_adapter(args.adapter)
+    folder = adapter_folder(args.adapter)
+    state = read_adapter(folder)
     _check_new(args.output)
     if args.format == "peft":
         write_peft(state, args.output)
@@ -58,14 +64,14 @@ def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
         return
     name = args.model or state.base_model.get("name_or_path")
     if not name:
-        raise InputError(f"{args.adapter} does not name its base model; give it with --model")
+        raise InputError(f"{folder} does not name its base model; give it with --model")
     model, tokenizer = load_model(name, state.base_model.get("class"), state.parameters)
-    load_adapter(model, args.adapter)
+    load_adapter(model, folder)
     merged: Any = merge_adapters(model)
-    with atomic_folder(args.output) as folder:
-        merged.save_pretrained(folder)
+    with atomic_folder(args.output) as output:
+        merged.save_pretrained(output)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(output)
     print(f"{type(merged).__name__} with {len(state.modules)} merged linears written to {args.output}")
 
 
@@ -77,7 +83,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
-    info = adapter_info(args.adapter)
+    info = adapter_info(adapter_folder(args.adapter))
     print(json.dumps(asdict(info), indent=1) if args.json else info.table())
 
 

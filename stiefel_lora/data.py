@@ -31,11 +31,13 @@ class Dataset:
         input_ids: Token ids of each example, shape (length,), int64.
         labels: The same, with -100 where there is no loss.
         description: What it is, for people.
+        format: How a model trained on it is to be asked: "text", "instruction" or "chat", as the command takes it.
     """
 
     input_ids: list[Tensor]
     labels: list[Tensor]
     description: str
+    format: str = "text"
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -223,7 +225,7 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
         )
     cut = _cut([len(group) for group in groups], round(held_out * len(examples)))
     return tuple(  # type: ignore[return-value]
-        _examples([example for group in part for example in group], str(path), seq_len)
+        _examples([example for group in part for example in group], str(path), seq_len, _asked(records[0], tokenizer))
         for part in (groups[cut:], groups[:cut])
     )
 
@@ -306,10 +308,18 @@ def _example(record: dict[str, Any], tokenizer: Any, seq_len: int) -> _Example |
     return None if all(label == IGNORED for label in example.labels[1:]) else example
 
 
-def _examples(examples: list[_Example], name: str, seq_len: int) -> Dataset:
+def _asked(record: dict[str, Any], tokenizer: Any) -> str:
+    """Return the format in which a model that learnt from a record is asked."""
+    if _form(record) == "messages":
+        return "chat" if tokenizer.chat_template else "text"
+    return "text" if _form(record) == "text" else "instruction"
+
+
+def _examples(examples: list[_Example], name: str, seq_len: int, form: str) -> Dataset:
     cut = sum(example.is_cut for example in examples)
     description = f"{name}, {len(examples)} examples" + (f", {cut} of them cut to {seq_len} tokens" if cut else "")
-    return Dataset([torch.tensor(e.ids) for e in examples], [torch.tensor(e.labels) for e in examples], description)
+    ids, labels = [torch.tensor(e.ids) for e in examples], [torch.tensor(e.labels) for e in examples]
+    return Dataset(ids, labels, description, form)
 
 
 def prompt_of(record: dict[str, Any]) -> str:

@@ -42,6 +42,7 @@ def finetune(
     *,
     device: str | None = None,
     save_every: int = 10,
+    resume: bool = True,
     on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run the main job, or go on with it where the folder has a checkpoint of it.
@@ -53,6 +54,7 @@ def finetune(
         folder: Where the adapter and the checkpoints go; it exists.
         device: Where to compute; None for CUDA if there is one, else the CPU.
         save_every: Steps between checkpoints.
+        resume: Whether to go on with a checkpoint; otherwise one that is there is overwritten.
         on_start: Called once the model and the data have turned out to fit, before anything is written.
 
     Returns:
@@ -67,7 +69,7 @@ def finetune(
     with clock.time("loading"):
         model, train, held_out = load_inputs(config, target)
     run = _Run(config, model, train, held_out, folder / CHECKPOINT_FILE, clock)
-    saved = run.load()
+    saved = run.load() if resume else None
     if saved is None:
         with clock.time("selection"):
             scores = score_layers(model, train, config)
@@ -392,7 +394,11 @@ class _Run:
             },
             "config": asdict(self.config),
             "model": self.model.config._name_or_path,
-            "data": {"training": self.data.description, "held_out": self.held_out.description},
+            "data": {
+                "training": self.data.description,
+                "held_out": self.held_out.description,
+                "format": self.data.format,
+            },
             "device": str(next(self.model.parameters()).device),
             "fisher": asdict(self.scores),
             "selected": selected,

@@ -61,6 +61,15 @@ def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert info["modules"][0]["rank"] == 4
 
 
+def test_the_folder_of_a_run_stands_for_its_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_adapter(adapted(), tmp_path / "run" / "adapter")
+    run("info", tmp_path / "run")
+    assert capsys.readouterr().out.startswith("stiefel_lora adapter for LlamaForCausalLM: 10 linears")
+    run("export", tmp_path / "run", "--format", "peft", "--output", tmp_path / "peft")
+    run("export", tmp_path / "run", "--format", "merged", "--output", tmp_path / "merged", "--model", "tiny")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "peft", "merged"}
+
+
 def test_bad_input_writes_nothing(tmp_path: Path) -> None:
     save_adapter(adapted(), tmp_path / "a")
     with pytest.raises(InputError, match="exists already"):

