@@ -8,6 +8,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -24,6 +25,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from stiefel_lora.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
 _PEERS = (
@@ -51,7 +54,9 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a small run that only shows that everything works")
     parser.add_argument("--output", type=Path, help=f"where the JSON goes (default: {RESULTS.name}/{name}.json)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: all)")
+    parser.add_argument(
+        "--threads", type=positive(int), default=torch.get_num_threads(), help="CPU threads (default: all)"
+    )
     study.add_arguments(parser)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
@@ -83,11 +88,30 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _stop)
     try:
         results = study.run(args)
+    except InputError as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     save(results, "finished")
     print(study.report(results))
     print(f"\nwritten to {output}")
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Return what reads an option's value, a number above zero."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"must be {'an integer' if kind is int else 'a number'} above 0, got {text!r}"
+            )
+        return number
+
+    return read
 
 
 def _stop(number: int, frame: object) -> None:

@@ -25,9 +25,10 @@ EVERY = 100
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this study's options."""
-    parser.add_argument("--steps", type=int, default=100_000, help="default: 100000")
-    parser.add_argument("--lr", type=float, default=1e-3, help="default: 1e-3")
-    parser.add_argument("--shape", type=int, nargs=2, default=(4096, 32), metavar=("N", "R"), help="default: 4096 32")
+    count, rate = _harness.positive(int), _harness.positive(float)
+    parser.add_argument("--steps", type=count, default=100_000, help="default: 100000")
+    parser.add_argument("--lr", type=rate, default=1e-3, help="default: 1e-3")
+    parser.add_argument("--shape", type=count, nargs=2, default=(4096, 32), metavar=("N", "R"), help="default: 4096 32")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -49,6 +49,27 @@ def test_list_names_every_study_and_an_unknown_one_is_an_error() -> None:
     assert "Traceback" not in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "-3"], "argument --steps: must be an integer above 0, got '-3'"),
+        (["--shape", "4", "0"], "argument --shape: must be an integer above 0, got '0'"),
+        (["--shape", "4", "8"], "r must be in [1, n] for points of St(n, r), got n=4, r=8"),
+        (["--lr", "nan"], "argument --lr: must be a number above 0, got 'nan'"),
+        (["--threads", "0"], "argument --threads: must be an integer above 0, got '0'"),
+    ],
+)
+def test_a_wrong_option_is_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "drift.json"
+    with pytest.raises(SystemExit) as stopped:
+        _harness.main(importlib.import_module("benchmarks.drift"), ["--quick", "--output", str(output), *words])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {message}\n")
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(("seed", "kept"), [(0, True), (1, False)])
 def test_a_study_goes_on_with_its_own_seed_alone(seed: int, kept: bool, tmp_path: Path) -> None:
     output = tmp_path / "drift.json"
