@@ -280,7 +280,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     print(f"\ntry it: stiefel-lora generate --adapter {shlex.quote(str(folder))} {trial}")
 
 
-def _config(args: argparse.Namespace) -> Any:
+def _config(args: argparse.Namespace) -> FinetuneConfig:
     given = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig) if hasattr(args, field.name)}
     config = replace(FinetuneConfig(), **given)
     return replace(config, target_modules=tuple(config.target_modules) if config.target_modules else None)
