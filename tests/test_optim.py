@@ -319,6 +319,28 @@ def test_a_gradient_that_is_almost_normal_keeps_the_manifold(retraction: str) ->
         assert gram_error(p) < 5e-6
 
 
+def concentrated(where: str, n: int, r: int) -> Tensor:
+    if where == "rank one":
+        return torch.randn(n, 1) @ torch.randn(1, r)
+    index = {"rows": (slice(3), slice(None)), "column": (slice(None), 3), "entry": (5, 3)}[where]
+    g = torch.zeros(n, r)
+    g[index] = torch.randn(n, r)[index]
+    return g
+
+
+@pytest.mark.parametrize("retraction", METHODS)
+@pytest.mark.parametrize("where", ["rank one", "rows", "column", "entry"])
+def test_a_gradient_in_few_directions_keeps_the_manifold(where: str, retraction: str) -> None:
+    """All of the step's length is then in few singular values, whose exponential is the least exact."""
+    p = parameter(4096, 32, dtype=torch.float32)
+    optimizer = RiemannianAdam([p], lr=1e-2, retraction=retraction)
+    for _ in range(20):
+        p.grad = concentrated(where, 4096, 32)
+        optimizer.step()
+        # The bound that holds for any other gradient.
+        assert gram_error(p) < 5e-6
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("scale", [0.0, 1e-12, 1e-25])
 def test_zero_and_tiny_gradients(kind: str, scale: float) -> None:
