@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import geoopt
@@ -295,6 +296,61 @@ def test_clearing_the_state_starts_anew(kind: str) -> None:
     assert_same(params, twins)
 
 
+# A change of a state from outside, and one in place that comes to the same.
+CHANGES: dict[str, tuple[Callable[[dict[str, Any], str], Any], Callable[[dict[str, Any], str], Any]]] = {
+    "replaced": (lambda s, key: s.update({key: 2 * s[key]}), lambda s, key: s[key].mul_(2)),
+    "set to zero": (lambda s, key: s.update({key: torch.zeros_like(s[key])}), lambda s, key: s[key].zero_()),
+    "deleted": (lambda s, key: s.pop(key), lambda s, key: s[key].zero_()),
+    "cleared": (lambda s, _: s.clear(), lambda s, _: [value.zero_() for value in s.values()]),
+}
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_state_that_someone_else_changes_counts(kind: str, change: str, count: int) -> None:
+    params: list[Tensor] = [parameter(12, 4) for _ in range(count)]
+    twins = copies(params)
+    key = {"adam": "exp_avg", "sgd": "momentum_buffer"}[kind]
+    for ps, edit in zip((params, twins), CHANGES[change], strict=True):
+        optimizer = PAIRS[kind][0](ps, **COMMON[kind])
+        steps(optimizer, ps, range(3))
+        edit(optimizer.state[ps[0]], key)
+        steps(optimizer, ps, range(3, 6))
+    assert_same(params, twins)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_what_someone_else_keeps_in_the_state_stays(kind: str, count: int) -> None:
+    params: list[Tensor] = [parameter(12, 4) for _ in range(count)]
+    twins = copies(params)
+    for ps in (params, twins):
+        optimizer = PAIRS[kind][0](ps, **COMMON[kind])
+        if ps is params:
+            optimizer.state[ps[0]]["before"] = torch.ones(3)
+        steps(optimizer, ps, range(2))
+        if ps is params:
+            optimizer.state[ps[0]]["after"] = "a note"
+        steps(optimizer, ps, range(2, 4))
+        optimizer.param_groups[0]["momentum" if kind == "sgd" else "amsgrad"] = 0.5 if kind == "sgd" else True
+        steps(optimizer, ps, range(4, 6))
+        if ps is params:
+            assert torch.equal(optimizer.state[ps[0]]["before"], torch.ones(3))
+            assert optimizer.state[ps[0]]["after"] == "a note"
+    assert_same(params, twins)
+
+
+def test_state_of_an_option_that_is_switched_off_is_dropped() -> None:
+    """A momentum that did not move along would not be tangent when it is switched on again."""
+    p = parameter(12, 4)
+    optimizer = RiemannianSGD([p], lr=0.05, momentum=0.9)
+    steps(optimizer, [p], range(2))
+    optimizer.param_groups[0]["momentum"] = 0.0
+    steps(optimizer, [p], range(2, 4))
+    assert list(optimizer.state[p]) == ["skipped"]
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 def test_a_lost_manifold_is_an_error(kind: str) -> None:
     class Model(torch.nn.Module):
@@ -483,7 +539,7 @@ def test_sparse_gradients_are_refused(kind: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch wants gradients of the parameter's dtype")
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("kind", PAIRS)
 def test_gradients_of_a_lower_precision_are_taken(kind: str, count: int) -> None:
     params: list[Tensor] = [parameter(12, 4, dtype=torch.float32) for _ in range(count)]

@@ -110,10 +110,10 @@ class RiemannianAdam(RiemannianOptimizer):
         super()._check_group(group)
         check_choice("second_moment", group["second_moment"], ("mean", "norm", "element"))
 
-    def _state_spec(self, group: Group) -> dict[str, StateSpec]:
+    def _state_spec(self, group: Group) -> dict[str, StateSpec | None]:
         second = MATRIX if group["second_moment"] == "element" else SCALAR
-        spec = {"step": COUNT, "exp_avg": MATRIX, "exp_avg_sq": second}
-        return {**spec, "max_exp_avg_sq": second} if group["amsgrad"] else spec
+        largest = second if group["amsgrad"] else None
+        return {"step": COUNT, "exp_avg": MATRIX, "exp_avg_sq": second, "max_exp_avg_sq": largest}
 
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("exp_avg")
@@ -126,7 +126,10 @@ class RiemannianAdam(RiemannianOptimizer):
             rgrad,
             square,
             moves,
-            **{key: value for key, value in piece.state.items() if key != "skipped"},
+            step=piece.state["step"],
+            exp_avg=piece.state["exp_avg"],
+            exp_avg_sq=piece.state["exp_avg_sq"],
+            max_exp_avg_sq=piece.state.get("max_exp_avg_sq"),
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],

@@ -1,6 +1,5 @@
 """What both Riemannian optimizers share: kinds of parameters, validation, state and the order of a step."""
 
-import operator
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from stiefel_lora._precision import exact_products
 from stiefel_lora._types import Params
 from stiefel_lora.errors import InputError, ManifoldError
-from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, compute_dtype
+from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, compute_dtype, same
 from stiefel_lora.stiefel import (
     RETRACTIONS,
     add_product,
@@ -90,10 +89,6 @@ class _Kinds:
         self.other = [p for p in params if is_other_manifold(p)]
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
 def _moves(square: Tensor) -> Tensor | None:
     """Tell which matrices are updated, from their gradients' squared norms, shape (k,); None if all are known to be.
 
@@ -157,8 +152,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     # -- what a subclass says ----------------------------------------------------------------------
 
-    def _state_spec(self, group: Group) -> dict[str, StateSpec]:
-        """Return the state that the update of a Stiefel parameter in this group keeps."""
+    def _state_spec(self, group: Group) -> dict[str, StateSpec | None]:
+        """Return the state that the update of a Stiefel parameter in this group keeps, None if with other options."""
         raise NotImplementedError
 
     def _stiefel_step(
@@ -306,7 +301,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     def _group_kinds(self, index: int) -> _Kinds:
         params = self.param_groups[index]["params"]
         kinds = self._kinds.get(index)
-        if kinds is None or not _same(kinds.params, params):
+        if kinds is None or not same(kinds.params, params):
             kinds = self._kinds[index] = _Kinds(params)
             self._buckets.pop(index, None)
         return kinds
@@ -375,7 +370,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     def _group_buckets(self, index: int, params: list[Tensor]) -> list[Bucket]:
         group = self.param_groups[index]
-        spec = {**self._state_spec(group), "skipped": SKIPPED}
+        spec: dict[str, StateSpec | None] = {**self._state_spec(group), "skipped": SKIPPED}
         buckets = self._buckets.get(index)
         if buckets is None or not all(bucket.is_current(spec, self.state) for bucket in buckets):
             alike: dict[Any, list[Tensor]] = {}

@@ -1,8 +1,10 @@
 """Matrices of one shape, dtype and device as one batch, with their optimizer state in stacked buffers."""
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -75,6 +77,11 @@ class Piece:
         )
 
 
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Tell whether two sequences hold the same objects, not only equal ones."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
 class Workspace:
     """Scratch memory that is kept from step to step.
 
@@ -116,38 +123,42 @@ class Bucket:
 
     Args:
         params: Parameters of shape (..., n, r), equal but for the leading dimensions.
-        spec: The state that the update keeps.
-        state: The optimizer's state; existing entries are taken over, missing ones start at zero.
+        spec: The state that the update keeps; None for what it keeps with other options only, which is dropped.
+        state: The optimizer's state; existing entries are taken over, missing ones start at zero, others stay.
     """
 
-    def __init__(self, params: list[Tensor], spec: dict[str, StateSpec], state: dict[Tensor, Any]) -> None:
+    def __init__(self, params: list[Tensor], spec: dict[str, StateSpec | None], state: dict[Tensor, Any]) -> None:
         self.params = params
         self._spec = spec
         self._placement = (params[0].dtype, params[0].device)
         self.dtype = compute_dtype(params[0])
-        self.ends = torch.tensor([p.shape[:-2].numel() for p in params]).cumsum(0).tolist()
+        self.ends = list(accumulate(p.shape[:-2].numel() for p in params))
         self.starts = [0, *self.ends[:-1]]
         # The size of all matrices in the compute dtype, in bytes.
         self.nbytes = self.ends[-1] * params[0].shape[-2:].numel() * self.dtype.itemsize
-        if self.dtype != params[0].dtype:
-            spec = {**spec, "master": MATRIX}
-        self.buffers = {key: self._gather_state(key, entry, state) for key, entry in spec.items()}
+        spec = {**spec, "master": MATRIX if self.dtype != params[0].dtype else None}
+        self.buffers = {key: self._gather_state(key, entry, state) for key, entry in spec.items() if entry is not None}
         self._views = []
         for p, start, end in zip(params, self.starts, self.ends, strict=True):
             views = {
                 key: buffer[start:end].view(p.shape[:-2] + buffer.shape[1:]) for key, buffer in self.buffers.items()
             }
-            state[p] = views
+            others = {key: value for key, value in state.get(p, {}).items() if key not in spec}
+            state[p] = {**views, **others}
             self._views.append(views)
+        self._held = [view for views in self._views for view in views.values()]
 
-    def is_current(self, spec: dict[str, StateSpec], state: dict[Tensor, Any]) -> bool:
+    def is_current(self, spec: dict[str, StateSpec | None], state: dict[Tensor, Any]) -> bool:
         """Tell whether the optimizer still wants this state and still holds this bucket's buffers.
 
-        Not so after loading a state, clearing it, changing an option that adds a buffer, or moving the model.
+        Not so after loading a state, replacing or clearing it, changing an option that adds a buffer, or moving the
+        model.
         """
-        return spec == self._spec and all(
-            state.get(p) is views and (p.dtype, p.device) == self._placement
-            for p, views in zip(self.params, self._views, strict=True)
+        held = [own.get(key) for own in [state.get(p, {}) for p in self.params] for key in self.buffers]
+        return (
+            spec == self._spec
+            and all((p.dtype, p.device) == self._placement for p in self.params)
+            and same(held, self._held)
         )
 
     def _gather_state(self, key: str, entry: StateSpec, state: dict[Tensor, Any]) -> Tensor:

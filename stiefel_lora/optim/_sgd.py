@@ -84,9 +84,9 @@ class RiemannianSGD(RiemannianOptimizer):
             error_if_nonfinite=error_if_nonfinite,
         )
 
-    def _state_spec(self, group: Group) -> dict[str, StateSpec]:
+    def _state_spec(self, group: Group) -> dict[str, StateSpec | None]:
         if group["momentum"] == 0:
-            return {}
+            return {"step": None, "momentum_buffer": None}
         return {"step": COUNT, "momentum_buffer": MATRIX}
 
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
