@@ -377,6 +377,110 @@ def test_a_lost_manifold_is_an_error(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PAIRS)
+def test_another_manifold_is_an_error(kind: str) -> None:
+    """Another metric of the same one is none: all Stiefel parameters move with our geometry."""
+    euclidean = parameter(12, 4)
+    canonical = geoopt.ManifoldParameter(euclidean.detach().clone(), manifold=geoopt.CanonicalStiefel())
+    ball = geoopt.ManifoldParameter(torch.zeros(12, 4, dtype=torch.float64), manifold=geoopt.PoincareBall().double())
+    optimizers = [PAIRS[kind][0]([p], **COMMON[kind]) for p in (euclidean, canonical, ball)]
+    for optimizer in optimizers:
+        steps(optimizer, optimizer.param_groups[0]["params"], range(2))
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert optimizers[1].param_groups[0]["manifolds"] == ["CanonicalStiefel"]
+    with pytest.raises(
+        ManifoldError, match="parameter 0 of group 0 was on manifold EuclideanStiefel .* PoincareBall now"
+    ):
+        optimizers[2].load_state_dict(optimizers[0].state_dict())
+    with pytest.raises(
+        ManifoldError, match="parameter 0 of group 0 was on manifold PoincareBall .* EuclideanStiefel now"
+    ):
+        optimizers[0].load_state_dict(optimizers[2].state_dict())
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_wrong_option_in_a_loaded_group_is_an_error(kind: str) -> None:
+    params = mixed()
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    steps(optimizer, params, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(retraction="svd", lr=7.0)
+    with pytest.raises(InputError, match="retraction must be one of .* got 'svd'"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_hooks_around_loading_have_their_say(kind: str) -> None:
+    params = mixed()
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    steps(optimizer, params, range(3))
+    key = {"adam": "exp_avg", "sgd": "momentum_buffer"}[kind]
+    saved = copy.deepcopy(optimizer.state_dict())
+    doubled = copy.deepcopy(saved)
+    for i in (0, 2):
+        doubled["state"][i][key] *= 2
+    optimizer.register_load_state_dict_pre_hook(lambda *_: doubled)
+    optimizer.register_load_state_dict_post_hook(lambda o: o.state[params[2]].update({key: torch.zeros(12, 4)}))
+    for _ in range(2):
+        optimizer.load_state_dict(saved)
+        torch.testing.assert_close(optimizer.state[params[0]][key], 2 * saved["state"][0][key], atol=0, rtol=0)
+        assert not optimizer.state[params[2]][key].any()
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+    assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1
+    steps(optimizer, params, range(3, 4))
+
+
+def aged(saved: dict[str, Any]) -> dict[str, Any]:
+    """Make a state of torch's optimizer look like one of its first versions."""
+    for group in saved["param_groups"]:
+        for key in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+            group.pop(key, None)
+    for state in saved["state"].values():
+        if "step" in state:
+            state["step"] = int(state["step"])
+    return saved
+
+
+@pytest.mark.parametrize("age", [copy.deepcopy, aged])
+@pytest.mark.parametrize(("kind", "options"), ORDINARY_OPTIONS, ids=str)
+def test_a_checkpoint_of_torchs_optimizer_goes_on_bit_for_bit(
+    kind: str, options: dict[str, Any], age: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    ours_class, torch_class = PAIRS[kind]
+    theirs = [torch.nn.Parameter(torch.randn(s)) for s in [(7, 3), (5,)]]
+    b = torch_class(theirs, **options)
+    steps(b, theirs, range(3))
+    saved = copy.deepcopy(b.state_dict())
+    ours, again = copies(theirs), copies(theirs)
+    a = ours_class([{"params": ours, "retraction": "cayley"}])
+    a.load_state_dict(age(copy.deepcopy(saved)))
+    reference = torch_class(again, lr=1e-3)
+    reference.load_state_dict(age(copy.deepcopy(saved)))
+    steps(a, ours, range(3, 8))
+    steps(reference, again, range(3, 8))
+    assert_same(ours, again)
+    # What torch does not know stays as it was.
+    assert a.param_groups[0]["retraction"] == "cayley"
+    assert a.param_groups[0]["manifolds"] == [None, None]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_checkpoint_without_our_options_leaves_them_as_they_are(kind: str) -> None:
+    params = mixed()
+    optimizer = PAIRS[kind][0]([{"params": params, "retraction": "polar"}], **COMMON[kind])
+    steps(optimizer, params, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in optimizer.defaults.keys() - PAIRS[kind][1](params, lr=1e-3).defaults.keys() | {"manifolds"}:
+        del saved["param_groups"][0][key]
+    twins = copies(params)
+    other = PAIRS[kind][0]([{"params": twins, "retraction": "polar"}], lr=7.0)
+    other.load_state_dict(saved)
+    steps(optimizer, params, range(2, 4))
+    steps(other, twins, range(2, 4))
+    assert_same(params, twins)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
 def test_foreign_state_is_refused(kind: str) -> None:
     p = parameter(12, 4)
     optimizer = PAIRS[kind][0]([p], **COMMON[kind])

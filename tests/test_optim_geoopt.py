@@ -90,6 +90,43 @@ def test_other_manifolds_survive_a_nan_and_a_checkpoint(name: str, optimizer_cla
     assert torch.equal(p.detach(), q.detach())
 
 
+@pytest.mark.parametrize("name", MANIFOLDS)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (RiemannianAdam, geoopt.optim.RiemannianAdam, {}),
+        (RiemannianAdam, geoopt.optim.RiemannianAdam, {"amsgrad": True, "stabilize": 2}),
+        (RiemannianSGD, geoopt.optim.RiemannianSGD, {"momentum": 0.9}),
+    ],
+)
+def test_a_checkpoint_of_geoopts_optimizer_goes_on(name: str, ours: Any, theirs: Any, options: dict[str, Any]) -> None:
+    q = point_on(name)
+    geoopts = theirs([q], lr=0.01, **options)
+    run(geoopts, q, n=4)
+    p = copy.deepcopy(q)
+    optimizer = ours([p], lr=7.0)
+    optimizer.load_state_dict(copy.deepcopy(geoopts.state_dict()))
+    run(geoopts, q, n=4)
+    run(optimizer, p, n=4)
+    torch.testing.assert_close(p.detach().as_subclass(Tensor), q.detach().as_subclass(Tensor), atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("optimizer_class", [RiemannianAdam, RiemannianSGD])
+def test_low_precision_state_on_other_manifolds_loads_as_it_was(optimizer_class: Any) -> None:
+    """geoopt computes in the parameter's dtype; only a count must not be rounded to it."""
+    p = geoopt.ManifoldParameter(torch.nn.functional.normalize(torch.ones(3, 6)).bfloat16(), manifold=geoopt.Sphere())
+    optimizer = optimizer_class([p], lr=0.01, **({"momentum": 0.9} if optimizer_class is RiemannianSGD else {}))
+    run(optimizer, p, n=3)
+    q = copy.deepcopy(p)
+    other = optimizer_class([q], lr=0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    kept, loaded = optimizer.state[p], other.state[q]
+    assert {key: v.dtype for key, v in loaded.items()} == {key: v.dtype for key, v in kept.items()}
+    run(optimizer, p, n=3)
+    run(other, q, n=3)
+    assert torch.equal(p.detach(), q.detach())
+
+
 def test_a_euclidean_manifold_parameter_is_an_ordinary_one() -> None:
     p = geoopt.ManifoldParameter(torch.randn(3, 4), manifold=geoopt.Euclidean())
     q = torch.nn.Parameter(p.detach().clone().as_subclass(Tensor))

@@ -139,7 +139,8 @@ class RiemannianAdam(RiemannianOptimizer):
     def _geoopt_step(self, p: ManifoldTensor, rgrad: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
         state = self.state[p]
         beta1, beta2 = group["betas"]
-        step = state.get("step", torch.zeros((), device=p.device)) + 1
+        # geoopt counts with an integer of Python's.
+        step = torch.as_tensor(state.get("step", 0), dtype=torch.float32, device=p.device) + 1
         exp_avg = state.get("exp_avg", torch.zeros_like(p)) * beta1 + rgrad * (1 - beta1)
         square = p.manifold.component_inner(p, rgrad)
         exp_avg_sq = state.get("exp_avg_sq", torch.zeros_like(p)) * beta2 + square * (1 - beta2)

@@ -224,6 +224,14 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         # Pickling and deepcopy keep the groups and the state only; the rest follows from them.
         self._ordinary = self._ordinary_class([_placeholder()], lr=1e-3)  # type: ignore[call-arg]
         self._forget()
+        self._migrate_ordinary()
+
+    def _migrate_ordinary(self) -> None:
+        """Let torch bring what another version of its optimizer has saved up to date."""
+        lent = [{**group, "params": [p for p in group["params"] if is_ordinary(p)]} for group in self.param_groups]
+        self._ordinary.__setstate__({"state": self.state, "param_groups": lent})
+        for group, migrated in zip(self.param_groups, lent, strict=True):
+            group.update({**migrated, "params": group["params"]})
 
     def _forget(self) -> None:
         """Drop what follows from the groups and the state."""
@@ -232,39 +240,50 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         self._workspace = Workspace()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by ``state_dict()``, onto any device and dtype.
+        """Load a state saved by ``state_dict()``, of torch's or geoopt's optimizers too, onto any device and dtype.
+
+        Options that it does not name stay as they are.
 
         Raises:
-            ManifoldError: If a parameter was on a manifold when the state was saved and is not now, or the reverse.
+            InputError: If it names an option that is not allowed.
+            ManifoldError: If a parameter was on another manifold when the state was saved, or on one and is not now,
+                or the reverse.
             ValueError: If groups or their sizes differ.
         """
-        self._check_manifolds(state_dict)
-        super().load_state_dict(state_dict)
-        # torch has cast every tensor to its parameter's dtype; what we keep in float32 must not pass through bf16.
+        groups, loaded = self.param_groups, {}
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            self._check_loaded(given)
+            loaded.update(given)
+
+        def finish(_: torch.optim.Optimizer) -> None:
+            self._finish_loading(loaded, groups)
+
+        # What a user's hooks return is loaded, and what they do afterwards stays.
+        with (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _check_loaded(self, state_dict: dict[str, Any]) -> None:
+        # torch refuses other numbers of groups itself.
+        for g, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
+            self._check_group({**group, **saved})
+            _check_manifolds(saved, group, g)
+
+    def _finish_loading(self, state_dict: dict[str, Any], groups_before: list[Group]) -> None:
+        for group, before in zip(self.param_groups, groups_before, strict=True):
+            for key in self.defaults:
+                group.setdefault(key, before[key])
+            group["manifolds"] = [manifold_name(p) for p in group["params"]]
+        # torch has cast every tensor to its parameter's dtype; counts and what we keep in float32 must not be.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
-            if not is_ordinary(p) and i in state_dict["state"]:
-                wide = compute_dtype(p)
-                self.state[p] = {key: _onto(value, p.device, wide) for key, value in state_dict["state"][i].items()}
-        self._forget()
-
-    def _check_manifolds(self, state_dict: dict[str, Any]) -> None:
-        for g, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
-            then, now = saved.get("manifolds"), [manifold_name(p) for p in group["params"]]
-            if then is None or len(then) != len(now):
-                continue
-            for i, (old, new) in enumerate(zip(then, now, strict=True)):
-                if old is not None and new is None:
-                    raise ManifoldError(
-                        f"{_place(group, g, i)} was on manifold {old} when this state was saved and is an ordinary one "
-                        "now; re-attach it, module.weight = geoopt.ManifoldParameter(module.weight.data, "
-                        "manifold=geoopt.EuclideanStiefel()), and make the optimizer anew"
-                    )
-                if old is None and new is not None:
-                    raise ManifoldError(
-                        f"{_place(group, g, i)} was an ordinary one when this state was saved and is on {new} now"
-                    )
+            for key, value in state_dict["state"].get(i, {}).items():
+                if not is_ordinary(p) and isinstance(value, Tensor):
+                    self.state[p][key] = _uncast(value, self.state[p][key], p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -431,10 +450,36 @@ def _placeholder() -> Tensor:
     return torch.nn.Parameter(torch.empty(0))
 
 
-def _onto(value: Any, device: torch.device, wide: torch.dtype) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(device=device, dtype=wide if value.is_floating_point() else value.dtype)
+def _uncast(saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
+    """Return a saved state tensor in the dtype it is to have, given what torch has cast it to."""
+    if not saved.is_floating_point():
+        return saved.to(p.device)
+    return saved.to(p.device, compute_dtype(p)) if is_stiefel(p) else cast
+
+
+def _family(manifold: str | None) -> str | None:
+    """Name what manifolds share whose points are the same, whatever their metric and retraction."""
+    if manifold is None:
+        return None
+    return "Stiefel" if "Stiefel" in manifold else manifold.removesuffix("Exact")
+
+
+def _check_manifolds(saved: Group, group: Group, g: int) -> None:
+    """Raise unless the parameters of a saved group were on the manifolds that they are on now."""
+    then, now = saved.get("manifolds"), [manifold_name(p) for p in group["params"]]
+    if then is None or len(then) != len(now):
+        return
+    for i, (old, new) in enumerate(zip(then, now, strict=True)):
+        if _family(old) == _family(new):
+            continue
+        was = "an ordinary one" if old is None else f"on manifold {old}"
+        if new is None:
+            raise ManifoldError(
+                f"{_place(group, g, i)} was {was} when this state was saved and is an ordinary one now; re-attach it, "
+                "module.weight = geoopt.ManifoldParameter(module.weight.data, manifold=geoopt.EuclideanStiefel()), and "
+                "make the optimizer anew"
+            )
+        raise ManifoldError(f"{_place(group, g, i)} was {was} when this state was saved and is on {new} now")
 
 
 def _check_point(p: Tensor, index: int, *, project: bool) -> None:
