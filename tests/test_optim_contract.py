@@ -11,6 +11,7 @@ import geoopt
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from stiefel_lora import stiefel
 from stiefel_lora.errors import InputError, ManifoldError
@@ -620,8 +621,16 @@ def test_hooks_run_once_a_step(kind: str) -> None:
     calls: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
-    steps(optimizer, params, range(2))
-    assert calls == ["pre", "post"] * 2
+    # Hooks on all optimizers see one step of one optimizer, and so does the profiler.
+    with (
+        register_optimizer_step_pre_hook(lambda o, *_: calls.append(type(o).__name__)),
+        register_optimizer_step_post_hook(lambda o, *_: calls.append(type(o).__name__)),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+    ):
+        steps(optimizer, params, range(2))
+    name = type(optimizer).__name__
+    assert calls == [name, "pre", "post", name] * 2
+    assert [e.name for e in profile.events() if "Optimizer.step" in e.name] == [f"Optimizer.step#{name}.step"] * 2
 
 
 @pytest.mark.parametrize("kind", PAIRS)

@@ -1,5 +1,6 @@
 """What both Riemannian optimizers share: kinds of parameters, validation, state and the order of a step."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
@@ -333,7 +334,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         ordinary.param_groups = [
             {**group, "params": own} for group, own in zip(self.param_groups, params, strict=True) if own
         ]
-        ordinary.step()
+        # Hooks on all optimizers and the profiler are to see one step, ours.
+        inspect.unwrap(type(ordinary).step, stop=lambda step: not hasattr(step, "hooked"))(ordinary)
 
     def _step_stiefel(self, params: list[list[Tensor]]) -> None:
         buckets = [self._group_buckets(index, own) for index, own in enumerate(params)]
