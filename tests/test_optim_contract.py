@@ -483,16 +483,17 @@ def test_a_checkpoint_without_our_options_leaves_them_as_they_are(kind: str) -> 
 
 @pytest.mark.parametrize("kind", PAIRS)
 def test_foreign_state_is_refused(kind: str) -> None:
-    p = parameter(12, 4)
-    optimizer = PAIRS[kind][0]([p], **COMMON[kind])
-    steps(optimizer, [p], range(2))
+    params = mixed()
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    steps(optimizer, params, range(2))
+    before = copies(params)
     saved = copy.deepcopy(optimizer.state_dict())
     key = {"adam": "exp_avg", "sgd": "momentum_buffer"}[kind]
     saved["state"][0][key] = torch.zeros(9, 2)
     optimizer.load_state_dict(saved)
-    p.grad = torch.randn_like(p)
     with pytest.raises(InputError, match=rf"{key}.* has shape \(9, 2\), expected \(12, 4\)"):
-        optimizer.step()
+        steps(optimizer, params, range(2, 3))
+    assert_same(params, before)
 
 
 # -- the rest of the machinery -----------------------------------------------------------------------------------------
@@ -644,11 +645,18 @@ def test_only_ordinary_or_only_manifold_parameters(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PAIRS)
-def test_sparse_gradients_are_refused(kind: str) -> None:
-    p = parameter(12, 4)
-    p.grad = torch.eye(12, 4, dtype=torch.float64).to_sparse()
-    with pytest.raises(InputError, match=r"shape \(12, 4\) must be dense"):
-        PAIRS[kind][0]([p], **COMMON[kind]).step()
+@pytest.mark.parametrize("manifold", [geoopt.EuclideanStiefel(), geoopt.Sphere()])
+def test_sparse_gradients_are_refused_before_anything_changes(kind: str, manifold: geoopt.Manifold) -> None:
+    late = geoopt.ManifoldParameter(torch.eye(4, dtype=torch.float64), manifold=manifold)
+    params = [*mixed(), late]
+    before = copies(params)
+    optimizer = PAIRS[kind][0](params, **COMMON[kind])
+    set_grads(params, 0)
+    late.grad = torch.eye(4, dtype=torch.float64).to_sparse()
+    with pytest.raises(InputError, match=r"shape \(4, 4\) must be dense"):
+        optimizer.step()
+    assert_same(params, before)
+    assert not optimizer.state
 
 
 @pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch wants gradients of the parameter's dtype")

@@ -1,7 +1,7 @@
 """What both Riemannian optimizers share: kinds of parameters, validation, state and the order of a step."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -297,8 +297,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            InputError: Before anything is changed, if ``error_if_nonfinite`` is set and a gradient of a manifold
-                parameter has a NaN or infinity.
+            InputError: Before anything is changed, if a gradient of a manifold parameter is sparse or, with
+                ``error_if_nonfinite``, has a NaN or infinity, or if its state is of another shape.
         """
         loss = None
         if closure is not None:
@@ -306,10 +306,13 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._raise_if_nonfinite()
         kinds = [self._group_kinds(index) for index in range(len(self.param_groups))]
-        self._step_ordinary([kind.ordinary for kind in kinds])
         # Every attribute of a ManifoldParameter takes a detour through Python otherwise.
         with torch._C.DisableTorchFunctionSubclass():
-            self._step_stiefel([kind.stiefel for kind in kinds])
+            _check_dense(p for kind in kinds for p in kind.stiefel + kind.other)
+            buckets = [self._group_buckets(index, kind.stiefel) for index, kind in enumerate(kinds)]
+        self._step_ordinary([kind.ordinary for kind in kinds])
+        with torch._C.DisableTorchFunctionSubclass():
+            self._step_stiefel(buckets)
         for group, kind in zip(self.param_groups, kinds, strict=True):
             for p in kind.other:
                 if p.grad is not None:
@@ -337,8 +340,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         # Hooks on all optimizers and the profiler are to see one step, ours.
         inspect.unwrap(type(ordinary).step, stop=lambda step: not hasattr(step, "hooked"))(ordinary)
 
-    def _step_stiefel(self, params: list[list[Tensor]]) -> None:
-        buckets = [self._group_buckets(index, own) for index, own in enumerate(params)]
+    def _step_stiefel(self, buckets: list[list[Bucket]]) -> None:
         largest = max((bucket.nbytes for alike in buckets for bucket in alike), default=0)
         with exact_products({bucket.params[0].device.type for alike in buckets for bucket in alike}):
             for group, alike in zip(self.param_groups, buckets, strict=True):
@@ -445,6 +447,12 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 def _place(group: Group, g: int, i: int) -> str:
     name = f" ({group['param_names'][i]})" if "param_names" in group else ""
     return f"parameter {i}{name} of group {g}"
+
+
+def _check_dense(params: Iterable[Tensor]) -> None:
+    for p in params:
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise InputError(f"the gradient of a manifold parameter of shape {tuple(p.shape)} must be dense")
 
 
 def _placeholder() -> Tensor:

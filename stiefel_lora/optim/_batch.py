@@ -206,7 +206,7 @@ class Bucket:
     def _piece(self, run: list[int], workspace: Workspace) -> Piece:
         params = self.params[run[0] : run[-1] + 1]
         first = params[0]
-        grads = [_dense_grad(p) for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         as_it_lies = len(run) == 1 and first.dtype == grads[0].dtype == self.dtype
         if as_it_lies and first.dim() == 2 and reads_at_no_cost(first):
             work, spare = workspace.take(2, first.shape, self.dtype, first.device)
@@ -226,12 +226,6 @@ class Bucket:
             # Where someone else has written to a parameter since the last step, its value wins over the master's.
             torch.where(master.to(first.dtype) == point, master, point, out=point)
         return Piece(params, point, grad, grad, spare, state, master)
-
-
-def _dense_grad(p: Tensor) -> Tensor:
-    if p.grad is None or p.grad.is_sparse:
-        raise InputError(f"the gradient of a Stiefel parameter of shape {tuple(p.shape)} must be dense")
-    return p.grad
 
 
 def _stack(tensors: list[Tensor], out: Tensor) -> None:
