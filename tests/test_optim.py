@@ -414,6 +414,21 @@ def test_non_contiguous_parameters() -> None:
     torch.testing.assert_close(p.detach(), q.detach(), atol=1e-14, rtol=0)
 
 
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(("manifold", "shape"), [(geoopt.EuclideanStiefel(), (0, 12, 4)), (geoopt.Sphere(), (0, 5))])
+def test_an_empty_parameter_is_left_alone(kind: str, manifold: Any, shape: tuple[int, ...]) -> None:
+    """As torch's optimizers do."""
+    p, empty = parameter(12, 4), geoopt.ManifoldParameter(torch.zeros(*shape), manifold=manifold)
+    start = p.detach().clone()
+    optimizer = make(kind, [p, empty])
+    run(optimizer, [p, empty], [[torch.randn_like(start), torch.zeros(*shape)]])
+    optimizer.stabilize()
+    optimizer.load_state_dict(optimizer.state_dict())
+    run(optimizer, [p, empty], [[torch.randn_like(start), torch.zeros(*shape)]])
+    assert not torch.equal(p.detach(), start)
+    assert optimizer.skipped_updates == 0
+
+
 def test_a_wide_matrix_is_refused() -> None:
     p = parameter(12, 4)
     p.data = p.data.T

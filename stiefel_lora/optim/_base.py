@@ -81,13 +81,13 @@ def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | floa
 
 
 class _Kinds:
-    """The parameters of a group, sorted by what updates them."""
+    """The parameters of a group, sorted by what updates them; an empty one on a manifold is left out."""
 
     def __init__(self, params: list[Tensor]) -> None:
         self.params = list(params)
         self.ordinary = [p for p in params if is_ordinary(p)]
-        self.stiefel = [p for p in params if is_stiefel(p)]
-        self.other = [p for p in params if is_other_manifold(p)]
+        self.stiefel = [p for p in params if is_stiefel(p) and p.numel() > 0]
+        self.other = [p for p in params if is_other_manifold(p) and p.numel() > 0]
 
 
 def _moves(square: Tensor) -> Tensor | None:
@@ -500,7 +500,7 @@ def _check_point(p: Tensor, index: int, *, project: bool) -> None:
         raise InputError(f"parameter {index}: {error}") from None
     if not p.is_floating_point():
         raise InputError(f"parameter {index}: a Stiefel parameter must be real floating, got {p.dtype}")
-    if p.is_meta:
+    if p.is_meta or p.numel() == 0:
         return
     # Half the digits of the dtype: far above what rounding leaves, far below what any real mistake makes.
     tolerance = (torch.finfo(p.dtype).eps * p.shape[-1]) ** 0.5
