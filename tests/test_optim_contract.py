@@ -71,6 +71,15 @@ def test_signature_covers_torchs_and_geoopts(kind: str) -> None:
     for name, p in inspect.signature(geoopts.__init__).parameters.items():
         assert name in named or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL), name
     assert "stabilize" in named
+    for theirs in (torchs, geoopts):
+        # geoopt's Adam hands whatever it is given to torch's.
+        order = positional(theirs) if positional(theirs) != ["self"] else positional(torch.optim.Adam)
+        assert positional(ours)[: len(order)] == order
+
+
+def positional(optimizer: type) -> list[str]:
+    named = inspect.signature(optimizer.__init__).parameters.values()  # type: ignore[misc]
+    return [p.name for p in named if p.kind == p.POSITIONAL_OR_KEYWORD]
 
 
 ORDINARY_OPTIONS: list[tuple[str, dict[str, Any]]] = [

@@ -53,6 +53,7 @@ class RiemannianSGD(RiemannianOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        stabilize: int | None = None,
         *,
         retraction: Retraction = "qr",
         metric: Metric = "euclidean",
@@ -60,7 +61,6 @@ class RiemannianSGD(RiemannianOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        stabilize: int | None = None,
         project: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
