@@ -102,7 +102,8 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
 
     Returns:
         New points, shape (..., n, r). |X^T X - I|_F is a few eps * sqrt(r) for steps of up to about a quarter turn and
-        grows like eps * |u|_2^2 beyond; an error of ``x`` itself is corrected, not carried on.
+        grows like eps * |u|_2^2 beyond; an error of ``x`` itself is corrected, not carried on. bf16 and fp16 are
+        computed in float32.
 
     Raises:
         InputError: If the shapes differ, n < r, or the method is unknown.
@@ -112,8 +113,10 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
     _check_pair(x, u)
     check_choice("retraction", method, tuple(RETRACTIONS))
     function, of_sum = RETRACTIONS[method]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y, v = x.to(wide), u.to(wide)
     with exact_products([x.device.type]):
-        return function(x + u) if of_sum else function(x, u)
+        return (function(y + v) if of_sum else function(y, v)).to(x.dtype)
 
 
 def retract_(

@@ -97,6 +97,13 @@ def test_batched_retraction_is_the_one_of_each_matrix(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_retracted_in_float32(method: str, dtype: torch.dtype) -> None:
+    x, u = stiefel.random_point(12, 4, dtype=dtype), (0.1 * torch.randn(12, 4)).to(dtype)
+    assert torch.equal(stiefel.retract(x, u, method), stiefel.retract(x.float(), u.float(), method).to(dtype))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_retraction_into_given_memory_is_the_same(method: str) -> None:
     x = stiefel.random_point(12, 4, batch=(3,), dtype=torch.float64)
     u = tangent(x, 0.7)
