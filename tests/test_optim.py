@@ -447,6 +447,15 @@ def test_a_point_off_the_manifold_is_refused_or_projected() -> None:
     torch.testing.assert_close(p.detach().as_subclass(Tensor), nearest.as_subclass(Tensor), atol=1e-13, rtol=0)
 
 
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_point_that_is_not_finite_is_refused(bad: float, project: bool) -> None:
+    p = parameter(12, 4)
+    p.data[2, 1] = bad
+    with pytest.raises(ManifoldError, match=r"parameter 0 of shape \(12, 4\) has a NaN or infinity"):
+        RiemannianAdam([p], project=project)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_no_reason_to_refuse(dtype: torch.dtype) -> None:
     RiemannianAdam([parameter(2048, 64, dtype=dtype), parameter(4, 4, dtype=dtype)])

@@ -507,6 +507,8 @@ def _check_point(p: Tensor, index: int, *, project: bool) -> None:
     measured = float(orthogonality_error(p).max())
     if measured <= tolerance:
         return
+    if not p.isfinite().all():
+        raise ManifoldError(f"parameter {index} of shape {tuple(p.shape)} has a NaN or infinity")
     if not project:
         raise ManifoldError(
             f"parameter {index} of shape {tuple(p.shape)} is off the Stiefel manifold: |X^T X - I|_F = {measured:.3g}, "
