@@ -23,7 +23,7 @@ from benchmarks import _harness, _peers
 from benchmarks.shapes import MODELS
 from stiefel_lora import stiefel
 from stiefel_lora.optim import RiemannianAdam
-from stiefel_lora.optim._base import is_stiefel
+from stiefel_lora.optim._kinds import is_stiefel
 
 Make = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 OURS: dict[str, Make] = {

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,12 @@ def test_a_killed_run_resumes_to_the_same_bits(base: list[str], tmp_path: Path, 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run(*finetune(base, whole, *more)).returncode == 0
     process = subprocess.Popen(
-        [*COMMAND, *finetune(base, broken, *more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *finetune(base, broken, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What runs in the background, as these tests may, has Ctrl-C ignored and passes that on.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     checkpoint = broken / "checkpoint.pt"
     deadline = time.monotonic() + 100

@@ -8,8 +8,9 @@ from geoopt import ManifoldTensor
 from torch import Tensor
 
 from stiefel_lora._types import Metric, Params, Retraction, SecondMoment
-from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_scale
+from stiefel_lora.optim._base import RiemannianOptimizer, bounded_scale
 from stiefel_lora.optim._batch import COUNT, MATRIX, SCALAR, Piece, StateSpec
+from stiefel_lora.optim._kinds import Group
 from stiefel_lora.stiefel import check_choice, project_
 
 # A tensor, or a Python number that does the same in the same formula.

@@ -1,24 +1,32 @@
-"""What both Riemannian optimizers share: kinds of parameters, validation, state and the order of a step."""
+"""What both Riemannian optimizers share: options, groups, state and the order of a step."""
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from geoopt import Euclidean, ManifoldTensor
-from geoopt import Stiefel as GeooptStiefel
+from geoopt import ManifoldTensor
 from torch import Tensor
 
 from stiefel_lora._precision import exact_products
 from stiefel_lora._types import Params
-from stiefel_lora.errors import InputError, ManifoldError
+from stiefel_lora.errors import InputError
 from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, compute_dtype, same
+from stiefel_lora.optim._kinds import (
+    Group,
+    Kinds,
+    check_dense,
+    check_manifolds,
+    check_point,
+    is_ordinary,
+    is_stiefel,
+    manifold_name,
+    place,
+)
 from stiefel_lora.stiefel import (
     RETRACTIONS,
     add_product,
     check_choice,
-    check_tall,
-    orthogonality_error,
     project,
     project_,
     project_point,
@@ -26,32 +34,10 @@ from stiefel_lora.stiefel import (
     retract_,
 )
 
-Group: TypeAlias = dict[str, Any]
-
 # The longest step, as the root mean square over the columns of a matrix, in radians to first order: a quarter turn.
 # Every retraction is local, so a longer step is a direction and no more; and the Gram matrices of a step keep their
 # precision only while eps * |U|^2 is small (float32 loses the manifold from |U| of about 1e3).
 _LONGEST_STEP = torch.pi / 2
-
-
-def is_stiefel(p: Tensor) -> bool:
-    """Tell whether a parameter is declared to lie on a Stiefel manifold of geoopt (any metric)."""
-    return isinstance(p, ManifoldTensor) and isinstance(p.manifold, GeooptStiefel)
-
-
-def is_ordinary(p: Tensor) -> bool:
-    """Tell whether a parameter lies in plain Euclidean space."""
-    return not isinstance(p, ManifoldTensor) or type(p.manifold) is Euclidean
-
-
-def is_other_manifold(p: Tensor) -> bool:
-    """Tell whether a parameter lies on a manifold that is left to geoopt."""
-    return not is_ordinary(p) and not is_stiefel(p)
-
-
-def manifold_name(p: Tensor) -> str | None:
-    """Return the name of the class of a parameter's manifold, None for an ordinary parameter."""
-    return None if is_ordinary(p) else type(p.manifold).__name__  # type: ignore[attr-defined]
 
 
 def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | float | None = None) -> Tensor | float:
@@ -78,16 +64,6 @@ def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | floa
     length = (size * norm).nan_to_num_(nan=0)
     scale: Tensor = size * (-limit / length.clamp_min_(limit))
     return scale[:, None, None]
-
-
-class _Kinds:
-    """The parameters of a group, sorted by what updates them; an empty one on a manifold is left out."""
-
-    def __init__(self, params: list[Tensor]) -> None:
-        self.params = list(params)
-        self.ordinary = [p for p in params if is_ordinary(p)]
-        self.stiefel = [p for p in params if is_stiefel(p) and p.numel() > 0]
-        self.other = [p for p in params if is_other_manifold(p) and p.numel() > 0]
 
 
 def _moves(square: Tensor) -> Tensor | None:
@@ -199,7 +175,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             self._check_group(group)
             for i, p in enumerate(group["params"]):
                 if is_stiefel(p):
-                    _check_point(p, i, project=group["project"])
+                    check_point(p, i, project=group["project"])
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
@@ -236,7 +212,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Drop what follows from the groups and the state."""
-        self._kinds: dict[int, _Kinds] = {}
+        self._kinds: dict[int, Kinds] = {}
         self._buckets: dict[int, list[Bucket]] = {}
         self._workspace = Workspace()
 
@@ -271,7 +247,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         # torch refuses other numbers of groups itself.
         for g, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
             self._check_group({**group, **saved})
-            _check_manifolds(saved, group, g)
+            check_manifolds(saved, group, g)
 
     def _finish_loading(self, state_dict: dict[str, Any], groups_before: list[Group]) -> None:
         for group, before in zip(self.param_groups, groups_before, strict=True):
@@ -308,7 +284,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         kinds = [self._group_kinds(index) for index in range(len(self.param_groups))]
         # Every attribute of a ManifoldParameter takes a detour through Python otherwise.
         with torch._C.DisableTorchFunctionSubclass():
-            _check_dense(p for kind in kinds for p in kind.stiefel + kind.other)
+            check_dense(p for kind in kinds for p in kind.stiefel + kind.other)
             buckets = [self._group_buckets(index, kind.stiefel) for index, kind in enumerate(kinds)]
         self._step_ordinary([kind.ordinary for kind in kinds])
         with torch._C.DisableTorchFunctionSubclass():
@@ -321,11 +297,11 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------
 
-    def _group_kinds(self, index: int) -> _Kinds:
+    def _group_kinds(self, index: int) -> Kinds:
         params = self.param_groups[index]["params"]
         kinds = self._kinds.get(index)
         if kinds is None or not same(kinds.params, params):
-            kinds = self._kinds[index] = _Kinds(params)
+            kinds = self._kinds[index] = Kinds(params)
             self._buckets.pop(index, None)
         return kinds
 
@@ -416,7 +392,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if not is_ordinary(p) and p.grad is not None and not p.grad.isfinite().all():
                     raise InputError(
-                        f"the gradient of {_place(group, g, i)}, shape {tuple(p.shape)}, has a NaN or infinity"
+                        f"the gradient of {place(group, g, i)}, shape {tuple(p.shape)}, has a NaN or infinity"
                     )
 
     # -- geoopt's interface ------------------------------------------------------------------------
@@ -444,17 +420,6 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             momentum.copy_(project(point, momentum) if is_stiefel(p) else p.manifold.proju(point, momentum))
 
 
-def _place(group: Group, g: int, i: int) -> str:
-    name = f" ({group['param_names'][i]})" if "param_names" in group else ""
-    return f"parameter {i}{name} of group {g}"
-
-
-def _check_dense(params: Iterable[Tensor]) -> None:
-    for p in params:
-        if p.grad is not None and p.grad.layout is not torch.strided:
-            raise InputError(f"the gradient of a manifold parameter of shape {tuple(p.shape)} must be dense")
-
-
 def _placeholder() -> Tensor:
     # torch's optimizers refuse an empty list; the groups they work on are handed to them at each step.
     return torch.nn.Parameter(torch.empty(0))
@@ -465,54 +430,3 @@ def _uncast(saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
     if not saved.is_floating_point():
         return saved.to(p.device)
     return saved.to(p.device, compute_dtype(p)) if is_stiefel(p) else cast
-
-
-def _family(manifold: str | None) -> str | None:
-    """Name what manifolds share whose points are the same, whatever their metric and retraction."""
-    if manifold is None:
-        return None
-    return "Stiefel" if "Stiefel" in manifold else manifold.removesuffix("Exact")
-
-
-def _check_manifolds(saved: Group, group: Group, g: int) -> None:
-    """Raise unless the parameters of a saved group were on the manifolds that they are on now."""
-    then, now = saved.get("manifolds"), [manifold_name(p) for p in group["params"]]
-    if then is None or len(then) != len(now):
-        return
-    for i, (old, new) in enumerate(zip(then, now, strict=True)):
-        if _family(old) == _family(new):
-            continue
-        was = "an ordinary one" if old is None else f"on manifold {old}"
-        if new is None:
-            raise ManifoldError(
-                f"{_place(group, g, i)} was {was} when this state was saved and is an ordinary one now; re-attach it, "
-                "module.weight = geoopt.ManifoldParameter(module.weight.data, manifold=geoopt.EuclideanStiefel()), and "
-                "make the optimizer anew"
-            )
-        raise ManifoldError(f"{_place(group, g, i)} was {was} when this state was saved and is on {new} now")
-
-
-def _check_point(p: Tensor, index: int, *, project: bool) -> None:
-    """Raise unless a Stiefel parameter is tall, real and on its manifold up to rounding."""
-    try:
-        check_tall(p)
-    except InputError as error:
-        raise InputError(f"parameter {index}: {error}") from None
-    if not p.is_floating_point():
-        raise InputError(f"parameter {index}: a Stiefel parameter must be real floating, got {p.dtype}")
-    if p.is_meta or p.numel() == 0:
-        return
-    # Half the digits of the dtype: far above what rounding leaves, far below what any real mistake makes.
-    tolerance = (torch.finfo(p.dtype).eps * p.shape[-1]) ** 0.5
-    measured = float(orthogonality_error(p).max())
-    if measured <= tolerance:
-        return
-    if not p.isfinite().all():
-        raise ManifoldError(f"parameter {index} of shape {tuple(p.shape)} has a NaN or infinity")
-    if not project:
-        raise ManifoldError(
-            f"parameter {index} of shape {tuple(p.shape)} is off the Stiefel manifold: |X^T X - I|_F = {measured:.3g}, "
-            f"allowed {tolerance:.3g}; pass project=True to move it to the nearest point"
-        )
-    with torch.no_grad():
-        p.copy_(project_point(p))

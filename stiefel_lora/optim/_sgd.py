@@ -7,8 +7,9 @@ from geoopt import ManifoldTensor
 from torch import Tensor
 
 from stiefel_lora._types import Metric, Params, Retraction
-from stiefel_lora.optim._base import Group, RiemannianOptimizer, bounded_scale
+from stiefel_lora.optim._base import RiemannianOptimizer, bounded_scale
 from stiefel_lora.optim._batch import COUNT, MATRIX, Piece, StateSpec
+from stiefel_lora.optim._kinds import Group
 
 
 class RiemannianSGD(RiemannianOptimizer):
