@@ -74,7 +74,12 @@ def export_peft(model: nn.Module, path: str | Path) -> None:
 
 
 def import_peft(
-    model: nn.Module, source: "str | Path | PeftModel", *, orthonormal: Orthonormal = "A", name: str = DEFAULT_NAME
+    model: nn.Module,
+    source: "str | Path | PeftModel",
+    *,
+    orthonormal: Orthonormal = "A",
+    name: str = DEFAULT_NAME,
+    adapter_name: str | None = None,
 ) -> list[str]:
     """Put a PEFT LoRA adapter into a base model as a Stiefel adapter: the same function, with orthonormal factors.
 
@@ -88,6 +93,7 @@ def import_peft(
             copy of the base (for one over this very base see `from_peft`).
         orthonormal: Which factor to make orthonormal.
         name: Name of the set of adapters.
+        adapter_name: Which of a PeftModel's adapters (default: the one in use).
 
     Returns:
         The qualified names of the adapted linears.
@@ -97,15 +103,16 @@ def import_peft(
             update of linears (it is named), or does not fit the model. The model is left as it was.
     """
     what = f"the PEFT adapter in {source}" if isinstance(source, str | Path) else "the PEFT adapter"
-    return insert_state(model, read_peft(source, orthonormal=orthonormal), what=what, name=name)
+    state = read_peft(source, orthonormal=orthonormal, adapter_name=adapter_name)
+    return insert_state(model, state, what=what, name=name)
 
 
-def from_peft(peft_model: "PeftModel", *, adapter_name: str = "default", orthonormal: Orthonormal = "A") -> nn.Module:
+def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, orthonormal: Orthonormal = "A") -> nn.Module:
     """Take PEFT's wrappers off a model and put the same update back as a Stiefel adapter, in place.
 
     Args:
         peft_model: A PeftModel with a LoRA adapter.
-        adapter_name: Which of its adapters; all are taken off.
+        adapter_name: Which of its adapters (default: the one in use); all are taken off.
         orthonormal: Which factor to make orthonormal.
 
     Returns:
@@ -161,7 +168,7 @@ def write_peft(state: AdapterState, path: str | Path, model: nn.Module | None = 
 
 
 def read_peft(
-    source: "str | Path | PeftModel", *, orthonormal: Orthonormal = "A", adapter_name: str = "default"
+    source: "str | Path | PeftModel", *, orthonormal: Orthonormal = "A", adapter_name: str | None = None
 ) -> AdapterState:
     """Read a PEFT LoRA adapter as a set of Stiefel adapters, without a model; see `import_peft`."""
     if isinstance(source, str | Path):
@@ -171,6 +178,7 @@ def read_peft(
     else:
         from peft import get_peft_model_state_dict
 
+        adapter_name = _in_use(source) if adapter_name is None else adapter_name
         if adapter_name not in source.peft_config:
             raise InputError(f"no PEFT adapter is named {adapter_name!r}; there are: {', '.join(source.peft_config)}")
         where, config = f"the PEFT adapter {adapter_name!r}", source.peft_config[adapter_name].to_dict()
@@ -219,6 +227,13 @@ def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") ->
     return {name: factor.float().contiguous() for name, factor in factors.items()}
 
 
+def _in_use(peft_model: "PeftModel") -> str:
+    names: list[str] = peft_model.active_adapters
+    if len(names) != 1:
+        raise InputError(f"the PeftModel has {len(names)} adapters in use, {listed(names)}; give adapter_name")
+    return names[0]
+
+
 def _read_peft_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_dir():
         raise InputError(f"no adapter folder at {path}")
@@ -233,9 +248,8 @@ def _check_peft_config(where: str, config: Mapping[str, Any]) -> None:
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
     if kind != "LORA":
         raise InputError(f"{where} is of type {kind!r}; only LORA can be imported")
-    more = {
-        key: value for key, value in config.items() if key not in _UNDERSTOOD and value not in (None, False, {}, [])
-    }
+    # PEFT itself fills some options of a model in memory with empty sets.
+    more = {key: value for key, value in config.items() if key not in _UNDERSTOOD and value}
     if more.get("bias") == "none":
         del more["bias"]
     if more:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from stiefel_lora.adapters import adapter_layers, add_adapters, insert_adapters, merge_adapters
 from stiefel_lora.checkpoint import load_adapter, save_adapter, write_adapter
@@ -198,6 +199,37 @@ def test_models_in_memory() -> None:
     torch.testing.assert_close(outputs(back), expected, **SAME)
     with pytest.raises(InputError, match="no PEFT adapter is named 'x'; there are: default"):
         from_peft(back, adapter_name="x")
+
+
+def test_the_adapter_in_use_is_taken() -> None:
+    source = _peft_model()
+    first = outputs(source)
+    source.add_adapter("second", peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    source.set_adapter("second")
+    second = outputs(source)
+    for name, expected in ((None, second), ("default", first)):
+        copy = LLAMA.build()
+        import_peft(copy, source, adapter_name=name)
+        torch.testing.assert_close(outputs(copy), expected, **SAME)
+    source.base_model.set_adapter(["default", "second"])
+    with pytest.raises(InputError, match="has 2 adapters in use, default, second; give adapter_name"):
+        from_peft(source)
+    source.set_adapter("second")
+    torch.testing.assert_close(outputs(from_peft(source)), second, **SAME)
+
+
+def test_a_mixture_of_experts_in_memory() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=97, **sizes, **heads)).eval()
+    add_adapters(model, layers=None, rank=4, target_modules=["q_proj", "v_proj"])
+    train(model)
+    expected = outputs(model)
+    source = to_peft(model)
+    assert source.peft_config["default"].target_parameters == set()  # PEFT itself fills it in for such models
+    torch.testing.assert_close(outputs(source), expected, **SAME)
+    torch.testing.assert_close(outputs(from_peft(source)), expected, **SAME)
 
 
 def test_conversion_without_a_model(tmp_path: Path) -> None:
