@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._models import is_conv1d, unwrap
-from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, remove_adapters
+from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, remove_adapters
 from stiefel_lora.checkpoint import (
     AdapterState,
     adapter_state,
@@ -125,8 +125,16 @@ def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, ortho
         raise InputError(
             "the PeftModel is merged, so its base weights hold the update; call its unmerge_adapter() first"
         )
+    from peft.utils import ModulesToSaveWrapper
+
     state = read_peft(peft_model, orthonormal=orthonormal, adapter_name=adapter_name)
+    # Copies: PEFT leaves the modules that hold them in the base, where they are to be the base's own again.
+    state = replace(state, parameters={name: tensor.clone() for name, tensor in state.parameters.items()})
+    modules = dict(peft_model.get_base_model().named_modules())
+    originals = {n: m.original_module.state_dict() for n, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
     base: nn.Module = peft_model.unload()
+    for name, values in originals.items():
+        base.get_submodule(name).load_state_dict(values)
     insert_state(base, state, what="the PEFT adapter")
     return base
 
@@ -138,12 +146,15 @@ def to_peft(model: nn.Module) -> "PeftModel":
         A PeftModel around the base model, whose adapter can be trained on.
 
     Raises:
-        InputError: If the model has no adapters.
+        InputError: If the model has no adapters, or other named sets of adapters would be lost.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     model = unwrap(model)
     state = _with_tied(adapter_state(model), model)
+    others = adapter_names(model)[1:]
+    if others:
+        raise InputError(f"the model holds other adapters ({', '.join(others)}); remove them first, or use export_peft")
     config = _peft_config(state, model)
     tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
     remove_adapters(model)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from stiefel_lora.adapters import adapter_layers, add_adapters, insert_adapters, merge_adapters
+from stiefel_lora.adapters import adapter_layers, add_adapters, insert_adapters, merge_adapters, remove_adapters
 from stiefel_lora.checkpoint import load_adapter, save_adapter, write_adapter
 from stiefel_lora.convert import (
     PEFT_CONFIG_FILE,
@@ -218,6 +218,16 @@ def test_the_adapter_in_use_is_taken() -> None:
     torch.testing.assert_close(outputs(from_peft(source)), second, **SAME)
 
 
+def test_other_sets_are_not_lost_to_peft() -> None:
+    model = adapted()
+    add_adapters(model, layers=[1], rank=2, name="second")
+    with pytest.raises(InputError, match=r"the model holds other adapters \(default\); remove them first"):
+        to_peft(model)
+    remove_adapters(model, "default")
+    expected = outputs(model)
+    torch.testing.assert_close(outputs(to_peft(model)), expected, **SAME)
+
+
 def test_a_mixture_of_experts_in_memory() -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -324,7 +334,9 @@ def test_modules_that_peft_saved_whole(
     export_peft(model, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(FAMILIES[family].build(), tmp_path / "again")
     torch.testing.assert_close(outputs(again, family), expected, **SAME)
-    torch.testing.assert_close(outputs(from_peft(source), family), expected, **SAME)
+    model = from_peft(source)
+    torch.testing.assert_close(outputs(model, family), expected, **SAME)
+    assert torch.equal(outputs(remove_adapters(model), family), outputs(FAMILIES[family].build(), family))
 
 
 def test_a_merged_peft_model_is_refused_in_place() -> None:
