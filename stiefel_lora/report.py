@@ -60,6 +60,7 @@ def plot_loss(metrics: Mapping[str, Any], path: Path) -> None:
     for x, y in zip([0, len(losses)], values, strict=True):
         axes.annotate(f"{y:.3f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", color="#d62728")
     axes.set_xlabel("step")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("loss (nats per token)")
     axes.legend()
     axes.margins(x=0.06, y=0.12)

@@ -141,6 +141,7 @@ class FisherScores:
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         (self._draw_bars if self.granularity == "layer" else self._draw_grid)(axes, chosen)
+        axes.locator_params(axis="x", integer=True)
         axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
         axes.spines[["top", "right"]].set_visible(False)
         with atomic_file(path) as file:

@@ -1,11 +1,14 @@
 """Ranking, budgets, normalisation, table, plot and file of Fisher scores."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from stiefel_lora.errors import InputError
+from stiefel_lora.report import plot_loss
 from stiefel_lora.scores import FisherScores
 
 
@@ -105,6 +108,29 @@ def test_plot_of_single_linear_maps_takes_zeros_and_maps_that_only_some_layers_h
     found = scores(granularity="module", names=names, layers=[0, 0, 2, 3], scores=[3.0, 0.0, 4.0, 1.0])
     found.plot(tmp_path / "fisher.png", [0, 3])
     assert (tmp_path / "fisher.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("picture", ["layers", "linear maps", "loss"])
+def test_steps_and_layers_have_whole_numbers_on_the_axis(
+    picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    save = Figure.savefig
+
+    def record(figure: Figure, *args: Any, **options: Any) -> None:
+        seen.extend(figure.axes[0].get_xticks())
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    names = ["layers.0.q", "layers.1.q"]
+    two = scores(scores=[3.0, 1.0], stderr=[0.3, 0.1], names=names, layers=[0, 1])
+    if picture == "loss":
+        held_out = {"before": {"loss": 3.0}, "after": {"loss": 2.0}}
+        plot_loss({"loss_curve": [3.0, 2.0], "held_out": held_out}, tmp_path / "loss.png")
+    else:
+        replace(two, granularity="layer" if picture == "layers" else "module").plot(tmp_path / "fisher", [0])
+    assert seen
+    assert all(float(tick).is_integer() for tick in seen)
 
 
 def test_file_round_trip_and_its_errors(tmp_path: Path) -> None:
