@@ -104,7 +104,7 @@ def import_peft(
     """
     what = f"the PEFT adapter in {source}" if isinstance(source, str | Path) else "the PEFT adapter"
     state = read_peft(source, orthonormal=orthonormal, adapter_name=adapter_name)
-    return insert_state(model, state, what=what, name=name)
+    return insert_state(model, _without_tied(state, model, what), what=what, name=name)
 
 
 def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, orthonormal: Orthonormal = "A") -> nn.Module:
@@ -396,6 +396,25 @@ def _with_tied(state: AdapterState, model: nn.Module) -> AdapterState:
     trained = {ids[name]: tensor for name, tensor in state.parameters.items()}
     # Copies: a safetensors file has no shared tensors.
     return replace(state, parameters={name: trained[key].clone() for name, key in ids.items() if key in trained})
+
+
+def _without_tied(state: AdapterState, model: nn.Module, what: str) -> AdapterState:
+    """Return the state with one name for each shared parameter of the model: the reverse of `_with_tied`."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    trained = dict(state.parameters)
+    for names in shared.values():
+        values = [trained[name] for name in names if name in trained]
+        if not values:
+            continue
+        if len(values) < len(names) or not all(torch.equal(value, values[0]) for value in values):
+            raise InputError(
+                f"{what} has {listed(names)} apart, which are one parameter of {type(model).__name__}; untie them first"
+            )
+        for name in names[1:]:
+            del trained[name]
+    return replace(state, parameters=trained)
 
 
 def _modules_to_save(state: AdapterState, model: nn.Module | None) -> list[str] | None:

@@ -302,6 +302,28 @@ def test_a_trained_embedding_that_is_tied_to_the_head_is_exported_as_both(tmp_pa
         loaded = peft.PeftModel.from_pretrained(FAMILIES["llama-tied"].build(), tmp_path)
         torch.testing.assert_close(outputs(loaded, "llama-tied"), expected, **SAME)
         torch.testing.assert_close(outputs(to_peft(model), "llama-tied"), expected, **SAME)
+    imported = FAMILIES["llama-tied"].build()
+    import_peft(imported, tmp_path)
+    torch.testing.assert_close(outputs(imported, "llama-tied"), expected, **SAME)
+    assert imported.lm_head.weight is imported.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_a_module_that_peft_untied_is_refused_over_a_tied_base(modules: list[str]) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT on saving modules that were tied
+        source = peft.get_peft_model(FAMILIES["llama-tied"].build(), config).eval()
+    for name, parameter in source.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.3)
+    expected = outputs(source, "llama-tied")
+    model = FAMILIES["llama-tied"].build()
+    with pytest.raises(InputError, match="has model.embed_tokens.weight, lm_head.weight apart, .* untie them first"):
+        import_peft(model, source)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    import_peft(model, source)
+    torch.testing.assert_close(outputs(model, "llama-tied"), expected, **SAME)
 
 
 @pytest.mark.parametrize(
