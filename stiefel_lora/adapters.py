@@ -234,7 +234,7 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
         if config is not None and _tied(bare, layers):
             config.tie_word_embeddings = False
         for name, layer in layers.items():
-            _replace(bare, name, layer.base)
+            replace_module(bare, name, layer.base)
         _forget(bare)
         _forget_quantiser(bare)
     return bare  # type: ignore[return-value]
@@ -419,7 +419,7 @@ def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
         for factor in layer.parameters(recurse=False):
             factor.data = factor.data.to(device)
         layer.train(layer.base.training)
-        _replace(model, name, layer)
+        replace_module(model, name, layer)
 
 
 def _take_out(model: nn.Module, registry: _Registry) -> None:
@@ -430,7 +430,7 @@ def _take_out(model: nn.Module, registry: _Registry) -> None:
         return
     for name, layer in layers.items():
         layer.unmerge()
-        _replace(model, name, layer.base)
+        replace_module(model, name, layer.base)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     registry.stored[registry.active] = _Aside(layers, trained)
     _set_parameters(model, {**trained, **registry.base}, trainable=False)
@@ -444,7 +444,8 @@ def _set_parameters(model: nn.Module, values: Mapping[str, Tensor], *, trainable
         parameters[name].requires_grad_(trainable)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where another one is."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._models import is_conv1d, unwrap
-from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, remove_adapters
+from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, remove_adapters, replace_module
 from stiefel_lora.checkpoint import (
     AdapterState,
     adapter_state,
@@ -119,23 +120,29 @@ def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, ortho
         The base model with the Stiefel adapter.
 
     Raises:
-        InputError: As `import_peft`, or if the PeftModel is merged.
+        InputError: As `import_peft`, or if the PeftModel is merged. It is left as it was.
     """
     if any(getattr(module, "merged", False) for module in peft_model.modules()):
         raise InputError(
             "the PeftModel is merged, so its base weights hold the update; call its unmerge_adapter() first"
         )
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
     state = read_peft(peft_model, orthonormal=orthonormal, adapter_name=adapter_name)
-    # Copies: PEFT leaves the modules that hold them in the base, where they are to be the base's own again.
-    state = replace(state, parameters={name: tensor.clone() for name, tensor in state.parameters.items()})
-    modules = dict(peft_model.get_base_model().named_modules())
-    originals = {n: m.original_module.state_dict() for n, m in modules.items() if isinstance(m, ModulesToSaveWrapper)}
+    modules = peft_model.get_base_model().named_modules()
+    wrappers: dict[str, Any] = {n: m for n, m in modules if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)}
     base: nn.Module = peft_model.unload()
-    for name, values in originals.items():
-        base.get_submodule(name).load_state_dict(values)
-    insert_state(base, state, what="the PEFT adapter")
+    try:
+        for name, wrapper in wrappers.items():
+            # PEFT leaves its trained copy in the base, which is to have its own values beneath the adapter.
+            if isinstance(wrapper, ModulesToSaveWrapper) and base.get_submodule(name) is not wrapper.original_module:
+                replace_module(base, name, deepcopy(wrapper.original_module))
+        insert_state(base, state, what="the PEFT adapter")
+    except BaseException:
+        for name, wrapper in wrappers.items():
+            replace_module(base, name, wrapper)
+        raise
     return base
 
 
@@ -239,7 +246,10 @@ def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") ->
 
 
 def _in_use(peft_model: "PeftModel") -> str:
-    names: list[str] = peft_model.active_adapters
+    names = list(peft_model.peft_config)
+    if len(names) > 1:
+        active: Any = peft_model.active_adapters  # a method of transformers' models that PEFT put adapters into
+        names = active() if callable(active) else active
     if len(names) != 1:
         raise InputError(f"the PeftModel has {len(names)} adapters in use, {listed(names)}; give adapter_name")
     return names[0]

@@ -186,9 +186,10 @@ def test_import_into_a_trained_adapters_place(tmp_path: Path) -> None:
 def test_models_in_memory() -> None:
     source = _peft_model()
     expected = outputs(source)
-    copy = LLAMA.build()
-    import_peft(copy, source)
-    torch.testing.assert_close(outputs(copy), expected, **SAME)
+    for peft_model in (source, source.get_base_model()):  # as transformers' load_adapter makes the latter
+        copy = LLAMA.build()
+        import_peft(copy, peft_model)
+        torch.testing.assert_close(outputs(copy), expected, **SAME)
     model = from_peft(source, orthonormal="B")
     assert not any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules())
     torch.testing.assert_close(outputs(model), expected, **SAME)
@@ -359,6 +360,22 @@ def test_modules_that_peft_saved_whole(
     model = from_peft(source)
     torch.testing.assert_close(outputs(model, family), expected, **SAME)
     assert torch.equal(outputs(remove_adapters(model), family), outputs(FAMILIES[family].build(), family))
+
+
+def test_a_peft_model_that_cannot_be_converted_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: True)
+    family = FAMILIES["transformer-encoder"]
+    config = peft.LoraConfig(r=2, target_modules=["linear1"], modules_to_save=["norm2"], init_lora_weights=False)
+    source = peft.get_peft_model(family.build(), config)
+    for name, parameter in source.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter)
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    with pytest.raises(InputError, match="fast path"):
+        from_peft(source)
+    after = source.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_merged_peft_model_is_refused_in_place() -> None:
