@@ -241,6 +241,9 @@ def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:
             wrong.append(f"{name} is {have[0]} -> {have[1]}, not {want[0]} -> {want[1]}")
     if wrong:
         raise InputError(f"{what}: {listed(wrong)}; {made_for}")
+    empty = [name for name in state.modules if any(p.is_meta for p in linears[name].parameters())]
+    if empty:
+        raise InputError(f"{listed(empty)} is on the meta device (offloaded, or not loaded yet); load the base first")
 
 
 def _check_parameters(model: nn.Module, state: AdapterState, what: str) -> None:

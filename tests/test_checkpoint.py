@@ -296,6 +296,14 @@ def test_another_base_is_refused(folder: Path, family: str, match: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_a_base_without_weights_is_refused(folder: Path) -> None:
+    with torch.device("meta"):
+        model = FAMILIES["llama"].build()
+    with pytest.raises(InputError, match="q_proj, .* is on the meta device .*; load the base first"):
+        load_adapter(model, folder)
+    assert not adapter_layers(model)
+
+
 def test_another_shape_is_refused(folder: Path) -> None:
     model = LLAMA.build()
     model.model.layers[2].mlp.up_proj = nn.Linear(32, 57)
