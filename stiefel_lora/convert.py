@@ -154,6 +154,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
 
     Raises:
         InputError: If the model has no adapters, or other named sets of adapters would be lost.
+        ValueError: If PEFT refuses one of the linears, as some of Mamba. The adapter is in the model all the same.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
@@ -164,9 +165,16 @@ def to_peft(model: nn.Module) -> "PeftModel":
         raise InputError(f"the model holds other adapters ({', '.join(others)}); remove them first, or use export_peft")
     config = _peft_config(state, model)
     tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
+    name, bases = adapter_names(model)[0], {key: layer.base for key, layer in adapter_layers(model).items()}
     remove_adapters(model)
     config["inference_mode"] = False
-    peft_model = get_peft_model(model, LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"}))
+    try:
+        peft_model = get_peft_model(model, LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"}))
+    except BaseException:
+        for key, base in bases.items():
+            replace_module(model, key, base)
+        insert_state(model, _without_tied(state, model, "the adapter"), what="the adapter", name=name)
+        raise
     set_peft_model_state_dict(peft_model, tensors)
     return peft_model
 

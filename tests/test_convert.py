@@ -11,9 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from stiefel_lora.adapters import adapter_layers, add_adapters, insert_adapters, merge_adapters, remove_adapters
+from stiefel_lora.adapters import (
+    adapter_layers,
+    adapter_names,
+    add_adapters,
+    insert_adapters,
+    merge_adapters,
+    remove_adapters,
+)
 from stiefel_lora.checkpoint import load_adapter, save_adapter, write_adapter
 from stiefel_lora.convert import (
     PEFT_CONFIG_FILE,
@@ -227,6 +234,20 @@ def test_other_sets_are_not_lost_to_peft() -> None:
     remove_adapters(model, "default")
     expected = outputs(model)
     torch.testing.assert_close(outputs(to_peft(model)), expected, **SAME)
+
+
+def test_an_adapter_that_peft_refuses_stays_in_the_model() -> None:
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    add_adapters(model, layers=[1], rank=4, target_modules=["in_proj", "out_proj"], name="mine")
+    train(model)
+    expected = outputs(model)
+    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
+        to_peft(model)
+    assert adapter_names(model) == ["mine"]
+    assert not any(isinstance(m, peft.tuners.lora.LoraLayer) for m in model.modules())
+    assert all(p.requires_grad == (".lora_" in name) for name, p in model.named_parameters())
+    assert torch.equal(outputs(model), expected)
 
 
 def test_a_mixture_of_experts_in_memory() -> None:
