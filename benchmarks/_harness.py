@@ -41,6 +41,8 @@ _PEERS = (
     "scikit-learn",
     "numpy",
 )
+# What must be the same for parts of one result that were measured at different times; the revision is kept for each.
+_CONDITIONS = ("seed", "quick", "python", "packages", "machine")
 
 
 def main(study: ModuleType, argv: list[str] | None = None) -> None:
@@ -51,19 +53,15 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
         description=study.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a small run that only shows that everything works")
     parser.add_argument("--output", type=Path, help=f"where the JSON goes (default: {RESULTS.name}/{name}.json)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
-    parser.add_argument(
-        "--threads", type=positive(int), default=torch.get_num_threads(), help="CPU threads (default: all)"
-    )
+    add_common(parser, threads=getattr(study, "THREADS", None))
     study.add_arguments(parser)
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     # A quick run must not take the place of a committed result.
     output = args.output or (Path("runs") / f"{name}-quick.json" if args.quick else RESULTS / f"{name}.json")
-    envelope = {
+    envelope: dict[str, Any] = {
         "study": name,
         "command": shlex.join(["python", "-m", "benchmarks", name, *(sys.argv[1:] if argv is None else argv)]),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -72,6 +70,19 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
         **environment(),
     }
     begin = time.perf_counter()
+    try:
+        found = _previous(output, envelope)
+        _check_writable(output)
+    except InputError as error:
+        parser.error(str(error))
+    # For a study that goes on where it was stopped: a way to keep what it has so far, what an earlier run found, and
+    # the same only if that run did not come to its end and was measured under the same conditions.
+    same_run = found.get("status") == "partial" and all(found.get(key) == envelope[key] for key in _CONDITIONS)
+    args.output, args.previous = output, found.get("results")
+    args.interrupted = args.previous if same_run else None
+    if same_run:
+        pieces = {key: found.get(key) for key in ("started", "revision", "dirty", "seconds")}
+        envelope["earlier"] = [*found.get("earlier", []), pieces]
 
     def save(results: dict[str, Any], status: str = "partial") -> None:
         write_json(
@@ -79,12 +90,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
             {**envelope, "results": results, "status": status, "seconds": round(time.perf_counter() - begin, 1)},
         )
 
-    # For a study that goes on where it was stopped: a way to keep what it has so far, what an earlier run found, and
-    # the same only if that run had this seed and did not come to its end.
-    found = json.loads(output.read_text()) if output.is_file() else {}
-    args.save, args.output, args.previous = save, output, found.get("results")
-    same_run = found.get("status") == "partial" and found["seed"] == args.seed
-    args.interrupted = found["results"] if same_run else None
+    args.save = save
     signal.signal(signal.SIGTERM, _stop)
     try:
         results = study.run(args)
@@ -95,6 +101,59 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     save(results, "finished")
     print(study.report(results))
     print(f"\nwritten to {output}")
+
+
+def add_common(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
+    """Add the options of every study; ``threads`` is the default of a study that needs so many."""
+    parser.add_argument("--quick", action="store_true", help="a small run that only shows that everything works")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument(
+        "--threads",
+        type=positive(int),
+        default=threads or torch.get_num_threads(),
+        help=f"CPU threads (default: {threads or 'all'})",
+    )
+
+
+def _previous(output: Path, envelope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an earlier run left at the output, empty if nothing that this run may go on with.
+
+    Raises:
+        InputError: If this run would destroy something else: a file that is no result, or a study's that is not this
+            one, or a full result where this run is a quick one.
+    """
+    if not output.is_file():
+        return {}
+    try:
+        found = json.loads(output.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"study", "results"}:
+        raise InputError(f"{output} is not the result of a study; remove it or give another --output")
+    if found["study"] != envelope["study"]:
+        raise InputError(f"{output} is a result of the study {found['study']}; give another --output")
+    if found.get("quick") != envelope["quick"]:
+        if envelope["quick"]:
+            raise InputError(f"{output} is a full result; give a quick run another --output")
+        return {}
+    return found
+
+
+def _check_writable(output: Path) -> None:
+    """Find out before the work whether its result can be written.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    trial = output.with_suffix(".partial")
+    try:
+        if output.is_dir():
+            raise IsADirectoryError("it is a folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror or error}; give another --output") from error
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
@@ -123,7 +182,6 @@ def _stop(number: int, frame: object) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)

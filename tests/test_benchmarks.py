@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from benchmarks import __main__ as entry
 from benchmarks import _harness
 
 STUDIES = list(entry.studies())
+# The options of a run of the drift study that takes no time.
+DRIFT = ["--quick", "--shape", "16", "2"]
 ENVELOPE = {"study", "command", "started", "seed", "quick", "python", "packages", "machine", "revision", "status"}
 
 
@@ -70,19 +73,97 @@ def test_a_wrong_option_is_named(
     assert not output.exists()
 
 
-@pytest.mark.parametrize(("seed", "kept"), [(0, True), (1, False)])
-def test_a_study_goes_on_with_its_own_seed_alone(seed: int, kept: bool, tmp_path: Path) -> None:
+def interrupted(tmp_path: Path, **changed: Any) -> tuple[Path, dict[str, Any]]:
+    """Leave the first half of a quick run of the drift study, with something in its envelope changed."""
     output = tmp_path / "drift.json"
-    run = ["--quick", "--output", str(output)]
-    _harness.main(importlib.import_module("benchmarks.drift"), run)
+    _harness.main(importlib.import_module("benchmarks.drift"), [*DRIFT, "--output", str(output)])
     result = json.loads(output.read_text())
     first = result["results"]["rows"][0]["dtype"]
     result["results"]["rows"] = [{**row, "mark": True} for row in result["results"]["rows"] if row["dtype"] == first]
-    output.write_text(json.dumps({**result, "status": "partial"}))
-    _harness.main(importlib.import_module("benchmarks.drift"), [*run, "--seed", str(seed)])
+    output.write_text(json.dumps({**result, "status": "partial", **changed}))
+    return output, result
+
+
+@pytest.mark.parametrize(("seed", "kept"), [(0, True), (1, False)])
+def test_a_study_goes_on_with_its_own_seed_alone(seed: int, kept: bool, tmp_path: Path) -> None:
+    output, before = interrupted(tmp_path)
+    first = before["results"]["rows"][0]["dtype"]
+    _harness.main(importlib.import_module("benchmarks.drift"), [*DRIFT, "--output", str(output), "--seed", str(seed)])
     rows = json.loads(output.read_text())["results"]["rows"]
     assert [row["dtype"] == first and kept for row in rows] == ["mark" in row for row in rows]
     assert len({row["dtype"] for row in rows}) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({}, True),
+        ({"revision": "abc1234"}, True),
+        ({"machine": {"threads": 99}}, False),
+        ({"packages": {"torch": "1.0 (package index)"}}, False),
+        ({"status": "finished"}, False),
+    ],
+)
+def test_a_study_goes_on_under_the_same_conditions_alone(changed: dict[str, Any], kept: bool, tmp_path: Path) -> None:
+    output, before = interrupted(tmp_path, **changed)
+    _harness.main(importlib.import_module("benchmarks.drift"), [*DRIFT, "--output", str(output)])
+    result = json.loads(output.read_text())
+    assert any("mark" in row for row in result["results"]["rows"]) == kept
+    # The revision of each part is told, since it may differ.
+    earlier = [(part["revision"], part["started"]) for part in result.get("earlier", [])]
+    assert earlier == ([(changed.get("revision", before["revision"]), before["started"])] if kept else [])
+
+
+def test_a_full_run_does_not_go_on_with_a_quick_one_and_a_quick_one_spares_a_full_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = importlib.import_module("benchmarks.drift")
+    output, _ = interrupted(tmp_path)
+    # The same steps as the quick run has, so that only the mark of a quick run tells them apart.
+    full = ["--steps", "300", "--shape", "16", "2", "--output", str(output)]
+    _harness.main(study, full)
+    result = json.loads(output.read_text())
+    assert not result["quick"]
+    assert not any("mark" in row for row in result["results"]["rows"])
+    with pytest.raises(SystemExit) as stopped:
+        _harness.main(study, [*DRIFT, "--output", str(output)])
+    assert stopped.value.code == 2
+    assert "is a full result; give a quick run another --output" in capsys.readouterr().err
+    assert json.loads(output.read_text()) == result
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"study": "drift", "resu', "is not the result of a study; remove it or give another --output"),
+        ("[1, 2]", "is not the result of a study"),
+        ('{"name": "stiefel-lora"}', "is not the result of a study"),
+        ('{"study": "manifold", "quick": true, "results": {}}', "is a result of the study manifold; give another"),
+    ],
+)
+def test_a_file_of_another_kind_is_spared(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    output.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        _harness.main(importlib.import_module("benchmarks.drift"), [*DRIFT, "--output", str(output)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize("place", ["", "file/result.json"], ids=["a folder", "below a file"])
+def test_an_output_that_cannot_be_written_is_named_before_the_work(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    study = importlib.import_module("benchmarks.drift")
+    monkeypatch.setattr(study, "run", lambda args: pytest.fail("the work was begun"))
+    with pytest.raises(SystemExit) as stopped:
+        _harness.main(study, [*DRIFT, "--output", str(tmp_path / place)])
+    assert stopped.value.code == 2
+    assert "cannot be written: " in capsys.readouterr().err
 
 
 def test_interleaving_takes_turns_and_leaves_out_warm_up_and_slow_ones() -> None:
