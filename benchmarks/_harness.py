@@ -41,6 +41,8 @@ _PEERS = (
     "scikit-learn",
     "numpy",
 )
+# Exit statuses of a run that a person or the machine stopped: Ctrl-C and SIGTERM.
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # What must be the same for parts of one result that were measured at different times; the revision is kept for each.
 _CONDITIONS = ("seed", "quick", "python", "packages", "machine")
 
@@ -97,7 +99,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(STOPPED[0])
     save(results, "finished")
     print(study.report(results))
     print(f"\nwritten to {output}")
@@ -124,18 +126,28 @@ def _previous(output: Path, envelope: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not output.is_file():
         return {}
-    try:
-        found = json.loads(output.read_text())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not found.keys() >= {"study", "results"}:
-        raise InputError(f"{output} is not the result of a study; remove it or give another --output")
+    found = read_result(output)
     if found["study"] != envelope["study"]:
         raise InputError(f"{output} is a result of the study {found['study']}; give another --output")
     if found.get("quick") != envelope["quick"]:
         if envelope["quick"]:
             raise InputError(f"{output} is a full result; give a quick run another --output")
         return {}
+    return found
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return the content of a file that a study has written.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"study", "results", "status"}:
+        raise InputError(f"{path} is not the result of a study; remove it or choose another place")
     return found
 
 

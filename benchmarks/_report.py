@@ -1,11 +1,12 @@
-"""``python -m benchmarks report``: one page with the tables and pictures of all committed results."""
+"""``python -m benchmarks report``: one page with the tables and pictures of all results in a folder."""
 
+import argparse
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness
+from stiefel_lora.errors import InputError
 
 PAGE = "README.md"
 _INTRO = (
@@ -15,17 +16,28 @@ _INTRO = (
 )
 
 
+def main(argv: list[str]) -> None:
+    """Write the page of the folder named on the command line, and say what was written."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=_harness.RESULTS, help="of JSON files (default: the committed results)"
+    )
+    folder = parser.parse_args(argv).folder
+    try:
+        print("\n".join(map(str, write(folder))))
+    except InputError as error:
+        parser.error(str(error))
+
+
 def render(results: Path = _harness.RESULTS) -> str:
     """Return the page as Markdown."""
-    files = sorted(results.glob("*.json"))
-    return "\n\n".join([_INTRO, *(_section(path) for path in files)]) + "\n"
+    return "\n\n".join([_INTRO, *(_section(path, content) for path, content in _read(results).items())]) + "\n"
 
 
 def write(results: Path = _harness.RESULTS) -> list[Path]:
     """Draw the pictures beside the results and write the page; return the files."""
     written = []
-    for path in sorted(results.glob("*.json")):
-        content = json.loads(path.read_text())
+    for path, content in _read(results).items():
         plot = getattr(_study(content), "plot", None)
         if plot is not None:
             picture = path.with_suffix(".png")
@@ -36,12 +48,23 @@ def write(results: Path = _harness.RESULTS) -> list[Path]:
     return [page, *written]
 
 
+def _read(results: Path) -> dict[Path, dict[str, Any]]:
+    """Return what is in each result of a folder.
+
+    Raises:
+        InputError: If there is none, or a JSON file there is something else.
+    """
+    found = {path: _harness.read_result(path) for path in sorted(results.glob("*.json"))}
+    if not found:
+        raise InputError(f"{results} has no results (files *.json)")
+    return found
+
+
 def _study(content: dict[str, Any]) -> Any:
     return importlib.import_module(f"benchmarks.{content['study']}")
 
 
-def _section(path: Path) -> str:
-    content = json.loads(path.read_text())
+def _section(path: Path, content: dict[str, Any]) -> str:
     study = _study(content)
     machine = content["machine"]
     packages = ", ".join(f"{name} {version.split()[0]}" for name, version in content["packages"].items())
@@ -50,6 +73,8 @@ def _section(path: Path) -> str:
         f"{content['started'][:10]}, on {machine['processor']} with {machine['threads']} thread(s)"
         + (f" and {machine['cuda']}" if machine["cuda"] else "")
         + f"; {packages}."
+        + ("" if content["status"] == "finished" else " **Not finished.**")
+        + (" **A quick run, whose numbers mean nothing.**" if content["quick"] else "")
     )
     pictures = [f"![{path.stem}]({path.stem}.png)"] if hasattr(study, "plot") else []
     question = (study.__doc__ or "").strip().splitlines()[0]

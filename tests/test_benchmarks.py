@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import __main__ as entry
 from benchmarks import _harness
+from stiefel_lora.errors import InputError
 
 STUDIES = list(entry.studies())
 # The options of a run of the drift study that takes no time.
@@ -50,6 +51,73 @@ def test_list_names_every_study_and_an_unknown_one_is_an_error() -> None:
     assert wrong.returncode == 2
     assert "there is no study 'speed'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["list", "speed"], ["all", "--output", "one.json"], ["report", "one", "two"], ["report", "--fast"]]
+)
+def test_words_that_nobody_reads_are_an_error(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in STUDIES:
+        monkeypatch.setattr(importlib.import_module(f"benchmarks.{name}"), "run", lambda args: pytest.fail("ran"))
+    with pytest.raises(SystemExit) as stopped:
+        entry.main(words)
+    assert stopped.value.code == 2
+
+
+def test_all_runs_every_study_though_one_fails_and_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(args: object) -> None:
+        raise InputError("there is no model")
+
+    ran: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    for name in STUDIES:
+        study = importlib.import_module(f"benchmarks.{name}")
+        monkeypatch.setattr(study, "run", broken if name == STUDIES[1] else lambda args, name=name: ran.append(name))
+        monkeypatch.setattr(study, "report", lambda results: "a table")
+    with pytest.raises(SystemExit, match=f"1 of {len(STUDIES)} studies failed: {STUDIES[1]}"):
+        entry.main(["all", "--quick"])
+    assert ran == [name for name in STUDIES if name != STUDIES[1]]
+    assert "there is no model" in capsys.readouterr().err
+
+
+def test_all_ends_at_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    for name in STUDIES:
+        run = stopped if name == STUDIES[0] else lambda args: pytest.fail("went on")
+        monkeypatch.setattr(importlib.import_module(f"benchmarks.{name}"), "run", run)
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["all", "--quick"])
+    assert ended.value.code == 130
+
+
+def test_report_writes_the_page_of_a_folder_and_says_what_is_unfinished_or_quick(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path)
+    entry.main(["report", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "README.md")
+    page = (tmp_path / "README.md").read_text()
+    assert "| qr | float32 |" in page
+    assert "**Not finished.** **A quick run, whose numbers mean nothing.**" in page
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "has no results"), ("{", "x.json is not the result of a study")]
+)
+def test_report_names_what_it_cannot_read(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content:
+        (tmp_path / "x.json").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        entry.main(["report", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -135,10 +203,13 @@ def test_a_full_run_does_not_go_on_with_a_quick_one_and_a_quick_one_spares_a_ful
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"study": "drift", "resu', "is not the result of a study; remove it or give another --output"),
+        ('{"study": "drift", "resu', "is not the result of a study; remove it or choose another place"),
         ("[1, 2]", "is not the result of a study"),
         ('{"name": "stiefel-lora"}', "is not the result of a study"),
-        ('{"study": "manifold", "quick": true, "results": {}}', "is a result of the study manifold; give another"),
+        (
+            '{"study": "manifold", "quick": true, "results": {}, "status": "finished"}',
+            "is a result of the study manifold; give another",
+        ),
     ],
 )
 def test_a_file_of_another_kind_is_spared(
