@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from benchmarks import _harness, _tasks
 from stiefel_lora import FisherScores, fisher_scores
+from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import load_pretrained
 
 # The best layer, the best three, a fifth and half of them.
@@ -25,8 +26,12 @@ TOLERANCES = (0.5, 0.1, 0.01)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this study's options."""
     parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--samples", type=int, default=64, help="samples of 128 tokens (default: 64)")
-    parser.add_argument("--batch-size", type=int, default=4, help="samples between two decisions (default: 4)")
+    parser.add_argument(
+        "--samples", type=_harness.positive(int), default=64, help="samples of 128 tokens (default: 64)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_harness.positive(int), default=4, help="samples between two decisions (default: 4)"
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -37,6 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         model, tokenizer = load_pretrained(args.model)
         task, samples = _tasks.code(tokenizer, 128), args.samples
+    if samples < args.batch_size:
+        raise InputError(f"--samples must be at least --batch-size, {args.batch_size}, got {samples}")
     steps = range(samples // args.batch_size)
     batches = [task.train.shuffled_batch(args.batch_size, step, args.seed) for step in steps]
     full = fisher_scores(model, batches, progress=False)

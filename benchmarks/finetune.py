@@ -29,6 +29,8 @@ from tqdm import tqdm
 from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
 from benchmarks._methods import FORA, METHODS, STARTED, TARGETS, Setting, Tuned
+from benchmarks._peers import NotInstalledError
+from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.pretrained import find_device, load_pretrained
 from stiefel_lora.training import FinetuneConfig, learning_rate
@@ -85,15 +87,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help="rows to work on (default: all): " + "; ".join(METHODS),
     )  # fmt: skip
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 5e-4], help="grid of learning rates")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of the main rows, at their best rate (default: 3)")
+    count, rate = _harness.positive(int), _harness.positive(float)
+    parser.add_argument("--lrs", nargs="+", type=rate, default=[1e-3, 3e-3, 5e-4], help="grid of learning rates")
+    parser.add_argument(
+        "--seeds", type=count, default=3, help="seeds of the main rows, at their best rate (default: 3)"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so long; call again")
     parser.add_argument("--time", action="store_true", help="also time a step of every method, all in turn in one run")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each method with --time (default: 7)")
+    parser.add_argument("--rounds", type=count, default=7, help="timed steps of each method with --time (default: 7)")
     parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: the device's)")
-    parser.add_argument("--train-samples", type=int, help="samples to train on, over and over (default: all)")
+    parser.add_argument("--train-samples", type=count, help="samples to train on, over and over (default: all)")
     for name, value, text in (
         ("rank", 16, "rank of the adapters"),
         ("steps", 100, "optimizer steps"),
@@ -103,7 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("eval-samples", 96, "validation samples, and test samples"),
         ("questions", 240, "test questions whose answers are counted"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: {value})")
+        kind = int if name in ("warmup", "questions") else count
+        parser.add_argument(f"--{name}", type=kind, default=value, help=f"{text} (default: {value})")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,6 +124,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     changed = {k: (results["frame"].get(k), v) for k, v in settings.items() if results["frame"].get(k) != v}
     if changed:
         sys.exit(f"{args.output} was measured with other settings (was, now): {changed}; give another --output")
+    # A peer that was not there may be now.
+    results["cells"] = [cell for cell in results["cells"] if not _is_absent(cell)]
     for task in args.tasks:
         if task not in results["selection"]:
             results["selection"][task] = _in_a_process(select, frame, task, args.threads)
@@ -129,7 +137,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         try:
             cell = _in_a_process(run_cell, frame, key, results["selection"][key[0]], args.threads)
         except Exception as error:  # one method that fails, say in a peer's code, must not cost the table
-            cell = {**dict(zip(_KEY, key, strict=True)), "error": f"{type(error).__name__}: {error}"}
+            cell = _failed(key, error)
         results["cells"].append({**cell, "revision": _harness.environment()["revision"]})
         args.save(results)
     if args.time:
@@ -146,9 +154,23 @@ def _quick(args: argparse.Namespace) -> dict[str, Any]:
     model, task = _tasks.tiny()
     selection = _select(model, task, frame)
     keys = [("code", method, 1e-3, args.seed) for method in METHODS]
-    cells = [_train(copy.deepcopy(model), task, frame, key, selection) for key in keys]
-    timing = _time_steps(model, task, frame, selection, list(METHODS), rounds=2)
+    cells = []
+    for key in keys:
+        try:
+            cells.append(_train(copy.deepcopy(model), task, frame, key, selection))
+        except NotInstalledError as error:
+            cells.append(_failed(key, error))
+    there = [cell["method"] for cell in cells if not _is_absent(cell)]
+    timing = _time_steps(model, task, frame, selection, there, rounds=2)
     return {"frame": asdict(frame), "selection": {"code": selection}, "cells": cells, "timing": {"code": timing}}
+
+
+def _failed(key: Key, error: Exception) -> Cell:
+    return {**dict(zip(_KEY, key, strict=True)), "error": f"{type(error).__name__}: {error}"}
+
+
+def _is_absent(cell: Cell) -> bool:
+    return cell.get("error", "").startswith(NotInstalledError.__name__)
 
 
 def _in_a_process(function: Any, *args: Any) -> Any:
@@ -187,7 +209,7 @@ def _load(frame: Frame, task: str) -> tuple[Any, _tasks.Task]:
     if task == "code":
         data = _tasks.code(tokenizer, frame.seq_len)
     elif frame.data is None:
-        raise ValueError("the task instructions needs --data")
+        raise InputError("the task instructions needs --data")
     else:
         data = _tasks.instructions(frame.data, tokenizer, frame.seq_len, frame.questions)
     return model, data if frame.train_samples is None else _tasks.with_less_to_train_on(data, frame.train_samples)

@@ -40,9 +40,15 @@ _TOGETHER = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this study's options."""
     parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--samples", type=int, default=64, help="samples of 128 tokens (default: 64)")
-    parser.add_argument("--long-samples", type=int, default=16, help="samples of 512 tokens (default: 16)")
-    parser.add_argument("--rounds", type=int, default=1, help="timed rounds over all samples (default: 1)")
+    parser.add_argument(
+        "--samples", type=_harness.positive(int), default=64, help="samples of 128 tokens (default: 64)"
+    )
+    parser.add_argument(
+        "--long-samples", type=_harness.positive(int), default=16, help="samples of 512 tokens (default: 16)"
+    )
+    parser.add_argument(
+        "--rounds", type=_harness.positive(int), default=1, help="timed rounds over all samples (default: 1)"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
 
 
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _batches(model: Any, samples: int, length: int, size: int = 4) -> list[Batch]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(torch.initial_seed())
     ids = torch.randint(0, model.config.vocab_size, (samples, length), generator=generator)
     return [{"input_ids": part, "labels": part} for part in ids.split(size)]
 
@@ -192,9 +198,19 @@ def _child_peak(method: str, args: argparse.Namespace, *, trim: bool) -> float |
     With ``trim`` the C library gives freed tensors back to the system at once, which leaves what the method needs; the
     peak without it includes gaps in the heap.
     """
-    words = ["--peak-of", method] + (["--model", args.model] if args.model else [])
+    words = [
+        "--peak-of",
+        method,
+        "--seed",
+        str(args.seed),
+        "--threads",
+        str(args.threads),
+        "--output",
+        str(args.output),
+    ]
+    words += ["--model", args.model] if args.model else []
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "benchmarks.fisher_cost", *words, "--threads", str(torch.get_num_threads())],
+        [sys.executable, "-m", "benchmarks.fisher_cost", *words],
         capture_output=True,
         text=True,
         check=False,

@@ -39,7 +39,7 @@ CANONICAL_LIMIT = 2000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this study's options."""
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="default: all")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
+    parser.add_argument("--rounds", type=_harness.positive(int), default=15, help="timed rounds (default: 15)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
 
 
@@ -238,7 +238,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     models = results["models"]
     figure = Figure(figsize=(3.0 * len(models) + 1.5, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    names = [name for name in next(iter(models.values()))["adapter"]["rows"] if name != FLOOR]
+    names = [name for name in dict.fromkeys(n for m in models.values() for n in m["adapter"]["rows"]) if name != FLOOR]
     for axes, (model, scopes) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):
         rows = scopes["adapter"]["rows"]
         for height, name in enumerate(reversed(names)):

@@ -1,16 +1,20 @@
 """Every study runs, writes a complete result and prints its table from that result alone; no time is judged."""
 
+import argparse
 import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from matplotlib.axes import Axes
 
 from benchmarks import __main__ as entry
-from benchmarks import _harness
+from benchmarks import _harness, finetune, fisher_cost, manifold, optimizer_step
 from stiefel_lora.errors import InputError
 
 STUDIES = list(entry.studies())
@@ -139,6 +143,125 @@ def test_a_wrong_option_is_named(
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith(f"error: {message}\n")
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("study", "option"),
+    [
+        ("early_stopping", "--batch-size"),
+        ("early_stopping", "--samples"),
+        ("finetune", "--steps"),
+        ("finetune", "--lrs"),
+        ("finetune", "--seeds"),
+        ("fisher_cost", "--long-samples"),
+        ("manifold", "--rounds"),
+        ("optimizer_step", "--rounds"),
+    ],
+)
+def test_no_count_or_rate_may_be_zero(
+    study: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        words = ["--quick", "--output", str(tmp_path / "x.json"), option, "0"]
+        _harness.main(importlib.import_module(f"benchmarks.{study}"), words)
+    assert stopped.value.code == 2
+    assert f"argument {option}: must be " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("study", "words", "message"),
+    [
+        ("early_stopping", ["--quick", "--batch-size", "99"], "--samples must be at least --batch-size, 99, got 16"),
+        ("finetune", ["--tasks", "instructions"], "the task instructions needs --data"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(
+    study: str,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(finetune, "_in_a_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(finetune, "load_pretrained", lambda *args, **options: (None, None))
+    with pytest.raises(SystemExit) as stopped:
+        module = importlib.import_module(f"benchmarks.{study}")
+        _harness.main(module, [*words, "--output", str(tmp_path / "x.json")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {message}\n")
+
+
+def test_tokens_of_the_cost_study_follow_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        words.append(command)
+        return subprocess.CompletedProcess(command, 0, "peak 3.5\n", "")
+
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
+    drawn = {}
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        ids = fisher_cost._batches(model, 2, 8)[0]["input_ids"]
+        torch.testing.assert_close(ids, drawn.setdefault(seed, ids), rtol=0, atol=0)
+    assert not torch.equal(drawn[0], drawn[1])
+    # The process that measures the memory draws the same, and looks at no other file than this one.
+    monkeypatch.setattr(fisher_cost.subprocess, "run", run)
+    args = argparse.Namespace(model=None, seed=1, threads=2, output=tmp_path / "x.json")
+    assert fisher_cost._child_peak("ours", args, trim=False) == 3.5
+    assert words[0][3:] == ["--peak-of", "ours", "--seed", "1", "--threads", "2", "--output", str(args.output)]
+
+
+def test_the_manifold_study_runs_on_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    seen: list[int] = []
+    monkeypatch.setattr(manifold, "run", lambda args: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(manifold, "report", lambda results: "")
+    torch.set_num_threads(3)
+    try:
+        for words in ([], ["--threads", "2"]):
+            _harness.main(manifold, ["--quick", "--output", str(tmp_path / "x.json"), *words])
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1, 2]
+
+
+def test_the_manifold_study_goes_on_with_as_many_rounds_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(manifold, "_measure", lambda problem, args: measured.append(problem.name) or {})
+    args = argparse.Namespace(
+        problems=["pca-50", "joint-50"], quick=False, rounds=7, seed=0, interrupted=None, save=lambda results: None
+    )
+    first = manifold.run(args)
+    assert len(measured) == 2
+    args.interrupted = {**first, "problems": dict(list(first["problems"].items())[:1]), "absent": {"digits": "no"}}
+    # What was absent then is no longer asked for.
+    assert manifold.run(args) == first
+    assert len(measured) == 3
+    args.rounds = 8
+    manifold.run(args)
+    assert len(measured) == 5
+
+
+def test_a_picture_has_a_bar_for_every_optimizer_that_any_model_was_stepped_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scopes(*names: str) -> dict[str, Any]:
+        return {"rank": 4, "adapter": {"rows": {name: {"times_fused_adamw": 2.0} for name in names}}}
+
+    labels: list[str] = []
+    kept = Axes.set_yticks
+    monkeypatch.setattr(Axes, "set_yticks", lambda self, at, names=(), **more: labels.extend(names) or kept(self, at))
+    # Too large a model for one of them comes first.
+    models = {"large": scopes(optimizer_step.FLOOR, "ours, qr"), "small": scopes(optimizer_step.FLOOR, "canonical")}
+    optimizer_step.plot({"models": models}, tmp_path / "x.png")
+    assert labels == ["canonical", "ours, qr"]
+
+
+def test_a_picture_of_no_problems_is_empty(tmp_path: Path) -> None:
+    manifold.plot({"problems": {}}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").is_file()
 
 
 def interrupted(tmp_path: Path, **changed: Any) -> tuple[Path, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,29 @@ def test_finished_cells_are_not_run_again_and_more_seeds_follow_at_the_best_rate
     again = finetune.run(arguments(tmp_path, previous=copy.deepcopy(first)))
     assert len(ran) == 6
     assert again == first
+
+
+def test_a_peer_that_is_not_there_is_named_and_tried_again_when_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "peft", None)
+        finetune._harness.main(finetune, ["--quick", "--output", str(tmp_path / "quick.json")])
+    printed = capsys.readouterr().out
+    assert "| FoRA (A) |" in printed
+    assert "LoRA at 0.001 failed: NotInstalledError: peft is not installed: pip install" in printed
+
+    def fake(function: Any, *args: Any) -> Any:
+        return {"layers": [0]} if function is finetune.select else cell(args[1][1], *args[1][2:], 1.0, 1.0)
+
+    monkeypatch.setattr(finetune, "_in_a_process", fake)
+    whole = finetune.run(arguments(tmp_path))
+    lost = copy.deepcopy(whole)
+    key = {name: lost["cells"][0][name] for name in finetune._KEY}
+    lost["cells"][0] = {**key, "error": "NotInstalledError: peft is not installed"}
+    again = finetune.run(arguments(tmp_path, previous=lost))
+    assert not any("error" in c for c in again["cells"])
+    assert len(again["cells"]) == len(whole["cells"])
 
 
 def test_a_table_is_not_continued_with_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
