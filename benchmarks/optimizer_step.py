@@ -236,7 +236,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     models = results["models"]
-    figure = Figure(figsize=(3.0 * len(models) + 1.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(max(3.0 * len(models) + 1.5, 7.5), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     names = [name for name in dict.fromkeys(n for m in models.values() for n in m["adapter"]["rows"]) if name != FLOOR]
     for axes, (model, scopes) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items(), strict=True):

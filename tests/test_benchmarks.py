@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks import __main__ as entry
 from benchmarks import _harness, finetune, fisher_cost, manifold, optimizer_step
@@ -257,6 +258,17 @@ def test_a_picture_has_a_bar_for_every_optimizer_that_any_model_was_stepped_with
     models = {"large": scopes(optimizer_step.FLOOR, "ours, qr"), "small": scopes(optimizer_step.FLOOR, "canonical")}
     optimizer_step.plot({"models": models}, tmp_path / "x.png")
     assert labels == ["canonical", "ours, qr"]
+
+
+def test_the_label_of_a_picture_of_one_model_is_not_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+    rows = {name: {"times_fused_adamw": 2.0} for name in (optimizer_step.FLOOR, "ours, qr")}
+    optimizer_step.plot({"models": {"small": {"rank": 4, "adapter": {"rows": rows}}}}, tmp_path / "x.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    label = figure._supxlabel.get_window_extent()
+    assert 0 <= label.x0 < label.x1 <= figure.bbox.width
 
 
 def test_a_picture_of_no_problems_is_empty(tmp_path: Path) -> None:
