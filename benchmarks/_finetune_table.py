@@ -32,6 +32,7 @@ CLAIMS = (
         "LoRA",
     ),
     ("A gradient start at LoRA's parameters beats LoRA", "Stiefel A, all layers, gradient start", "LoRA"),
+    ("A gradient start at LoRA's parameters beats DoRA", "Stiefel A, all layers, gradient start", "DoRA"),
     (
         "The constraint helps after a gradient start, at half the rank on all layers",
         "Stiefel A, half the rank, gradient start",

@@ -53,13 +53,13 @@ class Tuned:
         model: To be called with a batch that has labels; its loss is what is minimised.
         optimizer: Holds all trainable parameters.
         updates: Returns pairs of factors (out, r), (r, in) whose product is the update of one weight.
-        after_backward: Called with the number of the step, between the backward pass and the optimizer's step.
+        after_step: Called with the number of the step after the optimizer's step, while the gradients are still there.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     updates: Callable[[], Iterable[tuple[Tensor, Tensor]]] = lambda: ()
-    after_backward: Callable[[int], None] = lambda step: None
+    after_step: Callable[[int], None] = lambda step: None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -179,7 +179,7 @@ def adalora(model: Any, setting: Setting) -> Tuned:
         deltaT=1,
     )
     tuned = _with_adamw(peft.get_peft_model(model, config), setting, {"layers": _all(setting)})
-    tuned.after_backward = lambda step: tuned.model.base_model.update_and_allocate(step)  # type: ignore[operator, union-attr]
+    tuned.after_step = lambda step: tuned.model.base_model.update_and_allocate(step)  # type: ignore[operator, union-attr]
     return tuned
 
 

@@ -38,7 +38,8 @@ from stiefel_lora.training import FinetuneConfig, learning_rate
 # Rows that get all seeds; the others show a tendency.
 MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half",
         "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers", "FoRA (A), modules, gradient start",
-        "Stiefel A, half the rank, gradient start")  # fmt: skip
+        "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
+        "Stiefel A, all layers, gradient start")  # fmt: skip
 CALIBRATION = 32
 
 
@@ -296,9 +297,9 @@ def _step(tuned: Tuned, batch: dict[str, torch.Tensor], number: int) -> tuple[fl
     begin = time.perf_counter()
     loss = tuned.model(**batch).loss
     loss.backward()
-    tuned.after_backward(number)
     middle = time.perf_counter()
     tuned.optimizer.step()
+    tuned.after_step(number)
     tuned.optimizer.zero_grad()
     end = time.perf_counter()
     return float(loss.detach()), (end - middle) / (end - begin)

@@ -95,9 +95,12 @@ def test_effective_rank_share_is_that_of_the_whole_update(method: str) -> None:
     updates = [(a.double() @ b.double()) for a, b in tuned.updates()]
     changed = [d.double() for d in deltas if d.abs().max() > 0]
     assert len(updates) == len(changed) > 0
-    rank = {"LoRA, half the rank": 2, "AdaLoRA": 12}.get(method, 4)
+    # AdaLoRA has pruned directions by now, some linear maps more than others.
+    ranks = [int(torch.linalg.matrix_rank(u)) for u in updates]
+    assert set(ranks) == {2 if method == "LoRA, half the rank" else 4} or method == "AdaLoRA"
+    assert (len(set(ranks)) > 1) == (method == "AdaLoRA")
     # The merged weights are float32: their rounding, 6e-8 of 0.1, is 1e-3 of an update of 1e-5.
-    expected = [float(stiefel.effective_rank(u / u.norm())) / rank for u in updates]
+    expected = [float(stiefel.effective_rank(u / u.norm())) / rank for u, rank in zip(updates, ranks, strict=True)]
     assert _methods.effective_rank_share(tuned.updates()) == pytest.approx(sum(expected) / len(expected), rel=1e-6)
     for update, delta in zip(updates, changed, strict=True):
         cosine = (update * delta).sum() / update.norm() / delta.norm()
