@@ -90,16 +90,18 @@ def claims(cells: list[Cell], task: str) -> list[str]:
         return [*lines, "The two parts combine super-additively: not measured yet."]
     selection, constraint, both = map(statistics.mean, parts)
     word = "yes" if both > selection + constraint else "no"
+    seeds = min(map(len, parts))
+    base = "by one seed alone" if seeds == 1 else f"over {seeds} seeds"
     return [
         *lines,
-        f"The two parts combine super-additively: {word} (over plain LoRA on random layers selection gains "
+        f"The two parts combine super-additively: {word}, {base} (over plain LoRA on random layers selection gains "
         f"{selection:+.4f}, the constraint {constraint:+.4f}, both {both:+.4f}).",
     ]
 
 
 _HEADER = (
     "method", "trainable", "learning rate", "seeds", "held-out loss", "accuracy", "effective rank share",
-    "time of a step", "end to end", "optimizer's share", "MiB above base",
+    "time of a step", "end to end", "optimizer's share", "MiB above loading",
 )  # fmt: skip
 
 
