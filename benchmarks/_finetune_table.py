@@ -127,7 +127,8 @@ def _task(results: dict[str, Any], task: str) -> str:
     if timing["base"]:
         notes.append(
             f"The time of a step is {timing['base']}'s and multiples of it, measured in turn in one run; end to end "
-            f"adds the {timing['selection_s']:.0f} s of selection to all steps where layers are chosen by score."
+            "adds to all steps what putting in the adapters takes, a gradient start with it, and the "
+            f"{timing['selection_s']:.0f} s of selection where layers are chosen by score."
         )
     title = f"{task}: {frame['steps']} steps of {frame['batch_size']} x {frame['seq_len']} tokens, rank {frame['rank']}"
     if frame.get("train_samples"):
@@ -152,7 +153,7 @@ def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[st
         _percent(mean(found, "accuracy")),
         "" if share is None else f"{share:.2f}",
         "" if timed is None else _time(timed, method == timing["base"]),
-        "" if timed is None else f"{steps * timed['median_s'] + _selects(method) * timing['selection_s']:.0f} s",
+        "" if timed is None else f"{_end_to_end(timed, steps) + _selects(method) * timing['selection_s']:.0f} s",
         _percent(mean(found, "optimizer_share")),
         f"{max(c['peak_mib_above_base'] for c in found.values()):.0f}",
     ]
@@ -160,6 +161,10 @@ def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[st
 
 def _time(timed: dict[str, float], is_base: bool) -> str:
     return f"{timed['median_s']:.2f} s" if is_base else f"{timed['times_base']:.2f}x"
+
+
+def _end_to_end(timed: dict[str, float], steps: int) -> float:
+    return timed["start_s"] + steps * timed["median_s"]
 
 
 def _selects(method: str) -> bool:

@@ -274,8 +274,12 @@ def _time_steps(
     batch = {k: v.to(device) for k, v in task.train.batch(range(frame.batch_size)).items()}
     setting = _setting(frame, task, selection, seed=0, lr=1e-4)
     steps: dict[str, Callable[[], object]] = {}
+    start_s: dict[str, float] = {}
     for method in methods:
-        tuned = METHODS[method](copy.deepcopy(model), setting)
+        own = copy.deepcopy(model)
+        begin = time.perf_counter()
+        tuned = METHODS[method](own, setting)
+        start_s[method] = time.perf_counter() - begin
         tuned.model.train()
         # AdaLoRA's schedule is about its first steps, whose cost is that of all.
         steps[method] = lambda tuned=tuned: _step(tuned, batch, 1)  # type: ignore[misc]
@@ -286,7 +290,11 @@ def _time_steps(
         # In the same run, so that it can be added to the steps.
         "selection_s": fisher_scores(model, _calibration(task, frame), modules=TARGETS).seconds,
         "rows": {
-            name: {**_harness.summary(times[name]), "times_base": _harness.median_ratio(times, name, base)}
+            name: {
+                **_harness.summary(times[name]),
+                "times_base": _harness.median_ratio(times, name, base),
+                "start_s": start_s[name],
+            }
             for name in steps
         },
     }
