@@ -203,9 +203,14 @@ def _in_order(rows: Rows, batch: Any, size: int) -> bool:
     return any(
         bool(((known == targets) | ignored).all())
         for value in _values(batch)
-        if isinstance(value, Tensor) and value.shape[:1] == (size,) and not value.is_floating_point()
+        if _may_be_labels(value, size)
         for known in _aligned(value.reshape(size, -1).to(targets), targets.shape[1])
     )
+
+
+def _may_be_labels(value: Any, size: int) -> bool:
+    is_whole = isinstance(value, Tensor) and value.numel() > 0 and not value.is_floating_point()
+    return is_whole and value.shape[:1] == (size,)
 
 
 def _aligned(labels: Tensor, length: int) -> Iterator[Tensor]:
@@ -259,7 +264,7 @@ def _reductions(batch: Any, size: int) -> dict[str, Tensor]:
     """Return the weights of a batch's samples in its loss under each usual reduction."""
     found = {"mean": torch.full((size,), 1 / size, dtype=torch.float64), "sum": torch.ones(size, dtype=torch.float64)}
     for place, value in enumerate(_values(batch)):
-        if not isinstance(value, Tensor) or value.shape[:1] != (size,) or value.is_floating_point():
+        if not _may_be_labels(value, size):
             continue
         value = value.reshape(size, -1)
         # Whatever may be labels or a mask of what counts, in place or at the next position.

@@ -239,14 +239,17 @@ def test_positions_may_be_picked_before_the_cross_entropy(equal_first: bool) -> 
     torch.testing.assert_close(by_module(model, batches, loss_fn=loss_fn), expected, rtol=1e-10, atol=0)
 
 
-def test_the_batch_size_is_that_of_the_labels() -> None:
+@pytest.mark.parametrize("factor", [1, 2])
+def test_the_batch_size_is_that_of_the_labels(factor: int) -> None:
     """Not that of whatever comes first, such as positions, which all samples share."""
     model, x, y = _Classifier(), torch.randn(3, 6, 6, dtype=torch.float64), torch.randint(5, (3, 6))
 
     def loss_fn(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return cross_entropy(net(batch["x"] + batch["shift"]), batch["labels"].flatten())
+        loss = cross_entropy(net(batch["x"] + batch["shift"]), batch["labels"].flatten())
+        return loss if factor == 1 else factor * loss
 
-    batch = {"shift": torch.randn(6, 6, dtype=torch.float64), "x": x, "labels": y}
+    nothing = torch.zeros(3, 0, dtype=torch.int64)
+    batch = {"shift": torch.randn(6, 6, dtype=torch.float64), "nothing": nothing, "x": x, "labels": y}
     singles = [{**batch, "x": x[n : n + 1], "labels": y[n : n + 1]} for n in range(3)]
     expected = reference.squared_norms(model, linear_weights(model), singles, loss_fn).mean(0)
     torch.testing.assert_close(by_module(model, [batch], loss_fn=loss_fn), expected, rtol=1e-10, atol=0)
