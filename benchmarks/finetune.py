@@ -30,10 +30,11 @@ from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
 from benchmarks._methods import FORA, METHODS, STARTED, TARGETS, Setting, Tuned
 from benchmarks._peers import NotInstalledError
+from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.pretrained import find_device, load_pretrained
-from stiefel_lora.training import FinetuneConfig, learning_rate
+from stiefel_lora.training import learning_rate
 
 # Rows that get all seeds; the others show a tendency.
 MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half",

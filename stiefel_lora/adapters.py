@@ -177,6 +177,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return ([registry.active] if adapter_layers(model) else []) + list(registry.stored)
 
 
+def check_no_others(model: nn.Module, instead: str) -> None:
+    """Raise InputError if sets of adapters besides the one in use would be lost; ``instead`` says what to do."""
+    others = adapter_names(model)[1:]
+    if others:
+        raise InputError(f"the model holds other adapters ({', '.join(others)}); remove them first, or {instead}")
+
+
 def use_adapter(model: nn.Module, name: str) -> None:
     """Put the named set of adapters into the model, and the one in use aside; a merged one is unmerged first.
 
@@ -193,7 +200,7 @@ def use_adapter(model: nn.Module, name: str) -> None:
         _take_out(model, registry)
         aside = registry.stored.pop(name)
         _put_in(model, aside.layers)
-        _set_parameters(model, aside.parameters, trainable=True)
+        set_parameters(model, aside.parameters, trainable=True)
         registry.active = name
 
 
@@ -218,9 +225,8 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
     """
     bare = unwrap(model)
     layers = _required_layers(bare)
-    if not keep and _registry(bare).stored:
-        others = ", ".join(_registry(bare).stored)
-        raise InputError(f"the model holds other adapters ({others}); remove them first, or merge with keep=True")
+    if not keep:
+        check_no_others(bare, "merge with keep=True")
     fresh = [layer for layer in layers.values() if not layer.merged]
     try:
         errors = {name: layer.merge() for name, layer in layers.items()}
@@ -433,11 +439,12 @@ def _take_out(model: nn.Module, registry: _Registry) -> None:
         replace_module(model, name, layer.base)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     registry.stored[registry.active] = _Aside(layers, trained)
-    _set_parameters(model, {**trained, **registry.base}, trainable=False)
+    set_parameters(model, {**trained, **registry.base}, trainable=False)
 
 
 @torch.no_grad()
-def _set_parameters(model: nn.Module, values: Mapping[str, Tensor], *, trainable: bool) -> None:
+def set_parameters(model: nn.Module, values: Mapping[str, Tensor], *, trainable: bool) -> None:
+    """Give parameters of the base their values in a set of adapters, or the base's own."""
     parameters = dict(model.named_parameters())
     for name, value in values.items():
         parameters[name].copy_(value)

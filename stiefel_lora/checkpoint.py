@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._models import linear_shape, unwrap
 from stiefel_lora._targets import wrappable_linears
-from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, insert_adapters, keep_base_values
+from stiefel_lora.adapters import (
+    DEFAULT_NAME,
+    adapter_layers,
+    adapter_names,
+    insert_adapters,
+    keep_base_values,
+    set_parameters,
+)
 from stiefel_lora.errors import InputError, ManifoldError, listed
 from stiefel_lora.layer import StiefelLoRALinear
 from stiefel_lora.stiefel import orthogonality_error
@@ -127,10 +134,7 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
         for key, factors in state.factors.items():
             for factor, tensor in factors.items():
                 layers[key].factors()[factor].copy_(tensor)
-        parameters = dict(model.named_parameters())
-        for key, tensor in state.parameters.items():
-            parameters[key].copy_(tensor)
-            parameters[key].requires_grad_(True)
+    set_parameters(model, state.parameters, trainable=True)
     return list(layers)
 
 

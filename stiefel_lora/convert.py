@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._models import is_conv1d, unwrap
-from stiefel_lora.adapters import DEFAULT_NAME, adapter_layers, adapter_names, remove_adapters, replace_module
+from stiefel_lora.adapters import (
+    DEFAULT_NAME,
+    adapter_layers,
+    adapter_names,
+    check_no_others,
+    remove_adapters,
+    replace_module,
+)
 from stiefel_lora.checkpoint import (
     AdapterState,
     adapter_state,
@@ -160,9 +167,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
 
     model = unwrap(model)
     state = _with_tied(adapter_state(model), model)
-    others = adapter_names(model)[1:]
-    if others:
-        raise InputError(f"the model holds other adapters ({', '.join(others)}); remove them first, or use export_peft")
+    check_no_others(model, "use export_peft")
     config = _peft_config(state, model)
     tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
     name, bases = adapter_names(model)[0], {key: layer.base for key, layer in adapter_layers(model).items()}

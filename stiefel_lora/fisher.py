@@ -68,7 +68,6 @@ def fisher_select(
     Raises:
         InputError: See `fisher_scores` and `FisherScores.select`.
     """
-    check_choice("normalize", normalize, ("raw", "params", "weight"))
     if budget_params is not None and (rank is None or rank < 1):
         raise InputError(f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}")
     if budget_params is not None and tol is not None:

@@ -125,7 +125,6 @@ def select_and_start(
     """
     model = _bare(model)
     check_choice("orthonormal", orthonormal, ("A", "B", "both"))
-    check_choice("normalize", normalize, ("raw", "params", "weight"))
     if oversampling < 0:
         raise InputError(f"oversampling must not be negative, got {oversampling}")
     candidates = module_ranks(find_targets(model, None, target_modules, layers_path), rank, rank_pattern or {})
@@ -139,6 +138,7 @@ def select_and_start(
         loss_fn=loss_fn,
         max_samples=max_samples,
         budget=budget,
+        normalize=normalize,
         progress=progress,
         sketches=sketches,
     )

@@ -12,10 +12,11 @@ import torch
 from stiefel_lora import report, training
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.checkpoint import load_adapter, read_adapter
+from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.data import load_data
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import load_pretrained
-from stiefel_lora.training import FinetuneConfig, evaluate, finetune, learning_rate
+from stiefel_lora.training import evaluate, finetune, learning_rate
 from tests.tiny import TEXT, save_tiny_model, write_jsonl
 
 
