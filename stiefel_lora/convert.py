@@ -150,6 +150,8 @@ def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, ortho
         for name, wrapper in wrappers.items():
             replace_module(base, name, wrapper)
         raise
+    # PEFT 0.18 leaves it there, and then takes the base for a model with adapters of its own.
+    vars(base).pop("peft_config", None)
     return base
 
 

@@ -100,12 +100,12 @@ class StiefelLoRALinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the update is in the base weight at present."""
-        return bool(self._base_weight)
+        return len(self._base_weight) > 0
 
     @property
     def base_weight(self) -> Tensor:
         """The base's own weight parameter, also while a merged one is in its place."""
-        return self._base_weight[0] if self._base_weight else self.weight
+        return self._base_weight[0] if self.merged else self.weight
 
     @property
     def weight(self) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stiefel_lora import __version__
 from stiefel_lora._files import atomic_file
 from stiefel_lora._models import linear_shape
 from stiefel_lora._progress import progress
@@ -388,7 +389,7 @@ class _Run:
         seconds = self.clock.seconds
         return {
             "versions": {
-                "stiefel_lora": importlib.metadata.version("stiefel-lora"),
+                "stiefel_lora": __version__,
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in VERSIONED},
             },

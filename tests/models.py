@@ -132,6 +132,8 @@ _BERT = (
     "intermediate.dense",
     "output.dense",
 )
+# transformers gave it other names in the course of version 5.
+OLD_VIT = hasattr(transformers.models.vit.modeling_vit, "ViTEncoder")
 _GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 56}
 _VIT = {k: v for k, v in _ENCODER.items() if k not in ("vocab_size", "max_position_embeddings")}
 _NEOX = {k: v for k, v in _DECODER.items() if k not in ("num_key_value_heads", "head_dim")}
@@ -197,8 +199,10 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(
         _hf("ViTForImageClassification", "ViTConfig", **_VIT, image_size=16, patch_size=8),
         image_batch,
-        "vit.layers",
-        ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"),
+        "vit.encoder.layer" if OLD_VIT else "vit.layers",
+        tuple(name.replace(".self.", ".attention.") for name in _BERT)
+        if OLD_VIT
+        else ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"),
     ),
     "sequential": Family(_sequential, plain_batch, "net", ("1", "3")),
     "transformer-encoder": Family(_transformer_encoder, plain_batch, "net.layers", ("linear1", "linear2")),

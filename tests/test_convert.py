@@ -35,11 +35,15 @@ from stiefel_lora.convert import (
 )
 from stiefel_lora.errors import InputError
 from stiefel_lora.stiefel import orthogonality_error
-from tests.models import FAMILIES
+from tests.models import FAMILIES, OLD_VIT
 from tests.test_adapters import logits, train
 
-# PEFT 0.21 asks transformers 5.23 for names that the next major version drops.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+pytestmark = [
+    # PEFT 0.21 asks transformers 5.23 for names that the next major version drops.
+    pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning"),
+    # PEFT 0.18 on every head of a model whose configuration ties it.
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
 
 LLAMA = FAMILIES["llama"]
 
@@ -259,7 +263,7 @@ def test_a_mixture_of_experts_in_memory() -> None:
     train(model)
     expected = outputs(model)
     source = to_peft(model)
-    assert source.peft_config["default"].target_parameters == set()  # PEFT itself fills it in for such models
+    assert source.peft_config["default"].target_parameters in (None, set())  # PEFT itself fills it in for such models
     torch.testing.assert_close(outputs(source), expected, **SAME)
     torch.testing.assert_close(outputs(from_peft(source)), expected, **SAME)
 
@@ -352,7 +356,7 @@ def test_a_module_that_peft_untied_is_refused_over_a_tied_base(modules: list[str
     ("family", "targets", "options"),
     [
         ("roberta", ["query", "output.dense"], {"task_type": "SEQ_CLS"}),  # PEFT adds the head by itself
-        ("vit", ["q_proj"], {"modules_to_save": ["classifier"]}),
+        ("vit", ["query" if OLD_VIT else "q_proj"], {"modules_to_save": ["classifier"]}),
         ("llama", ["q_proj"], {"modules_to_save": ["lm_head", "norm"]}),  # "norm" is the end of every norm's name
     ],
 )

@@ -15,7 +15,7 @@ from stiefel_lora.convert import export_peft, import_peft
 from stiefel_lora.fisher import fisher_select
 from stiefel_lora.initialisation import gradient_init
 from stiefel_lora.optim import RiemannianAdam
-from tests.models import FAMILIES
+from tests.models import FAMILIES, OLD_VIT
 
 # PEFT 0.21 asks transformers 5.23 for names that the next major version drops.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
@@ -35,7 +35,9 @@ TARGETS = {
     "opt": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
     "bert": ["query", "key", "value", "intermediate.dense", "output.dense"],
     "roberta": ["query", "key", "value", "intermediate.dense", "output.dense"],
-    "vit": ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
+    "vit": ["query", "key", "value", "intermediate.dense", "output.dense"]
+    if OLD_VIT
+    else ["q_proj", "k_proj", "v_proj", "fc1", "fc2"],
 }
 
 # Float32 logits of size up to 10 through three layers that were factored or merged in another order.
