@@ -76,6 +76,7 @@ class Problem:
         budget: Iterations that a first-order solver may take.
         oracle: Makes the gradients that a first-order solver sees.
         stochastic: Whether these are of batches.
+        rehearsal: Makes those that its learning rate is tuned on, if others.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Problem:
     budget: int
     oracle: Callable[[], Oracle]
     stochastic: bool = False
+    rehearsal: Callable[[], Oracle] | None = None
 
     def gap(self, x: Tensor) -> float:
         """Return (cost - optimum) / |optimum| at the point of the manifold nearest to ``x``, in float64.
@@ -319,6 +321,7 @@ def streaming_pca(n: int, r: int, batch: int, *, seed: int = 0, budget: int = 60
         budget,
         lambda: Stream(basis.float(), values.float(), noise, batch, seed),
         stochastic=True,
+        rehearsal=lambda: Stream(basis.float(), values.float(), noise, batch, seed + 1),
     )
 
 

@@ -1,12 +1,13 @@
 """The problems of the manifold study: optimum, gradient and gap against dense formulas that they do not use."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import _problems, _solvers
+from benchmarks import _problems, _solvers, manifold
 from benchmarks._problems import Problem
 from stiefel_lora import stiefel
 
@@ -134,11 +135,31 @@ def test_gap_is_that_of_the_nearest_point_and_infinite_where_there_is_none() -> 
     assert problem.gap(torch.ones_like(x)) == torch.inf
 
 
+def test_a_solver_is_not_measured_on_the_batches_that_it_was_tuned_on() -> None:
+    problem = _problems.streaming_pca(N, R, 8)
+    seen: list[bytes] = []
+
+    class Spy(_problems.Stream):
+        def draw(self) -> None:
+            super().draw()
+            seen.append(self.rows.numpy().tobytes())
+
+    spies = [lambda seed=seed: Spy(torch.eye(N, R), torch.ones(R), 0.1, 8, seed) for seed in (0, 1)]
+    problem = replace(problem, oracle=spies[0], rehearsal=spies[1], budget=5)
+    manifold._tune(problem, _solvers.geoopt_sgd, 5, 1e-6, (16, 2), quick=True)
+    tuned_on = set(seen)
+    seen.clear()
+    manifold._descend(problem, _solvers.geoopt_sgd(problem), 1.0, None, 5, 1e-6)
+    assert len(seen) == 6 and len(tuned_on) == 6  # the first one when the stream is made
+    assert not tuned_on & set(seen)
+
+
 def test_stream_draws_the_same_batches_for_all_and_has_the_population_gradient_as_its_mean() -> None:
     problem = _problems.streaming_pca(N, R, 8)
     one, other = problem.oracle(), problem.oracle()
     x = problem.start
     torch.testing.assert_close(one(x), other(x), rtol=0, atol=0)
+    assert problem.rehearsal is not None and not torch.equal(problem.rehearsal()(x), one(x))
     count = 4000
     total = torch.zeros_like(x)
     for _ in range(count):
