@@ -132,6 +132,8 @@ _BERT = (
     "intermediate.dense",
     "output.dense",
 )
+# Before 2.8 torch breaks a compiled graph at every parameter of a class of its own.
+FULL_GRAPH = torch.__version__ >= "2.8"  # compared as versions, not as strings
 # transformers gave it other names in the course of version 5.
 OLD_VIT = hasattr(transformers.models.vit.modeling_vit, "ViTEncoder")
 _GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 56}

@@ -33,7 +33,7 @@ from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import StiefelLoRALinear
 from stiefel_lora.stiefel import random_point
-from tests.models import FAMILIES
+from tests.models import FAMILIES, FULL_GRAPH
 from tests.test_layer import QuantisedLinear
 
 LLAMA = FAMILIES["llama"]
@@ -462,7 +462,7 @@ def test_distributed_data_parallel() -> None:
 
 def test_compiled_model_trains_without_graph_breaks_in_adapters() -> None:
     model, expected = adapted(), adapted()
-    torch.compile(model, backend="aot_eager", fullgraph=True)(**BATCH).loss.backward()
+    torch.compile(model, backend="aot_eager", fullgraph=FULL_GRAPH)(**BATCH).loss.backward()
     expected(**BATCH).loss.backward()
     for a, b in zip(model.parameters(), expected.parameters(), strict=True):
         if b.grad is not None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from stiefel_lora.errors import InputError, ManifoldError
 from stiefel_lora.layer import StiefelLoRALinear, leading_singular_vectors
 from stiefel_lora.stiefel import orthogonality_error, random_point
+from tests.models import FULL_GRAPH
 
 # Householder QR and a polish by SVD leave |X^T X - I|_F at about 1e-6 for 12 x 4 in float32; 1e-5 is geoopt's own bar.
 ON_MANIFOLD = 1e-5
@@ -444,7 +445,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_compiles_without_graph_breaks(autocast: bool) -> None:
     layer = make_layer(dtype=torch.float32)
     x = torch.randn(5, 12)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=FULL_GRAPH)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         out, expected = compiled(x), layer(x)
         torch.testing.assert_close(out, expected)

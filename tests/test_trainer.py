@@ -21,7 +21,11 @@ from stiefel_lora.trainer import AdapterMetricsCallback, StiefelTrainer, trainer
 from tests.models import FAMILIES
 
 # Trainer 5.23 calls names of its own that the next major version drops.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning"),
+    # transformers 5.0, on checkpoints made within a second.
+    pytest.mark.filterwarnings("ignore:mtime may not be reliable on this filesystem:UserWarning"),
+]
 
 LLAMA = FAMILIES["llama"]
 EXAMPLES = [{key: value[i] for key, value in LLAMA.batch(12, 8).items()} for i in range(12)]
