@@ -134,6 +134,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.save(results)
     while (key := _next(args, results["cells"])) is not None:
         if time.monotonic() - begin > 60 * args.minutes:
+            print("out of time; the same command goes on with the missing cells", file=sys.stderr)
             break
         print(f"{len(results['cells'])} cells done; now {key}", file=sys.stderr, flush=True)
         try:
@@ -162,8 +163,7 @@ def _quick(args: argparse.Namespace) -> dict[str, Any]:
             cells.append(_train(copy.deepcopy(model), task, frame, key, selection))
         except NotInstalledError as error:
             cells.append(_failed(key, error))
-    there = [cell["method"] for cell in cells if not _is_absent(cell)]
-    timing = _time_steps(model, task, frame, selection, there, rounds=2)
+    timing = _time_steps(model, task, frame, selection, list(METHODS), rounds=2)
     return {"frame": asdict(frame), "selection": {"code": selection}, "cells": cells, "timing": {"code": timing}}
 
 
@@ -279,13 +279,19 @@ def _time_steps(
     for method in methods:
         own = copy.deepcopy(model)
         begin = time.perf_counter()
-        tuned = METHODS[method](own, setting)
+        try:
+            tuned = METHODS[method](own, setting)
+        except NotInstalledError as error:
+            print(f"{method} is not timed: {error}", file=sys.stderr)
+            continue
         start_s[method] = time.perf_counter() - begin
         tuned.model.train()
         # AdaLoRA's schedule is about its first steps, whose cost is that of all.
         steps[method] = lambda tuned=tuned: _step(tuned, batch, 1)  # type: ignore[misc]
+    if not steps:
+        raise InputError("none of the methods to time is installed")
     times = _harness.interleave(steps, rounds=rounds, device=device.type, label=f"{task.name}, steps")
-    base = methods[0]
+    base = next(iter(steps))
     return {
         "base": base,
         # In the same run, so that it can be added to the steps.
