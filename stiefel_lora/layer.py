@@ -145,6 +145,8 @@ class StiefelLoRALinear(nn.Module):
         return out + self._update(x).to(out.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            self._check_manifold()
         if not under_autocast(x.device.type):
             x = x.to(self.lora_A.dtype)
         hidden = self.dropout(x) @ self.lora_A
@@ -246,6 +248,15 @@ class StiefelLoRALinear(nn.Module):
         super()._apply(keep_precision, recurse=False)
         self._keep_manifold(polish=self.lora_A.dtype != before)
         return self
+
+    def _check_manifold(self) -> None:
+        """Raise where something has put plain parameters in place of points, which training would let drift off."""
+        for name in _CONSTRAINED[self.orthonormal]:
+            if type(self._parameters.get(name)) is nn.Parameter:
+                raise ManifoldError(
+                    f"{name} is a plain parameter, so its columns would not stay orthonormal; under FSDP, give "
+                    "fully_shard ignored_params=stiefel_lora.distributed.replicate_adapters(model)"
+                )
 
     def _keep_manifold(self, *, polish: bool = False) -> None:
         """Undo what ``load_state_dict(assign=True)`` and conversions do: plain, narrow or inexact factors."""

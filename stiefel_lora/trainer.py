@@ -84,7 +84,10 @@ class StiefelTrainer(Trainer):
         with _adapters_accepted(model) if isinstance(model, nn.Module) else nullcontext():
             super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise InputError("FSDP and DeepSpeed split the factors, whose columns must stay orthonormal; use DDP")
+            raise InputError(
+                "Trainer's FSDP and DeepSpeed split the factors, whose columns must stay orthonormal; use DDP, or in a "
+                "loop of your own fully_shard with stiefel_lora.distributed.replicate_adapters"
+            )
         if not adapter_layers(_model_of(self)):
             raise InputError(f"{type(self.model).__name__} has no adapters; call add_adapters first")
         self.add_callback(AdapterMetricsCallback(self))

@@ -29,6 +29,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "checkpoint": {"adapters"},
         "convert": {"adapters", "checkpoint"},
         "initialisation": {"adapters"},
+        "distributed": {"adapters"},
         "info": {"checkpoint", "convert"},
     },
     {

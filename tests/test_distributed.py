@@ -1,0 +1,122 @@
+"""Adapters beside a base that FSDP has split train as in one process, and are never split silently."""
+
+import inspect
+import os
+import tempfile
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from stiefel_lora import RiemannianAdam, add_adapters, load_adapter, orthogonality_error, save_adapter
+from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.distributed import replicate_adapters
+from stiefel_lora.errors import InputError, ManifoldError
+from tests.models import FAMILIES, causal_batch
+
+LLAMA = FAMILIES["llama"]
+BATCH = causal_batch(4, 9)
+
+needs_ignored = pytest.mark.skipif(
+    "ignored_params" not in inspect.signature(fully_shard).parameters,
+    reason="fully_shard ignores parameters, and works with gloo, from torch 2.7 on",
+)
+
+
+def adapted(seed: int = 0) -> Any:
+    model = LLAMA.build()
+    torch.manual_seed(seed)
+    add_adapters(model, layers=[0, 2], rank=4)
+    return model.train()
+
+
+def split(model: Any, **options: Any) -> None:
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def factors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{name}.{k}": f for name, layer in adapter_layers(model).items() for k, f in layer.factors().items()}
+
+
+def steps(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
+    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        for batch in batches:  # gradients add up over two backward passes
+            (model(**batch).loss / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _train_on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # Another seed in each process: the second one is to take the first one's adapters.
+    model = adapted(seed=rank)
+    split(model, ignored_params=replicate_adapters(model))
+    mine = {k: v[2 * rank : 2 * rank + 2] for k, v in BATCH.items()}
+    steps(model, [{k: v[i : i + 1] for k, v in mine.items()} for i in range(2)])
+    save_adapter(model, Path(folder) / f"adapter-{rank}")
+    torch.distributed.barrier()
+    # At an ordinary exit of the interpreter a thread of gloo now and then aborts the process, after all is done.
+    os._exit(0)
+
+
+@needs_ignored
+def test_two_processes_train_as_one_does() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        context = get_context("spawn")
+        ranks = [context.Process(target=_train_on_rank, args=(rank, folder)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(200)
+        assert [process.exitcode for process in ranks] == [0, 0]
+        loaded = [LLAMA.build(), LLAMA.build()]
+        for rank, model in enumerate(loaded):
+            load_adapter(model, Path(folder) / f"adapter-{rank}")
+    alone = adapted()
+    before = {name: factor.detach().clone() for name, factor in factors(alone).items()}
+    steps(alone, [{k: v[i : i + 1] for k, v in BATCH.items()} for i in range(4)])
+    for name, expected in factors(alone).items():
+        first, second = (factors(model)[name] for model in loaded)
+        assert torch.equal(first, second)
+        assert not torch.allclose(first, before[name], atol=1e-3)
+        # Adam divides by gradients, whose float32 sums are taken in another order.
+        torch.testing.assert_close(first, expected, rtol=0, atol=1e-4)
+        if name.endswith("lora_A"):
+            assert float(orthogonality_error(first)) < 2e-6
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@needs_ignored
+@pytest.mark.usefixtures("process_group")
+def test_split_adapters_do_not_train_silently() -> None:
+    model = adapted()
+    split(model)
+    with pytest.raises(ManifoldError, match="lora_A is a plain parameter.*ignored_params=.*replicate_adapters"):
+        model(**BATCH)
+    with torch.no_grad():  # an evaluation does no harm
+        torch.testing.assert_close(model(**BATCH).logits, adapted()(**BATCH).logits.detach())
+    with pytest.raises(InputError, match=r"lora_A is split already; call replicate_adapters before fully_shard"):
+        replicate_adapters(model)
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(InputError, match="LlamaForCausalLM has no adapters; call add_adapters first"):
+        replicate_adapters(LLAMA.build())
+    with pytest.raises(InputError, match="there is no process group; call torch.distributed.init_process_group"):
+        replicate_adapters(adapted())
