@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import _harness, manifold
-from benchmarks._problems import Problem, pca
+from benchmarks._problems import Problem, pca, streaming_pca
 from benchmarks._solvers import FIRST_ORDER
 
 
@@ -18,8 +18,7 @@ def row(seconds: float | None, kind: str = "first-order") -> dict[str, Any]:
     hit = None if seconds is None else [10, seconds]
     return {
         "kind": kind,
-        "rate": 0.1,
-        "decade": None,
+        "settings": {"1e-06": {"rate": 0.1, "decade": None}, "1e-09": {"rate": 0.3, "decade": 50}},
         "orthogonality_error": 1e-15,
         "seconds_an_iteration": 0.1,
         "reached": {"1e-03": hit, "1e-06": hit, "1e-09": None},
@@ -71,6 +70,7 @@ def test_verdict_compares_with_peers_and_with_all(seconds: dict[str, float | Non
     assert "scikit-learn is not installed" in table
     assert "| geotorch, torch Adam | not here" in table
     assert "lost" in table
+    assert "| 0.1 / constant | 0.3 / 50 |" in table
 
 
 def test_picture_is_drawn_from_results_alone(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_thinning_keeps_the_ends() -> None:
 def test_tuning_returns_the_best_that_it_tried_and_a_run_repeats_it() -> None:
     problem = pca(12, 2, 5, budget=300)
     make = FIRST_ORDER["ours, SGD, qr"]
-    cell, tried = manifold._tune(problem, make, 300, quick=False)
+    cell, tried = manifold._tune(problem, make, 300, 1e-9, quick=False)
     rate, decade = manifold.RATES[cell[0]], manifold.DECADES[cell[1]]
     best = min(n for n in tried.values() if n is not None)
     assert tried[f"{rate:.2g} / {decade}"] == best
@@ -106,9 +106,27 @@ def test_tuning_returns_the_best_that_it_tried_and_a_run_repeats_it() -> None:
     assert manifold.RATES[0] < rate < manifold.RATES[-1]
     assert len(tried) > 8
     # From there it finds nothing better, with fewer runs.
-    again, fewer = manifold._tune(problem, make, 300, cell, quick=False)
+    again, fewer = manifold._tune(problem, make, 300, 1e-9, cell, quick=False)
     assert again == cell
     assert len(fewer) < len(tried)
+
+
+def test_each_target_is_read_off_the_run_that_was_tuned_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "ours, SGD, qr"
+    monkeypatch.setattr(manifold, "FIRST_ORDER", {name: FIRST_ORDER[name]})
+    monkeypatch.setattr(manifold, "BATCH", {})
+    monkeypatch.setattr(manifold, "CHOICE", name)
+    problem = pca(12, 2, 5, budget=300)
+    args = argparse.Namespace(quick=False, rounds=1)
+    row = manifold._measure(problem, args)["rows"][name]
+    for tuned, targets in {"1e-06": ("1e-03", "1e-06"), "1e-09": ("1e-09",)}.items():
+        setting = row["settings"][tuned]
+        trace = manifold._descend(problem, FIRST_ORDER[name](problem), setting["rate"], setting["decade"], 300, 1e-9)
+        for target in targets:
+            assert row["reached"][target][0] == next(i for i, gap in trace if gap <= float(target))
+    assert row["reached"]["1e-06"][0] < row["reached"]["1e-09"][0]
+    stream = manifold._measure(streaming_pca(12, 2, 16, budget=30), args)["rows"][name]
+    assert list(stream["settings"]) == ["1e-06"]
 
 
 def test_a_run_stops_at_the_hurdle_and_where_the_point_is_lost() -> None:
