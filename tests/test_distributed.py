@@ -62,8 +62,10 @@ def _train_on_rank(rank: int, folder: str) -> None:
     split(model, ignored_params=replicate_adapters(model))
     mine = {k: v[2 * rank : 2 * rank + 2] for k, v in BATCH.items()}
     steps(model, [{k: v[i : i + 1] for k, v in mine.items()} for i in range(2)])
-    save_adapter(model, Path(folder) / f"adapter-{rank}")
-    torch.distributed.barrier()
+    for turn in range(2):  # one after the other: saving does not wait for other processes
+        if turn == rank:
+            save_adapter(model, Path(folder) / f"adapter-{rank}")
+        torch.distributed.barrier()
     # At an ordinary exit of the interpreter a thread of gloo now and then aborts the process, after all is done.
     os._exit(0)
 
