@@ -5,7 +5,6 @@ import io
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -436,14 +435,6 @@ def test_wrapped_models() -> None:
     compiled = torch.compile(model, backend="eager")
     assert unwrap(compiled) is unwrap(parallel) is model
     assert merge_adapters(compiled) is model
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

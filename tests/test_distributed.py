@@ -3,7 +3,6 @@
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -94,14 +93,6 @@ def test_two_processes_train_as_one_does() -> None:
         torch.testing.assert_close(first, expected, rtol=0, atol=1e-4)
         if name.endswith("lora_A"):
             assert float(orthogonality_error(first)) < 2e-6
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @needs_ignored
