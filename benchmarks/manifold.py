@@ -142,23 +142,13 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
     times = _cpu_times(timed, rounds, dict.fromkeys(paths, min(2, rounds)), f"{problem.name}, timing")
     for name, row in rows.items():
         median = statistics.median(times[name])
-        trace = traces[name][ASKED]
         if name in paths:
             # The clock of the one run, in units of the median one.
             clock = [s / (paths[name].seconds[-1] or 1) * median for s in paths[name].seconds]
         else:
             clock = [i * median / steps for i in range(budget + 1)]
             row["times_choice"] = _ratio(times, name)
-        row["seconds_an_iteration"] = _short(clock[-1] / max(len(clock) - 1, 1))
-        row["reached"] = {}
-        for tuned, targets in _tuned_for(problem).items():
-            for target in targets:
-                hit = next((i for i, gap in traces[name][tuned] if gap <= target), None)
-                row["reached"][_key(target)] = hit if hit is None else [hit, _short(clock[hit])]
-        kept = [trace[k] for k in _thin(len(trace))]
-        row["iterations"] = [i for i, _ in kept]
-        row["seconds"] = [_short(clock[i]) for i, _ in kept]
-        row["gaps"] = [_short(gap) for _, gap in kept]
+        row |= _read_off(problem, traces[name], clock)
     return {
         "about": problem.about,
         "shape": list(problem.start.shape),
@@ -166,6 +156,23 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
         "budget": budget,
         "rows": rows,
         "absent": absent,
+    }
+
+
+def _read_off(problem: Problem, traces: dict[float, Trace], clock: Sequence[float]) -> dict[str, Any]:
+    """Return what a row says of its runs, given the time of each iteration."""
+    reached: dict[str, Any] = {}
+    for tuned, targets in _tuned_for(problem).items():
+        for target in targets:
+            hit = next((i for i, gap in traces[tuned] if gap <= target), None)
+            reached[_key(target)] = hit if hit is None else [hit, _short(clock[hit])]
+    drawn = [traces[ASKED][k] for k in _thin(len(traces[ASKED]))]
+    return {
+        "seconds_an_iteration": _short(clock[-1] / max(len(clock) - 1, 1)),
+        "reached": reached,
+        "iterations": [i for i, _ in drawn],
+        "seconds": [_short(clock[i]) for i, _ in drawn],
+        "gaps": [_short(gap) for _, gap in drawn],
     }
 
 
