@@ -31,6 +31,22 @@ CLAIMS = (
         "Stiefel A, half the rank, gradient start",
         "LoRA",
     ),
+    (
+        "Half the rank on all layers with rsLoRA's scaling beats LoRA",
+        "Stiefel A, half the rank, rsLoRA's scaling",
+        "LoRA",
+    ),
+    (
+        "Half the rank on all layers with rsLoRA's scaling beats DoRA",
+        "Stiefel A, half the rank, rsLoRA's scaling",
+        "DoRA",
+    ),
+    (
+        "The constraint helps with rsLoRA's scaling, at half the rank on all layers",
+        "Stiefel A, half the rank, rsLoRA's scaling",
+        "rsLoRA, half the rank",
+    ),
+    ("rsLoRA's scaling beats LoRA at its parameters", "rsLoRA", "LoRA"),
     ("A gradient start at LoRA's parameters beats LoRA", "Stiefel A, all layers, gradient start", "LoRA"),
     ("A gradient start at LoRA's parameters beats DoRA", "Stiefel A, all layers, gradient start", "DoRA"),
     (

@@ -25,7 +25,7 @@ class Setting:
     """What a method may know when it is put into a model.
 
     Attributes:
-        rank: Rank of the adapters; their scaling is 2 throughout.
+        rank: Rank of the adapters; their scaling is 2, or with rsLoRA's 2 sqrt(rank).
         depth: Number of decoder layers.
         selected: The half of the layers with the highest Fisher scores.
         modules: Linear maps chosen one by one by Fisher score per parameter, at the parameters of ``selected``.
@@ -236,13 +236,20 @@ METHODS: dict[str, Build] = {
     "FoRA (A), second moment of each element": ours(_selected, second_moment="element"),
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
+    "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
+    "Stiefel A, half the rank, gradient start, rsLoRA's scaling": ours(
+        _all, share=0.5, gradient_start=True, rslora=True
+    ),
     "FoRA (both)": ours(_selected, orthonormal="both"),
     "FoRA (B)": ours(_selected, orthonormal="B"),
     "FoRA (A), modules": ours(),
     "FoRA (A), modules, gradient start": ours(gradient_start=True),
+    "FoRA (A), modules, rsLoRA's scaling": ours(rslora=True),
+    "FoRA (A), modules, gradient start, rsLoRA's scaling": ours(gradient_start=True, rslora=True),
     "Stiefel A, random half": ours(random_half),
     "LoRA, random half": lora(random_half),
     "rsLoRA": lora(use_rslora=True),
+    "rsLoRA, half the rank": lora(share=0.5, use_rslora=True),
     "LoRA, MLP only": lora(targets=MLP),
     "AdaLoRA": adalora,
     "full fine-tuning, Fisher half": full,

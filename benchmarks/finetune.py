@@ -40,7 +40,8 @@ from stiefel_lora.training import learning_rate
 MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half",
         "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers", "FoRA (A), modules, gradient start",
         "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
-        "Stiefel A, all layers, gradient start", "rsLoRA")  # fmt: skip
+        "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
+        "rsLoRA, half the rank")  # fmt: skip
 CALIBRATION = 32
 
 
