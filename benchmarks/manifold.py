@@ -97,7 +97,7 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
     # By the target that the run was tuned for.
     traces: dict[str, dict[float, Trace]] = {}
     timed: dict[str, Callable[[], object]] = {}
-    found: dict[tuple[str, float], Cell] = {}
+    found: dict[str, dict[float, Cell]] = {}
     # Many in a row, as in a run: at the first steps of a turn the code of the others has filled the caches.
     steps = 2 if problem.start.numel() > 1e5 else 4 if args.quick else 40
     for name, make in tqdm(FIRST_ORDER.items(), desc=problem.name, leave=False, disable=None):
@@ -108,19 +108,8 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
             continue
         # The retractions of ours differ little.
         family = name.rsplit(",", 1)[0] if name.startswith("ours") else name
-        rows[name] = {"kind": "first-order", "settings": {}}
-        traces[name] = {}
-        best = None
-        for target in _tuned_for(problem):
-            start = found.get((family, target), best)
-            best, tried = _tune(problem, make, budget, target, start, quick=args.quick)
-            found[family, target] = best
-            rate, decade = RATES[best[0]], DECADES[best[1]]
-            descent = make(problem)
-            traces[name][target] = _descend(problem, descent, rate, decade, budget, TARGETS[-1])
-            rows[name]["settings"][_key(target)] = {"rate": rate, "decade": decade, "tried": tried}
-            error = _finite(float(stiefel.orthogonality_error(descent.point())))
-            rows[name].setdefault("orthogonality_error", error)
+        best = found.setdefault(family, {})
+        rows[name], traces[name] = _tuned_runs(problem, make, budget, best, quick=args.quick)
         timed[name] = _repeat(make(problem), steps)
     paths = {}
     for name, solve in BATCH.items():
@@ -157,6 +146,29 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
         "absent": absent,
     }
+
+
+def _tuned_runs(
+    problem: Problem, make: Callable[[Problem], Descent], budget: int, best: dict[float, Cell], *, quick: bool
+) -> tuple[dict[str, Any], dict[float, Trace]]:
+    """Tune a solver for each gap and run it; return the row that this begins, and the traces by gap.
+
+    The search begins at the ``best`` setting so far for a gap, of this solver's family, or else for the gap before;
+    what it finds takes that one's place.
+    """
+    row: dict[str, Any] = {"kind": "first-order", "settings": {}}
+    traces: dict[float, Trace] = {}
+    cell = None
+    for target in _tuned_for(problem):
+        cell, tried = _tune(problem, make, budget, target, best.get(target, cell), quick=quick)
+        best[target] = cell
+        rate, decade = RATES[cell[0]], DECADES[cell[1]]
+        row["settings"][_key(target)] = {"rate": rate, "decade": decade, "tried": tried}
+        descent = make(problem)
+        traces[target] = _descend(problem, descent, rate, decade, budget, TARGETS[-1])
+        if target == ASKED:
+            row["orthogonality_error"] = _finite(float(stiefel.orthogonality_error(descent.point())))
+    return row, traces
 
 
 def _read_off(problem: Problem, traces: dict[float, Trace], clock: Sequence[float]) -> dict[str, Any]:

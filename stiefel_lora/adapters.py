@@ -166,6 +166,12 @@ def adapter_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
     return {name: module for name, module in found if isinstance(module, StiefelLoRALinear)}
 
 
+def adapter_factors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the factors of the adapters that are in the model, by their qualified names beneath the linears."""
+    layers = adapter_layers(model)
+    return {f"{name}.{key}": factor for name, layer in layers.items() for key, factor in layer.factors().items()}
+
+
 def adapter_metrics(model: nn.Module) -> dict[str, dict[str, float]]:
     """Return the "orthogonality_error" and the "effective_rank" of each adapter in use, by name."""
     return {name: factor_metrics(layer.factors(), layer.orthonormal) for name, layer in adapter_layers(model).items()}

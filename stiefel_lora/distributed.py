@@ -4,8 +4,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stiefel_lora._models import unwrap
-from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.adapters import adapter_factors
 from stiefel_lora.errors import InputError
 
 
@@ -35,12 +34,11 @@ def replicate_adapters(model: nn.Module, process_group: "dist.ProcessGroup | Non
     Raises:
         InputError: If the model has no adapters or is split already, or there is no process group.
     """
-    layers = adapter_layers(unwrap(model))
-    if not layers:
+    factors = adapter_factors(model)
+    if not factors:
         raise InputError(f"{type(model).__name__} has no adapters; call add_adapters first")
     if not dist.is_initialized():
         raise InputError("there is no process group; call torch.distributed.init_process_group first")
-    factors = {f"{name}.{key}": factor for name, layer in layers.items() for key, factor in layer.factors().items()}
     for name, factor in factors.items():
         if isinstance(factor, DTensor):
             raise InputError(f"{name} is split already; call replicate_adapters before fully_shard")

@@ -251,8 +251,8 @@ class StiefelLoRALinear(nn.Module):
 
     def _check_manifold(self) -> None:
         """Raise where something has put plain parameters in place of points, which training would let drift off."""
-        for name in _CONSTRAINED[self.orthonormal]:
-            if type(self._parameters.get(name)) is nn.Parameter:
+        for name, factor in self.manifold_parameters().items():
+            if type(factor) is nn.Parameter:
                 raise ManifoldError(
                     f"{name} is a plain parameter, so its columns would not stay orthonormal; under FSDP, give "
                     "fully_shard ignored_params=stiefel_lora.distributed.replicate_adapters(model)"

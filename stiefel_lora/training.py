@@ -19,7 +19,7 @@ from stiefel_lora._files import atomic_file
 from stiefel_lora._models import linear_shape
 from stiefel_lora._progress import progress
 from stiefel_lora._targets import find_targets
-from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters
+from stiefel_lora.adapters import adapter_factors, adapter_layers, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.data import IGNORED, Dataset, load_data, spread
@@ -288,11 +288,7 @@ class _Run:
     def start(self, saved: dict[str, Any] | None, scores: FisherScores, before: dict[str, float]) -> None:
         """Make the optimizer; take over a saved state, or save the first one, so that scoring is not done twice."""
         self.scores, self.before = scores, before
-        self.factors = {
-            f"{name}.{key}": factor
-            for name, layer in adapter_layers(self.model).items()
-            for key, factor in layer.factors().items()
-        }
+        self.factors = adapter_factors(self.model)
         options: dict[str, Any] = {"lr": self.config.lr, "retraction": self.config.retraction}
         self.optimizer = (
             RiemannianAdam(self.factors.items(), **options)

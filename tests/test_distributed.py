@@ -1,22 +1,20 @@
 """Adapters beside a base that FSDP has split train as in one process, and are never split silently."""
 
 import inspect
-import os
 import tempfile
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from stiefel_lora import RiemannianAdam, add_adapters, load_adapter, orthogonality_error, save_adapter
-from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.adapters import adapter_factors
 from stiefel_lora.distributed import replicate_adapters
 from stiefel_lora.errors import InputError, ManifoldError
 from tests.models import FAMILIES, causal_batch
+from tests.ranks import run_on_ranks
 
 LLAMA = FAMILIES["llama"]
 BATCH = causal_batch(4, 9)
@@ -40,10 +38,6 @@ def split(model: Any, **options: Any) -> None:
     fully_shard(model, **options)
 
 
-def factors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {f"{name}.{k}": f for name, layer in adapter_layers(model).items() for k, f in layer.factors().items()}
-
-
 def steps(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
     optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
@@ -55,7 +49,6 @@ def steps(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
 
 def _train_on_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     # Another seed in each process: the second one is to take the first one's adapters.
     model = adapted(seed=rank)
     split(model, ignored_params=replicate_adapters(model))
@@ -65,28 +58,20 @@ def _train_on_rank(rank: int, folder: str) -> None:
         if turn == rank:
             save_adapter(model, Path(folder) / f"adapter-{rank}")
         torch.distributed.barrier()
-    # At an ordinary exit of the interpreter a thread of gloo now and then aborts the process, after all is done.
-    os._exit(0)
 
 
 @needs_ignored
 def test_two_processes_train_as_one_does() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        context = get_context("spawn")
-        ranks = [context.Process(target=_train_on_rank, args=(rank, folder)) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(200)
-        assert [process.exitcode for process in ranks] == [0, 0]
+        run_on_ranks(2, _train_on_rank, folder, seconds=200)
         loaded = [LLAMA.build(), LLAMA.build()]
         for rank, model in enumerate(loaded):
             load_adapter(model, Path(folder) / f"adapter-{rank}")
     alone = adapted()
-    before = {name: factor.detach().clone() for name, factor in factors(alone).items()}
+    before = {name: factor.detach().clone() for name, factor in adapter_factors(alone).items()}
     steps(alone, [{k: v[i : i + 1] for k, v in BATCH.items()} for i in range(4)])
-    for name, expected in factors(alone).items():
-        first, second = (factors(model)[name] for model in loaded)
+    for name, expected in adapter_factors(alone).items():
+        first, second = (adapter_factors(model)[name] for model in loaded)
         assert torch.equal(first, second)
         assert not torch.allclose(first, before[name], atol=1e-3)
         # Adam divides by gradients, whose float32 sums are taken in another order.

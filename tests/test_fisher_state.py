@@ -1,7 +1,5 @@
 """Fisher scoring and its surroundings: the model comes back as it was; wrapped models, modes of torch, many ranks."""
 
-import multiprocessing
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.scores import FisherScores
 from tests.models import FAMILIES, causal_batch, plain_batch
+from tests.ranks import run_on_ranks
 
 LLAMA = FAMILIES["llama"]
 
@@ -122,33 +121,19 @@ def test_empty_batches_are_passed_over() -> None:
 
 
 def _score_on_rank(rank: int, folder: str, shares: list[list[int]]) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, batch = LLAMA.build(), causal_batch(5, 9)
     mine = [{k: v[shares[rank]] for k, v in batch.items()}] if shares[rank] else []
     try:
         fisher_scores(model, mine, progress=False).save(Path(folder) / f"{rank}.json")
     except InputError as error:
         (Path(folder) / f"{rank}.txt").write_text(str(error))
-    torch.distributed.barrier()
-    # At an ordinary exit of the interpreter a thread of gloo now and then aborts the process, after all is done.
-    os._exit(0)
-
-
-def _on_two_ranks(folder: str, shares: list[list[int]]) -> None:
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_score_on_rank, args=(rank, folder, shares)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-    assert [process.exitcode for process in ranks] == [0, 0]
 
 
 @pytest.mark.parametrize("shares", [[[0, 1, 2], [3, 4]], [[0, 1, 2, 3, 4], []]])
 def test_ranks_of_a_distributed_job_agree(shares: list[list[int]]) -> None:
     """Also where they see different numbers of samples, or one of them none."""
     with tempfile.TemporaryDirectory() as folder:
-        _on_two_ranks(folder, shares)
+        run_on_ranks(2, _score_on_rank, folder, shares)
         first, second = (FisherScores.load(Path(folder) / f"{rank}.json") for rank in range(2))
     assert first.scores == second.scores
     assert first.n_samples == 5
@@ -159,6 +144,6 @@ def test_ranks_of_a_distributed_job_agree(shares: list[list[int]]) -> None:
 
 def test_ranks_without_any_batches_fail_together() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        _on_two_ranks(folder, [[], []])
+        run_on_ranks(2, _score_on_rank, folder, [[], []])
         for rank in range(2):
             assert "no calibration batches" in (Path(folder) / f"{rank}.txt").read_text()

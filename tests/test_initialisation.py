@@ -1,7 +1,5 @@
 """Gradient starts against a dense SVD of autograd's gradients."""
 
-import multiprocessing
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import _score, fisher_select
 from stiefel_lora.initialisation import gradient_init, select_and_start
 from tests.models import FAMILIES, plain_batch
+from tests.ranks import run_on_ranks
 from tests.reference.fisher import singles
 from tests.test_layer import QuantisedLinear
 
@@ -347,24 +346,14 @@ def test_no_weight_gradient_is_kept() -> None:
 
 
 def _start_on_rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(5, 4))
     mine = [{k: v[[[0, 1, 2], [3, 4]][rank]] for k, v in batch.items()}] if rank < 2 else []
     torch.save(select_and_start(model, mine, rank=2, target_modules=["1"], **EXACT), Path(folder) / f"{rank}.pt")
-    torch.distributed.barrier()
-    # At an ordinary exit of the interpreter a thread of gloo now and then aborts the process, after all is done.
-    os._exit(0)
 
 
 def test_ranks_of_a_distributed_job_get_the_starts_of_all_samples(tmp_path: Path) -> None:
     """Also one that has no samples of its own."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_start_on_rank, args=(rank, str(tmp_path))) for rank in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(100)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    run_on_ranks(3, _start_on_rank, tmp_path)
     model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(5, 4))
     for rank in range(3):
         layers, starts = torch.load(tmp_path / f"{rank}.pt")

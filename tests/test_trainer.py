@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters
+from stiefel_lora.adapters import adapter_factors, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
@@ -51,9 +51,7 @@ def arguments(path: Path, **options: Any) -> TrainingArguments:
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{n}.{k}": f.detach().clone() for n, layer in adapter_layers(model).items() for k, f in layer.factors().items()
-    }
+    return {name: factor.detach().clone() for name, factor in adapter_factors(model).items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
