@@ -166,6 +166,14 @@ def adapter_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
     return {name: module for name, module in found if isinstance(module, StiefelLoRALinear)}
 
 
+def required_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
+    """Return the adapters that are in the model, as `adapter_layers` does, and raise InputError if there are none."""
+    layers = adapter_layers(model)
+    if not layers:
+        raise InputError(f"{type(unwrap(model)).__name__} has no adapters; call add_adapters or load_adapter first")
+    return layers
+
+
 def adapter_factors(model: nn.Module) -> dict[str, Tensor]:
     """Return the factors of the adapters that are in the model, by their qualified names beneath the linears."""
     layers = adapter_layers(model)
@@ -230,7 +238,7 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
             adapters would be lost. The model is left as it was.
     """
     bare = unwrap(model)
-    layers = _required_layers(bare)
+    layers = required_layers(bare)
     if not keep:
         check_no_others(bare, "merge with keep=True")
     fresh = [layer for layer in layers.values() if not layer.merged]
@@ -415,13 +423,6 @@ def _forget_quantiser(model: nn.Module) -> None:
         if hasattr(owner, name):
             delattr(owner, name)
     model.is_quantized = False  # type: ignore[assignment]
-
-
-def _required_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
-    layers = adapter_layers(model)
-    if not layers:
-        raise InputError(f"{type(model).__name__} has no adapters; call add_adapters or load_adapter first")
-    return layers
 
 
 def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:

@@ -19,6 +19,7 @@ from stiefel_lora.adapters import (
     adapter_names,
     insert_adapters,
     keep_base_values,
+    required_layers,
     set_parameters,
 )
 from stiefel_lora.errors import InputError, ManifoldError, listed
@@ -97,9 +98,7 @@ def adapter_state(model: nn.Module) -> AdapterState:
         InputError: If the model has no adapters, or a parameter of an adapted linear itself was trained.
     """
     model = unwrap(model)
-    layers = adapter_layers(model)
-    if not layers:
-        raise InputError(f"{type(model).__name__} has no adapters to save; call add_adapters or load_adapter first")
+    layers = required_layers(model)
     factors = {name: {k: f.detach() for k, f in layer.factors().items()} for name, layer in layers.items()}
     modules = {name: _module_config(layer) for name, layer in layers.items()}
     return AdapterState(describe_base(model), modules, factors, _trained_parameters(model, layers))

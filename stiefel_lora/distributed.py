@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stiefel_lora.adapters import adapter_factors
+from stiefel_lora.adapters import adapter_factors, required_layers
 from stiefel_lora.errors import InputError
 
 
@@ -34,9 +34,8 @@ def replicate_adapters(model: nn.Module, process_group: "dist.ProcessGroup | Non
     Raises:
         InputError: If the model has no adapters or is split already, or there is no process group.
     """
+    required_layers(model)
     factors = adapter_factors(model)
-    if not factors:
-        raise InputError(f"{type(model).__name__} has no adapters; call add_adapters first")
     if not dist.is_initialized():
         raise InputError("there is no process group; call torch.distributed.init_process_group first")
     for name, factor in factors.items():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from stiefel_lora.adapters import adapter_layers, adapter_metrics, adapter_names
+from stiefel_lora.adapters import adapter_layers, adapter_metrics, adapter_names, required_layers
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
@@ -88,8 +88,7 @@ class StiefelTrainer(Trainer):
                 "Trainer's FSDP and DeepSpeed split the factors, whose columns must stay orthonormal; use DDP, or in a "
                 "loop of your own fully_shard with stiefel_lora.distributed.replicate_adapters"
             )
-        if not adapter_layers(_model_of(self)):
-            raise InputError(f"{type(self.model).__name__} has no adapters; call add_adapters first")
+        required_layers(_model_of(self))
         self.add_callback(AdapterMetricsCallback(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

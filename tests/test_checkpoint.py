@@ -185,7 +185,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
         adapter_layers(model)["model.layers.0.self_attn.q_proj"].lora_B[0, 0] = torch.nan
     with pytest.raises(InputError, match="q_proj.lora_B has NaN"):
         save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(InputError, match="no adapters to save"):
+    with pytest.raises(InputError, match="has no adapters; call add_adapters or load_adapter"):
         save_adapter(remove_adapters(model), tmp_path / "adapter")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):

@@ -528,7 +528,7 @@ def test_export_refuses_what_cannot_be_written(tmp_path: Path) -> None:
         next(iter(adapter_layers(model).values())).lora_B[0, 0] = torch.inf
     with pytest.raises(InputError, match="not saved: .*q_proj.lora_B.weight has NaN"):
         export_peft(model, tmp_path / "peft")
-    with pytest.raises(InputError, match="no adapters to save"):
+    with pytest.raises(InputError, match="has no adapters; call add_adapters or load_adapter"):
         export_peft(LLAMA.build(), tmp_path / "peft")
     with pytest.raises(InputError, match="no adapter folder at"):
         import_peft(LLAMA.build(), tmp_path / "peft")

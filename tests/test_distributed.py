@@ -94,7 +94,7 @@ def test_split_adapters_do_not_train_silently() -> None:
 
 
 def test_what_is_missing_is_named() -> None:
-    with pytest.raises(InputError, match="LlamaForCausalLM has no adapters; call add_adapters first"):
+    with pytest.raises(InputError, match="LlamaForCausalLM has no adapters; call add_adapters or load_adapter"):
         replicate_adapters(LLAMA.build())
     with pytest.raises(InputError, match="there is no process group; call torch.distributed.init_process_group"):
         replicate_adapters(adapted())
