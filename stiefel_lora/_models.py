@@ -4,9 +4,11 @@ No model class is named here: a stack of layers is the longest list of repeated 
 linear map is a leaf module with an input and an output width.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -50,6 +52,37 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
         raise TypeError(f"expected a linear module, got {type(module).__name__}")
     names = ("nx", "nf") if is_conv1d(module) else ("in_features", "out_features")
     return int(getattr(module, names[0])), int(getattr(module, names[1]))
+
+
+def first_tensor(module: nn.Module) -> Tensor | None:
+    """Return a module's first parameter or, as of linears that hold quantised data, buffer; None without any."""
+    return next(chain(module.parameters(), module.buffers()), None)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Tell whether a linear map's weight is an ordinary floating-point matrix, not a quantised one."""
+    weight = getattr(linear, "weight", None)
+    # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dim() != 2:
+        return False
+    # Floating-point numbers of 8 bits have a scale beside them.
+    return weight.is_floating_point() and weight.itemsize >= 2 and weight.numel() == math.prod(linear_shape(linear))
+
+
+def plain_weight(linear: nn.Module) -> nn.Parameter:
+    """Return the weight if it is a parameter and an ordinary floating-point matrix.
+
+    Raises:
+        InputError: If it is not: nothing can be merged into it or taken from it then.
+    """
+    weight = getattr(linear, "weight", None)
+    if type(weight) is nn.Parameter and is_plain(linear):
+        return weight
+    kind = f"a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+    raise InputError(
+        f"the weight of {type(linear).__name__} is {kind}, not a plain floating-point matrix (it is quantised); "
+        "dequantise the base model to merge into it or to start from its singular vectors"
+    )
 
 
 def named_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -122,7 +155,7 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
     if len(best) > 1:
         raise InputError(
             f"{type(model).__name__} has {len(best)} equally long lists of layers: {_describe(model, found)}; "
-            f"name one, for example layers={best[0]!r}"
+            f"name the one meant, such as {best[0]!r}, with layers_path= (of fisher_scores: layers=)"
         )
     return best[0], found[best[0]]
 
@@ -188,7 +221,9 @@ def _named_list(model: nn.Module, name: str, found: dict[str, Layers]) -> Layers
         blocks = None
     if not isinstance(blocks, nn.ModuleList | nn.Sequential):
         what = "does not exist" if blocks is None else f"is a {type(blocks).__name__}"
-        raise InputError(f"layers={name!r} {what}; {type(model).__name__} has: {_describe(model, found) or 'no list'}")
+        raise InputError(
+            f"the list of layers {name!r} {what}; {type(model).__name__} has: {_describe(model, found) or 'no list'}"
+        )
     return blocks
 
 

@@ -1,4 +1,4 @@
-"""Matrix products in the precision of their operands, whatever autocast and the TF32 and bf16 switches allow."""
+"""The precision to compute in: types, and products that autocast and the TF32 and bf16 switches leave exact."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -10,6 +10,16 @@ import torch
 _SWITCHES: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
 if not all(hasattr(switch, "fp32_precision") for switch in _SWITCHES):
     _SWITCHES = ()
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute in for data of one: float64 for float64, float32 for anything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reads_at_no_cost(x: torch.Tensor) -> bool:
+    """Tell whether looking at a value does not wait for a device."""
+    return x.device.type == "cpu"
 
 
 def under_autocast(device: str) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from stiefel_lora._models import Layers, find_layers, join, matches, named_linears, split_at_layer
+from stiefel_lora._models import Layers, find_layers, join, linear_shape, matches, named_linears, split_at_layer
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.layer import StiefelLoRALinear
+from stiefel_lora.layer import StiefelLoRALinear, check_rank
 
 logger = logging.getLogger("stiefel_lora")
 
@@ -159,14 +159,31 @@ def last_names(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 
 
-def module_ranks(targets: Sequence[str], rank: int, pattern: Mapping[str, int]) -> dict[str, int]:
+def module_ranks(
+    model: nn.Module, targets: Sequence[str], rank: int, pattern: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Return the rank of each target: that of the longest key of ``pattern`` that matches its name, or ``rank``.
 
     Raises:
-        InputError: If a key matches none of the targets.
+        InputError: If a key matches none of the targets, or a rank is out of range for one.
+        TypeError: If a rank is not an int.
     """
+    pattern = pattern or {}
     unused = [key for key in pattern if not any(matches(target, key) for target in targets)]
     if unused:
         raise InputError(f"rank_pattern {', '.join(unused)} matches none of the adapted linears: {listed(targets)}")
     best = {target: max((k for k in pattern if matches(target, k)), key=len, default=None) for target in targets}
-    return {target: rank if key is None else pattern[key] for target, key in best.items()}
+    ranks = {target: rank if key is None else pattern[key] for target, key in best.items()}
+    shapes = {target: _shape(model, target) for target in ranks}
+    # The smallest first: its limit is the one to know.
+    for target in sorted(ranks, key=lambda target: min(shapes[target])):
+        try:
+            check_rank(ranks[target], *shapes[target])
+        except (InputError, TypeError) as error:
+            raise type(error)(f"{target}: {error}") from None
+    return ranks
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, int]:
+    module = model.get_submodule(name)
+    return linear_shape(module.base if isinstance(module, StiefelLoRALinear) else module)

@@ -15,6 +15,7 @@ from stiefel_lora.checkpoint import load_adapter, read_adapter, write_adapter
 from stiefel_lora.convert import read_peft, write_peft
 from stiefel_lora.errors import InputError
 from stiefel_lora.info import adapter_info
+from stiefel_lora.layer import CONSTRAINED
 
 # Loads a model by folder, hub name or .gguf file, its class if that is known, and the names of parameters that it may
 # lack; and its tokenizer if it has one.
@@ -39,7 +40,7 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model
     imported.add_argument("adapter", type=Path, help="PEFT adapter folder")
     imported.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold anything yet")
     imported.add_argument(
-        "--orthonormal", choices=["A", "B", "both"], default="A", help="factor to make orthonormal (default: A)"
+        "--orthonormal", choices=list(CONSTRAINED), default="A", help="factor to make orthonormal (default: A)"
     )
     imported.set_defaults(run=_import)
 

@@ -9,16 +9,16 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora._models import named_linears, unwrap
+from stiefel_lora._models import first_tensor, is_plain, named_linears, unwrap
 from stiefel_lora._targets import describe, find_targets, last_names, module_ranks
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics, is_plain
+from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics
 
 logger = logging.getLogger("stiefel_lora")
 
@@ -93,11 +93,12 @@ def add_adapters(
 
     Raises:
         InputError: If a target matches nothing in one of the layers (with ``layers=None``: in any), a layer does not
-            exist, a rank is too large for a target, or a linear has an adapter already. The model is left as it was.
+            exist, a rank is too large for a target, or a linear has an adapter already, or within `disable_adapters`.
+            The model is left as it was.
     """
     model = unwrap(model, adding=True)
     targets = find_targets(model, layers, target_modules, layers_path)
-    ranks = module_ranks(targets, rank, rank_pattern or {})
+    ranks = module_ranks(model, targets, rank, rank_pattern)
     if not isinstance(init, str) and set(init) != set(targets):
         raise InputError(f"init must name the adapted linears, {listed(targets)}; got {listed(init)}")
     common = {"dropout": dropout, "rslora": rslora, "orthonormal": orthonormal, "generator": generator}
@@ -127,10 +128,11 @@ def insert_adapters(
         The names.
 
     Raises:
-        InputError: If a name is not a linear of the model, has an adapter already, or an option is out of range. The
-            model is left as it was.
+        InputError: If a name is not a linear of the model, has an adapter already, or an option is out of range, or
+            within `disable_adapters`. The model is left as it was.
     """
     model = unwrap(model, adding=True)
+    check_enabled(model)
     registry = getattr(model, "_stiefel_adapters", None) or _Registry(active=name)
     if name in registry.stored:
         raise InputError(f"the adapter {name!r} exists already; switch to it with use_adapter, or remove it")
@@ -189,6 +191,12 @@ def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the model's sets of adapters, the one in use first; empty without adapters."""
     registry = _registry(model)
     return ([registry.active] if adapter_layers(model) else []) + list(registry.stored)
+
+
+def check_enabled(model: nn.Module) -> None:
+    """Raise InputError within `disable_adapters`, where the model's parameters are not those of its adapters."""
+    if _registry(model).disabled:
+        raise InputError("leave disable_adapters before you add, switch, remove, save or load adapters")
 
 
 def check_no_others(model: nn.Module, instead: str) -> None:
@@ -281,7 +289,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             layer.enabled = False
         for name, value in registry.base.items():
             stack.callback(setattr, parameters[name], "data", parameters[name].data)
-            parameters[name].data = value.to(parameters[name])
+            parameters[name].data = value.to(parameters[name], copy=True)
         stack.callback(setattr, registry, "disabled", registry.disabled)
         registry.disabled = True
         yield
@@ -297,10 +305,14 @@ def _original_weights(model: nn.Module) -> Iterator[None]:
 
 
 def keep_base_values(model: nn.Module, names: Iterable[str]) -> None:
-    """Remember parameters of the base that a set of adapters is about to overwrite."""
+    """Remember parameters of the base that a set of adapters is about to overwrite.
+
+    What is trainable is no longer the base's own: it is being trained along with the set that is there.
+    """
     registry, parameters = _registry(model), dict(unwrap(model).named_parameters())
     for name in names:
-        registry.base.setdefault(name, parameters[name].detach().clone())
+        if not parameters[name].requires_grad:
+            registry.base.setdefault(name, parameters[name].detach().clone())
 
 
 def remove_adapters(model: Model, name: str | None = None) -> Model:
@@ -428,7 +440,7 @@ def _forget_quantiser(model: nn.Module) -> None:
 def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
     for name, layer in layers.items():
         # The model may have moved, or changed mode, while the layer was aside.
-        device = next(layer.base.parameters()).device
+        device = cast(Tensor, first_tensor(layer.base)).device
         for factor in layer.parameters(recurse=False):
             factor.data = factor.data.to(device)
         layer.train(layer.base.training)
@@ -436,8 +448,7 @@ def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
 
 
 def _take_out(model: nn.Module, registry: _Registry) -> None:
-    if registry.disabled:
-        raise InputError("leave disable_adapters before you switch, add or remove a set of adapters")
+    check_enabled(model)
     layers = adapter_layers(model)
     if not layers:
         return

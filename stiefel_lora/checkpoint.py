@@ -1,7 +1,6 @@
 """Save a model's adapters to a folder and load them: a safetensors file and a JSON configuration, never a pickle."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,14 @@ from stiefel_lora.adapters import (
     DEFAULT_NAME,
     adapter_layers,
     adapter_names,
+    check_enabled,
     insert_adapters,
     keep_base_values,
     required_layers,
     set_parameters,
 )
 from stiefel_lora.errors import InputError, ManifoldError, listed
-from stiefel_lora.layer import StiefelLoRALinear
+from stiefel_lora.layer import CONSTRAINED, StiefelLoRALinear, check_options, factor_shapes
 from stiefel_lora.stiefel import orthogonality_error
 
 CONFIG_FILE = "adapter.json"
@@ -86,7 +86,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = DEFAULT_NAME
             on the manifold, or does not fit the model (names or shapes are listed). The model is left as it was.
 
     Saved parameters of the base, such as a head, overwrite the model's and are trainable again; the model has its own
-    back when the set is removed.
+    back when the set is removed, unless they were trainable before (being trained along with the adapters in use).
     """
     return insert_state(model, read_adapter(path), what=f"the adapter in {path}", name=name)
 
@@ -95,9 +95,11 @@ def adapter_state(model: nn.Module) -> AdapterState:
     """Return the adapters in use and what was trained with them, as views of the model's parameters.
 
     Raises:
-        InputError: If the model has no adapters, or a parameter of an adapted linear itself was trained.
+        InputError: If the model has no adapters, or a parameter of an adapted linear itself was trained, or within
+            `disable_adapters`.
     """
     model = unwrap(model)
+    check_enabled(model)
     layers = required_layers(model)
     factors = {name: {k: f.detach() for k, f in layer.factors().items()} for name, layer in layers.items()}
     modules = {name: _module_config(layer) for name, layer in layers.items()}
@@ -118,6 +120,7 @@ def _trained_parameters(model: nn.Module, layers: Mapping[str, StiefelLoRALinear
 def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str = DEFAULT_NAME) -> list[str]:
     """Put a set of adapters into a model; see `load_adapter`. ``what`` names it in errors."""
     model = unwrap(model)
+    check_enabled(model)
     present = adapter_layers(model)
     _check_parameters(model, state, what)
     if present and adapter_names(model)[0] == name:
@@ -127,7 +130,7 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
     else:
         _check_fits(model, state, what)
         insert_adapters(model, {key: _start(state, key) for key in state.modules}, name=name)
-        keep_base_values(model, state.parameters)
+    keep_base_values(model, state.parameters)
     layers = adapter_layers(model)
     with torch.no_grad():
         for key, factors in state.factors.items():
@@ -167,7 +170,7 @@ def read_adapter(path: str | Path) -> AdapterState:
     factors = {
         name: {
             key: take(f"{name}.{key}", shape, (torch.float32, torch.float64))
-            for key, shape in _factor_shapes(o).items()
+            for key, shape in factor_shapes(o["in_features"], o["out_features"], o["rank"], o["orthonormal"]).items()
         }
         for name, o in modules.items()
     }
@@ -321,24 +324,11 @@ def check_module_config(file: str | Path, name: str, options: Any) -> None:
         # bool is an int to Python.
         if not isinstance(options[key], types) or (types != (bool,) and isinstance(options[key], bool)):
             raise InputError(f"{file} is damaged: {key} of {name} is {options[key]!r}")
-    in_range = (
-        1 <= options["rank"] <= min(options["in_features"], options["out_features"])
-        and 0 < options["alpha"] < math.inf
-        and 0 <= options["dropout"] < 1
-        and options["orthonormal"] in ("A", "B", "both")
-    )
-    if not in_range:
-        raise InputError(f"{file} is damaged: an option of {name} is out of range: {options}")
-
-
-def _factor_shapes(options: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    rank = options["rank"]
-    shapes = {"lora_A": (options["in_features"], rank), "lora_B": (options["out_features"], rank)}
-    return {**shapes, "lora_S": (rank, rank)} if options["orthonormal"] == "both" else shapes
-
-
-def _orthonormal_names(options: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("lora_A", "lora_B") if options["orthonormal"] == "both" else (f"lora_{options['orthonormal']}",)
+    shape = options["in_features"], options["out_features"]
+    try:
+        check_options(*shape, *(options[key] for key in ("rank", "alpha", "dropout", "orthonormal")))
+    except InputError as error:
+        raise InputError(f"{file} is damaged: {name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -362,7 +352,7 @@ class _Take:
 
 def _check_on_manifold(file: Path, modules: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, tensors in factors.items():
-        for key in _orthonormal_names(modules[name]):
+        for key in CONSTRAINED[modules[name]["orthonormal"]]:
             error = float(orthogonality_error(tensors[key]))
             if error > _TOLERANCE:
                 raise ManifoldError(
@@ -374,7 +364,7 @@ def _check_on_manifold(file: Path, modules: Mapping[str, Any], factors: Mapping[
 def _start(saved: AdapterState, name: str) -> dict[str, Any]:
     """Return the arguments of a layer that starts at the saved point, so that loading draws no random numbers."""
     options = {key: value for key, value in saved.modules[name].items() if not key.endswith("_features")}
-    points = tuple(saved.factors[name][key] for key in _orthonormal_names(options))
+    points = tuple(saved.factors[name][key] for key in CONSTRAINED[options["orthonormal"]])
     return {**options, "init": points if len(points) > 1 else points[0]}
 
 

@@ -245,7 +245,6 @@ def run_finetune(args: argparse.Namespace) -> None:
     from stiefel_lora.training import CHECKPOINT_FILE, finetune
 
     config = _config(args)
-    config.check()
     if args.save_every < 1:
         raise InputError(f"save-every must be at least 1, got {args.save_every}")
     # All that can be found out before the slow work.
@@ -360,7 +359,6 @@ def run_select(args: argparse.Namespace) -> None:
     from stiefel_lora.training import choose, load_inputs, score_layers
 
     config = _config(args)
-    config.check()
     # All that can be found out before the slow work.
     for path in (getattr(args, "output", None), getattr(args, "plot", None)):
         if path is not None:

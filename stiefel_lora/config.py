@@ -4,14 +4,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from stiefel_lora.errors import InputError
+from stiefel_lora._types import Retraction
+from stiefel_lora.errors import InputError, check_choice
 from stiefel_lora.scores import count_of
-from stiefel_lora.stiefel import RETRACTIONS, check_choice
+from stiefel_lora.stiefel import RETRACTIONS
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """What decides the numbers of a run; two runs with the same configuration are the same run.
+
+    Raises:
+        InputError: On construction, for a value that no model or data could make right.
 
     Attributes:
         model: Folder, .gguf file or hub name; None for the default model.
@@ -53,14 +57,14 @@ class FinetuneConfig:
     grad_accum: int = 1
     lr: float = 2e-3
     warmup: int | None = None
-    optimizer: str = "adam"
-    retraction: str = "qr"
-    init: str = "random"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    retraction: Retraction = "qr"
+    init: Literal["random", "svd", "gradient"] = "random"
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
     eval_samples: int = 48
     seed: int = 0
-    dtype: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @property
     def budget_is_parameters(self) -> bool:
@@ -72,8 +76,7 @@ class FinetuneConfig:
         """Steps of warm-up, given or by default."""
         return min(5, self.steps // 10) if self.warmup is None else self.warmup
 
-    def check(self) -> None:
-        """Raise InputError for a value that no model or data could make right."""
+    def __post_init__(self) -> None:
         for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")

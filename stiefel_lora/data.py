@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stiefel_lora._losses import IGNORED
 from stiefel_lora.errors import InputError
-
-IGNORED = -100  # the label of a token without a loss
 
 TEXT_ENDINGS = (".txt", ".md", ".py")
 # As much of the standard library as any default run needs; tokenised in two seconds.

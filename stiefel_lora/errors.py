@@ -1,6 +1,6 @@
 """Errors that a user's input can cause; the command line turns them into one line and exit code 2."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
@@ -9,6 +9,12 @@ class InputError(ValueError):
 
 class ManifoldError(InputError):
     """A matrix is not on the manifold it was declared to be on, or has lost its manifold."""
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise InputError unless ``value`` is one of the allowed strings."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def listed(names: Iterable[str], limit: int = 6) -> str:

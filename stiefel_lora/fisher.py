@@ -8,7 +8,7 @@ Fisher information, summed over a layer's linear maps.)
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from warnings import warn
 
 import torch
@@ -16,12 +16,21 @@ from torch import Tensor, nn
 
 from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses, batch_size, take, to_device
-from stiefel_lora._models import find_layers, find_linears, join, linear_shape, undisturbed, unwrap
+from stiefel_lora._models import (
+    find_layers,
+    find_linears,
+    first_tensor,
+    is_plain,
+    join,
+    linear_shape,
+    undisturbed,
+    unwrap,
+)
+from stiefel_lora._precision import wide_dtype
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
-from stiefel_lora.errors import InputError, listed
-from stiefel_lora.scores import FisherScores, Normalize, count_of, divisors
-from stiefel_lora.stiefel import check_choice
+from stiefel_lora.errors import InputError, check_choice, listed
+from stiefel_lora.scores import FisherScores, Normalize, check_budget_rank, count_of, divisors
 
 # Fewer samples than this tell nothing about a standard error.
 _FEWEST = 8
@@ -68,11 +77,11 @@ def fisher_select(
     Raises:
         InputError: See `fisher_scores` and `FisherScores.select`.
     """
-    if budget_params is not None and (rank is None or rank < 1):
-        raise InputError(f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}")
+    if budget_params is not None:
+        check_budget_rank(rank)
     if budget_params is not None and tol is not None:
         raise InputError("tol= cannot tell when a choice by budget_params is stable; give budget= with it, or no tol=")
-    scores = _score(
+    scores = score(
         model,
         batches,
         layers=layers,
@@ -139,7 +148,7 @@ def fisher_scores(
         UserWarning: If samples were left out because their loss or gradient was not finite, or a linear map was never
             called: some models, such as Mamba, read the weight of one past its ``forward``.
     """
-    return _score(
+    return score(
         model,
         batches,
         layers=layers,
@@ -155,7 +164,7 @@ def fisher_scores(
     )
 
 
-def _score(
+def score(
     model: nn.Module,
     batches: Iterable[Any],
     *,
@@ -263,9 +272,8 @@ def _limited(batches: Iterable[Any], device: torch.device, limit: int | None) ->
 
 
 def _device(linears: dict[str, nn.Module]) -> torch.device:
-    first = next(iter(linears.values()))
-    tensors = [*first.parameters(), *first.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
+    first = first_tensor(next(iter(linears.values())))
+    return torch.device("cpu") if first is None else first.device
 
 
 def _finite(rows: list[Tensor]) -> Tensor:
@@ -326,11 +334,8 @@ def _shapes(linears: dict[str, nn.Module], members: list[int]) -> list[tuple[int
 
 def _square(module: nn.Module) -> float:
     """Return the squared Frobenius norm of a linear map's weight, 0 if that is not an ordinary tensor."""
-    weight = getattr(module, "weight", None)
-    # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or not weight.is_floating_point():
+    if not is_plain(module):
         return 0.0
-    if weight.numel() != math.prod(linear_shape(module)):
-        return 0.0
+    weight = cast(Tensor, module.weight)
     # One pass, without a second tensor of the weight's size.
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32))) ** 2
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=wide_dtype(weight.dtype))) ** 2

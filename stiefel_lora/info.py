@@ -6,7 +6,7 @@ from pathlib import Path
 from stiefel_lora.checkpoint import CONFIG_FILE, read_adapter
 from stiefel_lora.convert import PEFT_CONFIG_FILE, read_peft
 from stiefel_lora.errors import InputError
-from stiefel_lora.layer import factor_metrics
+from stiefel_lora.layer import factor_metrics, scaling
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def adapter_info(path: str | Path) -> AdapterInfo:
                 name=name,
                 shape=(options["out_features"], options["in_features"]),
                 rank=rank,
-                scaling=options["alpha"] / (rank**0.5 if options["rslora"] else rank),
+                scaling=scaling(rank, options["alpha"], options["rslora"]),
                 orthonormal=None if peft else options["orthonormal"],
                 parameters=sum(factor.numel() for factor in factors.values()),
                 # A PEFT LoRA has just been factored again, which says nothing about its own factors.

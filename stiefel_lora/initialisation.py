@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._losses import LossFn, batch_losses, to_device
-from stiefel_lora._models import is_conv1d, linear_shape, undisturbed, unwrap
+from stiefel_lora._models import is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
+from stiefel_lora._precision import wide_dtype
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora.adapters import adapter_layers
-from stiefel_lora.errors import InputError, listed
-from stiefel_lora.fisher import _score
-from stiefel_lora.layer import Init, Orthonormal, leading_singular_vectors, plain_weight
+from stiefel_lora.errors import InputError, check_choice, listed
+from stiefel_lora.fisher import score
+from stiefel_lora.layer import CONSTRAINED, Init, Orthonormal, leading_singular_vectors
 from stiefel_lora.scores import Normalize
-from stiefel_lora.stiefel import check_choice, random_point
+from stiefel_lora.stiefel import random_point
 
 
 def gradient_init(
@@ -55,10 +56,9 @@ def gradient_init(
             or for what `add_adapters` raises it.
     """
     model = _bare(model)
-    check_choice("orthonormal", orthonormal, ("A", "B", "both"))
+    check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
     targets = find_targets(model, layers, target_modules, layers_path)
-    ranks = module_ranks(targets, rank, rank_pattern or {})
-    _check_ranks(model, ranks)
+    ranks = module_ranks(model, targets, rank, rank_pattern)
     linears = {name: model.get_submodule(name) for name in targets}
     gradients = _gradients(model, [plain_weight(linear) for linear in linears.values()], batches, loss_fn)
     starts: dict[str, Init] = {}
@@ -124,14 +124,13 @@ def select_and_start(
         UserWarning: If no gradient reached a linear to adapt, which starts at random then, and as `fisher_scores` does.
     """
     model = _bare(model)
-    check_choice("orthonormal", orthonormal, ("A", "B", "both"))
+    check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
     if oversampling < 0:
         raise InputError(f"oversampling must not be negative, got {oversampling}")
-    candidates = module_ranks(find_targets(model, None, target_modules, layers_path), rank, rank_pattern or {})
-    _check_ranks(model, candidates)
+    candidates = module_ranks(model, find_targets(model, None, target_modules, layers_path), rank, rank_pattern)
     shapes = {name: linear_shape(model.get_submodule(name)) for name in candidates}
     sketches = GradientSketches({name: min(r + oversampling, *shapes[name]) for name, r in candidates.items()}, seed)
-    scores = _score(
+    scores = score(
         model,
         batches,
         layers=layers_path,
@@ -143,7 +142,7 @@ def select_and_start(
         sketches=sketches,
     )
     layers = scores.select(budget, normalize=normalize)
-    ranks = module_ranks(find_targets(model, layers, target_modules, layers_path), rank, rank_pattern or {})
+    ranks = module_ranks(model, find_targets(model, layers, target_modules, layers_path), rank, rank_pattern)
     missing = [name for name in ranks if name not in sketches]
     if missing:
         raise InputError(
@@ -171,13 +170,6 @@ def _bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    for name, rank in ranks.items():
-        limit = min(linear_shape(model.get_submodule(name)))
-        if not 1 <= rank <= limit:
-            raise InputError(f"{name}: rank must be in [1, {limit}], got {rank}")
-
-
 def _start(right: Tensor, left: Tensor, orthonormal: Orthonormal) -> Init:
     return (right, left) if orthonormal == "both" else right if orthonormal == "A" else left
 
@@ -189,7 +181,7 @@ def _gradients(
     loss_fn: LossFn | None,
 ) -> list[Tensor]:
     """Return the weights' gradients, summed over the batches, in evaluation mode; the model comes back as it was."""
-    totals = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+    totals = [torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in weights]
     empty = True
     with undisturbed(model):
         for weight in weights:
@@ -198,6 +190,8 @@ def _gradients(
             empty = False
             batch = to_device(batch, weights[0].device)
             loss = batch_losses(model, batch, loss_fn).mean()
+            if not loss.requires_grad:
+                raise InputError("the loss depends on none of the linear maps to adapt")
             for total, gradient in zip(totals, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True):
                 total.add_(gradient)
     if empty:

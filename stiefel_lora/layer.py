@@ -9,16 +9,16 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora._models import is_conv1d, is_linear, linear_shape
-from stiefel_lora._precision import exact_products, under_autocast
-from stiefel_lora.errors import InputError, ManifoldError
-from stiefel_lora.stiefel import check_choice, effective_rank, orthogonality_error, project_point, random_point
+from stiefel_lora._models import first_tensor, is_conv1d, is_linear, linear_shape, plain_weight
+from stiefel_lora._precision import exact_products, under_autocast, wide_dtype
+from stiefel_lora.errors import InputError, ManifoldError, check_choice
+from stiefel_lora.stiefel import effective_rank, orthogonality_error, project_point, random_point
 
 Orthonormal: TypeAlias = Literal["A", "B", "both"]
 Init: TypeAlias = Literal["random", "svd"] | Tensor | tuple[Tensor, Tensor]
 
 # The factors that lie on the manifold, by the value of `orthonormal`.
-_CONSTRAINED: dict[str, tuple[str, ...]] = {"A": ("lora_A",), "B": ("lora_B",), "both": ("lora_A", "lora_B")}
+CONSTRAINED: dict[str, tuple[str, ...]] = {"A": ("lora_A",), "B": ("lora_B",), "both": ("lora_A", "lora_B")}
 
 # A user's orthonormal factor may come from a bf16 file: eps is 4e-3, and the error of X^T X adds up over r columns.
 _INIT_TOLERANCE = 0.05
@@ -69,11 +69,11 @@ class StiefelLoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = _checked_shape(base)
-        _check_options(base, rank, self.in_features, self.out_features, alpha, dropout, orthonormal)
+        check_options(self.in_features, self.out_features, rank, alpha, dropout, orthonormal)
         self.rank = rank
         self.alpha = float(2 * rank if alpha is None else alpha)
         self.rslora = bool(rslora)
-        self.scaling = self.alpha / (math.sqrt(rank) if rslora else rank)
+        self.scaling = scaling(rank, self.alpha, rslora)
         self.orthonormal: Orthonormal = orthonormal
         self.enabled = True
         # Holds the base's own weight while another, merged one is in its place. A tuple hides it from nn.Module, which
@@ -85,12 +85,9 @@ class StiefelLoRALinear(nn.Module):
         self.train(base.training)
 
     def _create_factors(self, points: dict[str, Tensor]) -> None:
-        example = next(_tensors(self.base))
-        dtype = torch.promote_types(example.dtype, torch.float32) if example.is_floating_point() else torch.float32
-        shapes = {"lora_A": (self.in_features, self.rank), "lora_B": (self.out_features, self.rank)}
-        if self.orthonormal == "both":
-            shapes["lora_S"] = (self.rank, self.rank)
-        for name, shape in shapes.items():
+        example = _example(self.base)
+        dtype = wide_dtype(example.dtype)
+        for name, shape in factor_shapes(self.in_features, self.out_features, self.rank, self.orthonormal).items():
             if name in points:
                 factor = _manifold_parameter(points[name].to(device=example.device, dtype=dtype))
             else:
@@ -135,7 +132,7 @@ class StiefelLoRALinear(nn.Module):
 
     def manifold_parameters(self) -> dict[str, Tensor]:
         """Return the factors that are constrained to have orthonormal columns, by name."""
-        return {name: getattr(self, name) for name in _CONSTRAINED[self.orthonormal]}
+        return {name: getattr(self, name) for name in CONSTRAINED[self.orthonormal]}
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` of shape (..., in_features); the result is (..., out_features)."""
@@ -230,9 +227,8 @@ class StiefelLoRALinear(nn.Module):
             return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        # args: local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        if self.merged:
-            args[-1].append(f"{prefix.rstrip('.') or 'the layer'} is merged; call unmerge() before loading a state")
+        # A state has the base's own weight, and an update that is not merged into it any more.
+        self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._keep_manifold()
 
@@ -277,6 +273,17 @@ class StiefelLoRALinear(nn.Module):
         )
 
 
+def factor_shapes(n_in: int, n_out: int, rank: int, orthonormal: str) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the factors of one update, by name."""
+    shapes = {"lora_A": (n_in, rank), "lora_B": (n_out, rank)}
+    return {**shapes, "lora_S": (rank, rank)} if orthonormal == "both" else shapes
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """Return what an update is multiplied by: alpha / rank, or rsLoRA's alpha / sqrt(rank)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the leading right and left singular vectors of a matrix.
 
@@ -293,15 +300,16 @@ def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
     Raises:
         InputError: If the matrix has a NaN or infinity.
     """
-    wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+    wide = matrix.detach().to(wide_dtype(matrix.dtype))
     if not wide.isfinite().all():
         raise InputError(f"cannot take singular vectors of a matrix of shape {tuple(wide.shape)} with NaN or infinity")
     if wide.shape[0] < wide.shape[1]:
         left, right = leading_singular_vectors(wide.T, rank)
         return right, left
-    right = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(-1)[:, :rank]
-    # W v = s u. QR normalises, keeps the order, and completes the basis where s is zero.
-    left, upper = torch.linalg.qr(wide @ right)
+    with exact_products([wide.device.type]):
+        right = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(-1)[:, :rank]
+        # W v = s u. QR normalises, keeps the order, and completes the basis where s is zero.
+        left, upper = torch.linalg.qr(wide @ right)
     signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(left)
     return right.contiguous(), left * signs
 
@@ -317,7 +325,7 @@ def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> d
         "orthogonality_error": the greatest |X^T X - I|_F of the constrained factors; "effective_rank": that of the
         update, which is that of its free factor (0 while it is zero).
     """
-    names = _CONSTRAINED[orthonormal]
+    names = CONSTRAINED[orthonormal]
     free = "lora_S" if orthonormal == "both" else "lora_B" if orthonormal == "A" else "lora_A"
     error = max(float(orthogonality_error(factors[name])) for name in names)
     return {"orthogonality_error": error, "effective_rank": float(effective_rank(factors[free]))}
@@ -326,7 +334,7 @@ def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> d
 def _checked_shape(base: nn.Module) -> tuple[int, int]:
     if isinstance(base, nn.Module) and is_linear(base):
         shape = linear_shape(base)
-        if min(shape) > 0 and next(_tensors(base), None) is not None:
+        if min(shape) > 0 and first_tensor(base) is not None:
             return shape
         raise TypeError(f"the base {type(base).__name__} has no weights yet; run a forward pass or initialise it first")
     raise TypeError(
@@ -335,34 +343,39 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
     )
 
 
-def _check_options(
-    base: nn.Module, rank: int, n_in: int, n_out: int, alpha: float | None, dropout: float, orthonormal: str
-) -> None:
+def check_rank(rank: int, n_in: int, n_out: int) -> None:
+    """Raise TypeError or InputError unless a linear map of this shape can have an update of this rank."""
     if not isinstance(rank, int) or isinstance(rank, bool):
         raise TypeError(f"rank must be an int, got {type(rank).__name__}")
     limit = min(n_in, n_out)
     if not 1 <= rank <= limit:
         raise InputError(
-            f"rank must be in [1, {limit}] for a {type(base).__name__} of {n_in} inputs and {n_out} outputs, got {rank}"
+            f"rank must be in [1, {limit}] for a linear map of {n_in} inputs and {n_out} outputs, got {rank}"
         )
+
+
+def check_options(n_in: int, n_out: int, rank: int, alpha: float | None, dropout: float, orthonormal: str) -> None:
+    """Raise TypeError or InputError unless an adapter on a linear map of this shape can have these options."""
+    check_rank(rank, n_in, n_out)
     if alpha is not None and not 0 < alpha < math.inf:
         raise InputError(f"alpha must be positive and finite, got {alpha}")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must be in [0, 1), got {dropout}")
-    check_choice("orthonormal", orthonormal, tuple(_CONSTRAINED))
+    check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
 
 
 def _initial_factors(layer: StiefelLoRALinear, init: Init, generator: torch.Generator | None) -> dict[str, Tensor]:
     sizes = {"lora_A": layer.in_features, "lora_B": layer.out_features}
-    names = _CONSTRAINED[layer.orthonormal]
+    names = CONSTRAINED[layer.orthonormal]
     if isinstance(init, str):
         if init == "gradient":
             raise InputError("init='gradient' takes data: give init=gradient_init(model, batches, ...) to add_adapters")
         check_choice("init", init, ("random", "svd"))
-        if next(_tensors(layer.base)).is_meta:
+        example = _example(layer.base)
+        if example.is_meta:
             return {name: torch.empty(sizes[name], layer.rank, device="meta") for name in names}
         if init == "random":
-            dtype = torch.promote_types(next(_tensors(layer.base)).dtype, torch.float32)
+            dtype = wide_dtype(example.dtype)
             return {name: random_point(sizes[name], layer.rank, dtype=dtype, generator=generator) for name in names}
         weight = plain_weight(layer.base)
         vectors = leading_singular_vectors(weight.T if is_conv1d(layer.base) else weight, layer.rank)
@@ -383,7 +396,7 @@ def _orthonormal(name: str, point: Tensor, shape: tuple[int, int]) -> Tensor:
             f"init of {name} must have orthonormal columns: |X^T X - I|_F is {error:.2g}, at most {_INIT_TOLERANCE} is "
             "taken for rounding; use its Q factor from torch.linalg.qr"
         )
-    wide = point.detach().to(torch.promote_types(point.dtype, torch.float32))
+    wide = point.detach().to(wide_dtype(point.dtype))
     rounding = torch.finfo(wide.dtype).eps * sum(shape)
     return wide.clone() if error <= rounding else project_point(wide)
 
@@ -393,30 +406,9 @@ def _manifold_parameter(data: Tensor, requires_grad: bool = True) -> geoopt.Mani
     return geoopt.ManifoldParameter(data.contiguous(), manifold=geoopt.EuclideanStiefel(), requires_grad=requires_grad)
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def is_plain(base: nn.Module) -> bool:
-    """Tell whether a linear's weight is an ordinary floating-point matrix, not a quantised one."""
-    weight = getattr(base, "weight", None)
-    # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
-        return False
-    return weight.dim() == 2 and weight.numel() == math.prod(linear_shape(base))
-
-
-def plain_weight(base: nn.Module) -> nn.Parameter:
-    """Return the weight if it is an ordinary floating-point matrix, or say why nothing can be merged into it."""
-    weight = getattr(base, "weight", None)
-    if is_plain(base):
-        return cast(nn.Parameter, weight)
-    kind = f"a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
-    raise InputError(
-        f"the weight of {type(base).__name__} is {kind}, not a plain floating-point matrix (it is quantised); "
-        "dequantise the base model to merge into it or to start from its singular vectors"
-    )
+def _example(base: nn.Module) -> Tensor:
+    """Return a tensor of a linear's, for its device and dtype; that there is one has been checked."""
+    return cast(Tensor, first_tensor(base))
 
 
 def _is_wide(tensor: Tensor) -> bool:

@@ -10,8 +10,7 @@ import numpy as np
 
 from stiefel_lora._files import atomic_file
 from stiefel_lora._models import split_at_layer
-from stiefel_lora.errors import InputError
-from stiefel_lora.stiefel import check_choice
+from stiefel_lora.errors import InputError, check_choice
 
 Normalize: TypeAlias = Literal["raw", "params", "weight"]
 
@@ -92,10 +91,7 @@ class FisherScores:
         return sorted(self.layers[i] if self.granularity == "layer" else i for i in chosen)
 
     def _fill(self, budget_params: int, rank: int | None, normalize: Normalize) -> list[int]:
-        if rank is None or rank < 1:
-            raise InputError(
-                f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}"
-            )
+        rank = check_budget_rank(rank)
         cost = [rank * size for size in self.adapter_size]
         if budget_params < min(cost):
             raise InputError(f"budget_params must be at least {min(cost)}, one at rank {rank}, got {budget_params}")
@@ -208,6 +204,13 @@ def divisors(normalize: Normalize, parameters: Sequence[int], weight_norm: Seque
     if any(not value > 0 for value in weight_norm):
         raise InputError("normalize='weight' needs weights that are ordinary tensors and not zero")
     return weight_norm
+
+
+def check_budget_rank(rank: int | None) -> int:
+    """Return the rank that a budget of parameters is counted at, or raise InputError if there is none."""
+    if rank is None or rank < 1:
+        raise InputError(f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}")
+    return rank
 
 
 def count_of(budget: float | int, available: int, what: str | None = None) -> int:

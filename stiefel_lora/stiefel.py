@@ -18,13 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stiefel_lora._precision import exact_products
+from stiefel_lora._precision import exact_products, reads_at_no_cost, wide_dtype
 from stiefel_lora._types import Metric, Retraction
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, check_choice
 
 # Iterations of the product Denman-Beavers recursion in `_inverse_sqrt`. After its scaling the eigenvalues of I + U^T U
 # lie in [k^-1/2, k^1/2] with k = 1 + |U|^2; 4 ** 7 covers k = 1e8, and 5 quadratic steps reach float64 rounding.
 _DENMAN_BEAVERS_STEPS = 12
+
+
+METRICS: tuple[Metric, ...] = ("euclidean", "canonical")
 
 
 def sym(z: Tensor) -> Tensor:
@@ -81,12 +84,17 @@ def riemannian_gradient(x: Tensor, g: Tensor, metric: Metric = "euclidean") -> T
     Raises:
         InputError: If the shapes differ or the metric is unknown.
     """
-    check_choice("metric", metric, ("euclidean", "canonical"))
+    check_choice("metric", metric, METRICS)
     if metric == "euclidean":
         return project(x, g)
     _check_pair(x, g)
     with exact_products([x.device.type]):
         return g - x @ (g.mT @ x)
+
+
+def riemannian_gradient_(x: Tensor, g: Tensor, metric: str, out: Tensor) -> Tensor:
+    """Write what ``riemannian_gradient`` gives into ``out``, which may be ``g``, and return it; all ([k,] n, r)."""
+    return add_product(g, x, g.mT @ x, -1, out) if metric == "canonical" else project_(x, g, out)
 
 
 def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
@@ -113,7 +121,7 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
     _check_pair(x, u)
     check_choice("retraction", method, tuple(RETRACTIONS))
     function, of_sum = RETRACTIONS[method]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = wide_dtype(x.dtype)
     y, v = x.to(wide), u.to(wide)
     with exact_products([x.device.type]):
         return (function(y + v) if of_sum else function(y, v)).to(x.dtype)
@@ -269,7 +277,7 @@ def project_point(x: Tensor) -> Tensor:
         InputError: If n < r, or ``x`` has a NaN or infinity, or is rank deficient (no nearest point is unique then).
     """
     check_tall(x)
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.to(wide_dtype(x.dtype))
     if not wide.isfinite().all():
         raise InputError(f"cannot project a matrix of shape {tuple(x.shape)} with NaN or infinite entries")
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
@@ -307,7 +315,7 @@ def random_point(
     if not 1 <= r <= n:
         raise InputError(f"r must be in [1, n] for points of St(n, r), got n={n}, r={r}")
     dtype = dtype or torch.get_default_dtype()
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = wide_dtype(dtype)
     gauss = torch.randn(*batch, n, r, dtype=wide, device=device, generator=generator)
     q, upper = torch.linalg.qr(gauss)
     # Without the signs LAPACK's Q is not Haar distributed (Mezzadri, Notices of the AMS 2007).
@@ -319,7 +327,7 @@ def random_point(
 def orthogonality_error(x: Tensor) -> Tensor:
     """Return |X^T X - I|_F for each matrix, shape x.shape[:-2]; bf16 and fp16 are measured in float32."""
     check_tall(x)
-    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.detach().to(wide_dtype(x.dtype))
     with exact_products([x.device.type]):
         gram = wide.mT @ wide
     return torch.linalg.matrix_norm(gram - _eye_like(gram))
@@ -328,7 +336,8 @@ def orthogonality_error(x: Tensor) -> Tensor:
 def effective_rank(x: Tensor) -> Tensor:
     """Return the effective rank of matrices: the exponential of the entropy of their normalised singular values.
 
-    Between 1 (rank one) and min(m, n) (all singular values equal); 0 for a zero matrix.
+    Between 1 (rank one) and min(m, n) (all singular values equal); 0 for a zero matrix, NaN for one with a NaN or
+    infinity.
 
     Args:
         x: Matrices, shape (..., m, n); bf16 and fp16 are measured in float32.
@@ -336,23 +345,20 @@ def effective_rank(x: Tensor) -> Tensor:
     Returns:
         Effective ranks, shape x.shape[:-2].
 
+    Raises:
+        InputError: If ``x`` has fewer than two dimensions.
+
     Reference: [RV].
     """
-    s = torch.linalg.svdvals(x.detach().to(torch.promote_types(x.dtype, torch.float32)))
+    if x.dim() < 2:
+        raise InputError(f"matrices have a shape (..., m, n), got {tuple(x.shape)}")
+    wide = x.detach().to(wide_dtype(x.dtype))
+    finite = wide.isfinite().all(-1).all(-1)
+    s = torch.linalg.svdvals(torch.where(finite[..., None, None], wide, 0))
     total = s.sum(-1, keepdim=True)
     p = s / torch.where(total > 0, total, 1)
-    return torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)
-
-
-def reads_at_no_cost(x: Tensor) -> bool:
-    """Tell whether looking at a value does not wait for a device."""
-    return x.device.type == "cpu"
-
-
-def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise InputError unless ``value`` is one of the allowed strings."""
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    rank = torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)
+    return rank.masked_fill(~finite, torch.nan)
 
 
 def check_tall(x: Tensor) -> None:

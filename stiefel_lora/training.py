@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from stiefel_lora import __version__
 from stiefel_lora._files import atomic_file
+from stiefel_lora._losses import IGNORED
 from stiefel_lora._models import linear_shape
 from stiefel_lora._progress import progress
-from stiefel_lora._targets import find_targets
+from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora.adapters import adapter_factors, adapter_layers, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.config import FinetuneConfig
-from stiefel_lora.data import IGNORED, Dataset, load_data, spread
+from stiefel_lora.data import Dataset, load_data, spread
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.initialisation import gradient_init
@@ -115,20 +116,13 @@ def load_inputs(config: FinetuneConfig, device: torch.device) -> tuple[Any, Data
     if isinstance(positions, int) and 0 < positions < config.seq_len:
         raise InputError(f"seq_len must be at most {positions}, the positions of the model, got {config.seq_len}")
     train, held_out = load_data(config.data, tokenizer, seq_len=config.seq_len)
-    check_targets(model, config)
+    adaptable(model, config)
     return model, train, held_out
 
 
-def check_targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
+def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
     """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
-    targets = find_targets(model, None, config.target_modules, None)
-    limits = {name: min(linear_shape(model.get_submodule(name))) for name in targets}
-    smallest = min(limits, key=limits.__getitem__)
-    if config.rank > limits[smallest]:
-        raise InputError(
-            f"rank must be in [1, {limits[smallest]}], the smallest dimension of {smallest}, got {config.rank}"
-        )
-    return targets
+    return list(module_ranks(model, find_targets(model, None, config.target_modules, None), config.rank))
 
 
 def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> FisherScores:
@@ -137,7 +131,7 @@ def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> Fi
     Raises:
         InputError: If the budget is larger than their number, or too small for one.
     """
-    modules = check_targets(model, config)
+    modules = adaptable(model, config)
     if config.granularity == "module":
         _check_budget(model, modules, config)
     samples = min(config.calibration_samples, len(train))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stiefel_lora._files import atomic_folder
-from stiefel_lora.adapters import adapter_layers, adapter_names, add_adapters, remove_adapters
+from stiefel_lora.adapters import adapter_layers, adapter_names, add_adapters, disable_adapters, remove_adapters
 from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
 from stiefel_lora.convert import export_peft, import_peft
 from stiefel_lora.errors import InputError, ManifoldError
@@ -68,6 +68,46 @@ def test_round_trip_gives_the_same_logits(tmp_path: Path, options: dict[str, Any
         assert layer.options == adapter_layers(model)[name].options
         assert all(p.requires_grad for p in layer.factors().values())
     assert sum(p.requires_grad for p in fresh.parameters()) == sum(p.requires_grad for p in model.parameters())
+
+
+def with_head(value: float, model: nn.Module) -> nn.Module:
+    """A model whose final norm is trained along, and has this value."""
+    model.model.norm.weight.data.fill_(value)
+    model.model.norm.weight.requires_grad_(True)
+    return model
+
+
+def test_loading_into_adapters_that_are_there_gives_the_base_its_own_back(tmp_path: Path) -> None:
+    save_adapter(with_head(3.0, trained()), tmp_path / "adapter")
+    base, model = LLAMA.build(), trained()
+    load_adapter(model, tmp_path / "adapter")
+    assert model.model.norm.weight.eq(3).all()
+    with disable_adapters(model):
+        assert torch.equal(logits(model), logits(base))
+        model.model.norm.weight.data.mul_(2)  # of the context alone
+    assert torch.equal(logits(remove_adapters(model)), logits(base))
+    # What is trained along is the set's own by now: the best checkpoint's value is to stay.
+    model = with_head(2.0, trained())
+    load_adapter(model, tmp_path / "adapter")
+    assert remove_adapters(model).model.norm.weight.eq(3).all()
+
+
+def test_nothing_is_saved_or_loaded_while_adapters_are_disabled(tmp_path: Path) -> None:
+    save_adapter(with_head(3.0, trained()), tmp_path / "adapter")
+    model = LLAMA.build()
+    load_adapter(model, tmp_path / "adapter")
+    before = logits(model)
+    with disable_adapters(model):
+        for act in (
+            lambda: save_adapter(model, tmp_path / "again"),
+            lambda: export_peft(model, tmp_path / "again"),
+            lambda: load_adapter(model, tmp_path / "adapter"),
+            lambda: add_adapters(model, layers=[1], rank=2),
+        ):
+            with pytest.raises(InputError, match="leave disable_adapters before you"):
+                act()
+    assert not (tmp_path / "again").exists()
+    assert torch.equal(logits(model), before)
 
 
 def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
@@ -247,7 +287,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown option": (_edit_config(lambda c: c["modules"][Q].update(gate=1)), "should have the entries"),
     "wrong type": (_edit_config(lambda c: c["modules"][Q].update(rank="4")), "rank of .* is '4'"),
     "bool rank": (_edit_config(lambda c: c["modules"][Q].update(rank=True)), "rank of .* is True"),
-    "out of range": (_edit_config(lambda c: c["modules"][Q].update(alpha=-1)), "out of range"),
+    "out of range": (_edit_config(lambda c: c["modules"][Q].update(alpha=-1)), "q_proj: alpha must be positive"),
     "rank differs": (_edit_config(lambda c: c["modules"][Q].update(rank=3)), r"is torch.float32 of shape \(32, 4\)"),
     "a module less": (_edit_config(lambda c: c["modules"].pop(Q)), "does not name: .*q_proj.lora_A"),
     "a tensor less": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_B")), "q_proj.lora_B is missing"),

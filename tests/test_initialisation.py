@@ -14,7 +14,7 @@ from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, add_adapters
 from stiefel_lora.errors import InputError
-from stiefel_lora.fisher import _score, fisher_select
+from stiefel_lora.fisher import fisher_select, score
 from stiefel_lora.initialisation import gradient_init, select_and_start
 from tests.models import FAMILIES, plain_batch
 from tests.ranks import run_on_ranks
@@ -74,8 +74,12 @@ def test_bad_input() -> None:
     model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(2, 7)
     with pytest.raises(InputError, match="no batches"):
         gradient_init(model, [], layers=[0], rank=2)
-    with pytest.raises(InputError, match=r"k_proj: rank must be in \[1, 16\], got 17"):
+    with pytest.raises(InputError, match=r"k_proj: rank must be in \[1, 16\] .*, got 17"):
         gradient_init(model, [batch], layers=[0], rank=17)
+    with pytest.raises(TypeError, match="k_proj: rank must be an int, got float"):
+        gradient_init(model, [batch], layers=[0], rank=2.0)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="the loss depends on none of the linear maps to adapt"):
+        gradient_init(model, [batch], layers=[0], rank=2, loss_fn=lambda m, b: torch.zeros(()))
     with pytest.raises(InputError, match="NaN"):
         gradient_init(model, [batch], layers=[0], rank=2, loss_fn=lambda m, b: m(**b).loss * torch.nan)
     with pytest.raises(InputError, match="the model returned no loss for a batch of input_ids"):
@@ -304,8 +308,10 @@ def test_one_pass_leaves_no_trace_and_repeats_itself() -> None:
 def test_bad_input_for_one_pass() -> None:
     model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(2, 7)
     consumed = iter([batch])
-    with pytest.raises(InputError, match=r"k_proj: rank must be in \[1, 16\], got 17"):
+    with pytest.raises(InputError, match=r"k_proj: rank must be in \[1, 16\] .*, got 17"):
         select_and_start(model, consumed, rank=17)
+    with pytest.raises(TypeError, match="k_proj: rank must be an int, got float"):
+        select_and_start(model, consumed, rank=2.5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="oversampling must not be negative, got -1"):
         select_and_start(model, consumed, rank=2, oversampling=-1)
     with pytest.raises(InputError, match="orthonormal must be one of"):
@@ -338,7 +344,7 @@ def test_no_weight_gradient_is_kept() -> None:
     model, k = FAMILIES["llama"].build(), 5
     sketches = GradientSketches({name: k for name in find_targets(model, None, None, None)})
     batches = [FAMILIES["llama"].batch(3, 9) for _ in range(8)]
-    _score(model, batches, layers=None, loss_fn=None, max_samples=None, budget=0.5, progress=False, sketches=sketches)
+    score(model, batches, layers=None, loss_fn=None, max_samples=None, budget=0.5, progress=False, sketches=sketches)
     assert sketches.staged_bytes == 0 and not sketches._kept
     for name, (a, g) in sketches._total.items():
         n_in, n_out = linear_shape(model.get_submodule(name))

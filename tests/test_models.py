@@ -39,5 +39,5 @@ def test_two_equally_long_lists_are_refused_and_can_be_named() -> None:
     with pytest.raises(InputError, match="2 equally long lists of layers: 'left' .2 x Linear., 'right'"):
         find_layers(model)
     assert find_layers(model, "right")[0] == "right"
-    with pytest.raises(InputError, match="layers='middle' does not exist"):
+    with pytest.raises(InputError, match="the list of layers 'middle' does not exist"):
         find_layers(model, "middle")

@@ -432,7 +432,7 @@ def test_an_empty_parameter_is_left_alone(kind: str, manifold: Any, shape: tuple
 def test_a_wide_matrix_is_refused() -> None:
     p = parameter(12, 4)
     p.data = p.data.T
-    with pytest.raises(InputError, match=r"parameter 0: .* tall.* got \(4, 12\); transpose it"):
+    with pytest.raises(InputError, match=r"parameter 0 of group 0: .* tall.* got \(4, 12\); transpose it"):
         RiemannianAdam([p])
 
 
@@ -452,7 +452,7 @@ def test_a_point_off_the_manifold_is_refused_or_projected() -> None:
 def test_a_point_that_is_not_finite_is_refused(bad: float, project: bool) -> None:
     p = parameter(12, 4)
     p.data[2, 1] = bad
-    with pytest.raises(ManifoldError, match=r"parameter 0 of shape \(12, 4\) has a NaN or infinity"):
+    with pytest.raises(ManifoldError, match=r"parameter 0 of group 0, shape \(12, 4\), has a NaN or infinity"):
         RiemannianAdam([p], project=project)
 
 

@@ -111,6 +111,28 @@ def test_a_checkpoint_of_geoopts_optimizer_goes_on(name: str, ours: Any, theirs:
     torch.testing.assert_close(p.detach().as_subclass(Tensor), q.detach().as_subclass(Tensor), atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_checkpoint_of_geoopts_adam_on_stiefel_goes_on(amsgrad: bool) -> None:
+    """Its second moment is ours of second_moment="norm"; the mean square is that over the number of entries."""
+    x = geoopt.EuclideanStiefel().random_naive(6, 2, dtype=torch.float64)
+    points = [geoopt.ManifoldParameter(x.clone().as_subclass(Tensor), manifold=geoopt.EuclideanStiefel())]
+    geoopts = geoopt.optim.RiemannianAdam(points, lr=0.01, amsgrad=amsgrad, eps=0.0)
+    run(geoopts, points[0], n=4)
+    saved, start = copy.deepcopy(geoopts.state_dict()), copy.deepcopy(points[0])
+    run(geoopts, points[0], n=4)
+    # geoopt's step of Frobenius norm lr has the root mean square lr / sqrt(12).
+    for second_moment, lr in (("norm", 0.01), ("mean", 0.01 / 12**0.5)):
+        p = copy.deepcopy(start)
+        optimizer = RiemannianAdam([p], second_moment=second_moment, amsgrad=amsgrad)  # type: ignore[arg-type]
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        optimizer.param_groups[0]["lr"] = lr
+        run(optimizer, p, n=4)
+        torch.testing.assert_close(p.detach(), points[0].detach(), atol=1e-11, rtol=1e-11)
+    optimizer = RiemannianAdam([copy.deepcopy(start)], second_moment="element", amsgrad=amsgrad)
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    run(optimizer, optimizer.param_groups[0]["params"][0], n=1)
+
+
 @pytest.mark.parametrize("optimizer_class", [RiemannianAdam, RiemannianSGD])
 def test_low_precision_state_on_other_manifolds_loads_as_it_was(optimizer_class: Any) -> None:
     """geoopt computes in the parameter's dtype; only a count must not be rounded to it."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stiefel_lora import StiefelLoRALinear, _precision, stiefel
 from stiefel_lora._precision import exact_products
+from stiefel_lora.layer import leading_singular_vectors
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 
 SWITCHES = {"cuda": torch.backends.cuda.matmul, "mkldnn": getattr(torch.backends.mkldnn, "matmul", None)}
@@ -53,6 +54,14 @@ WAYS = [
     "allow_tf32",
     *(pytest.param(way, marks=needs_switches) for way in ("all backends", "cuda", "mkldnn")),
 ]
+
+
+def test_singular_vectors_are_exact_under_autocast() -> None:
+    matrix = torch.randn(12, 7, generator=torch.Generator().manual_seed(0))
+    expected = leading_singular_vectors(matrix, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = leading_singular_vectors(matrix, 3)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -13,6 +13,7 @@ from stiefel_lora.adapters import adapter_layers, add_adapters, merge_adapters, 
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores, fisher_select
+from stiefel_lora.layer import StiefelLoRALinear
 from stiefel_lora.optim import RiemannianAdam
 from tests.models import FAMILIES
 
@@ -205,3 +206,37 @@ def test_a_base_that_transformers_quantises(kind: str, tmp_path: Path) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="bfloat16")
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, merged(**batch).logits)
+
+
+def test_numbers_of_8_bits_count_as_quantised() -> None:
+    """Such a weight has a scale of its own beside it, so that nothing can be merged into it."""
+    model = LLAMA.build()
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    layer = StiefelLoRALinear(linear, 2)
+    assert layer.lora_A.dtype == torch.float32
+    with pytest.raises(InputError, match="it is quantised"):
+        layer.merge()
+
+
+def test_linears_that_hold_buffers_only_take_adapters() -> None:
+    """As those of GPTQ and AWQ do."""
+
+    class Packed(nn.Module):
+        def __init__(self, linear: nn.Linear) -> None:
+            super().__init__()
+            self.in_features, self.out_features = linear.in_features, linear.out_features
+            self.register_buffer("packed", linear.weight.detach().clone())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.packed)
+
+    model, batch = LLAMA.build(), LLAMA.batch(3, 7)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Packed(layer.self_attn.q_proj)
+    before = model(**batch).logits
+    names = add_adapters(model, layers=[0, 1], rank=2, target_modules=["q_proj"])
+    assert torch.equal(model(**batch).logits, before)
+    assert len(names) == 2
+    remove_adapters(model)
+    assert type(model.model.layers[0].self_attn.q_proj) is Packed

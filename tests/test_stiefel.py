@@ -247,6 +247,12 @@ def test_effective_rank() -> None:
     assert float(stiefel.effective_rank(torch.eye(5))) == pytest.approx(5)
     assert float(stiefel.effective_rank(torch.ones(4, 3))) == pytest.approx(1, abs=1e-4)
     assert float(stiefel.effective_rank(torch.zeros(4, 3))) == 0
+    broken = torch.stack([torch.eye(3), torch.full((3, 3), torch.nan), torch.full((3, 3), torch.inf)])
+    ranks = stiefel.effective_rank(broken)
+    assert ranks[0] == pytest.approx(3)
+    assert ranks[1:].isnan().all()
+    with pytest.raises(InputError, match=r"shape \(\.\.\., m, n\), got \(3,\)"):
+        stiefel.effective_rank(torch.ones(3))
     p = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
     entropy = -(p * p.log()).sum()
     both = torch.stack((torch.diag(4 * p), torch.eye(3, dtype=torch.float64)))

@@ -8,10 +8,11 @@ from geoopt import ManifoldTensor
 from torch import Tensor
 
 from stiefel_lora._types import Metric, Params, Retraction, SecondMoment
+from stiefel_lora.errors import check_choice
 from stiefel_lora.optim._base import RiemannianOptimizer, bounded_scale
 from stiefel_lora.optim._batch import COUNT, MATRIX, SCALAR, Piece, StateSpec
-from stiefel_lora.optim._kinds import Group
-from stiefel_lora.stiefel import check_choice, project_
+from stiefel_lora.optim._kinds import Group, is_stiefel
+from stiefel_lora.stiefel import project_
 
 # A tensor, or a Python number that does the same in the same formula.
 Number: TypeAlias = Any
@@ -115,6 +116,14 @@ class RiemannianAdam(RiemannianOptimizer):
         second = MATRIX if group["second_moment"] == "element" else SCALAR
         largest = second if group["amsgrad"] else None
         return {"step": COUNT, "exp_avg": MATRIX, "exp_avg_sq": second, "max_exp_avg_sq": largest}
+
+    def _finish_loading(self, state_dict: dict[str, Any], groups_before: list[Group]) -> None:
+        super()._finish_loading(state_dict, groups_before)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            if "stabilize" in saved and "second_moment" not in saved:  # geoopt's
+                for p in group["params"]:
+                    if is_stiefel(p):
+                        _port_second_moments(self.state[p], p, group["second_moment"])
 
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("exp_avg")
@@ -276,3 +285,14 @@ def _maximum(a: Number, b: Number) -> Number:
 def _like(number: Any, state: Any) -> Any:
     """Shape one number a matrix, (k,), so that it broadcasts against state of shape (k,) or (k, n, r)."""
     return number[:, None, None] if isinstance(state, Tensor) and state.dim() == 3 else number
+
+
+def _port_second_moments(state: dict[str, Any], p: Tensor, second_moment: str) -> None:
+    """Turn geoopt's second moments, |R|^2 in every entry of a matrix, into ours."""
+    for key in ("exp_avg_sq", "max_exp_avg_sq"):
+        value = state.get(key)
+        if value is None or value.shape != p.shape:
+            continue
+        if second_moment != "norm":
+            value = value / p.shape[-2:].numel()
+        state[key] = value if second_moment == "element" else value[..., 0, 0]

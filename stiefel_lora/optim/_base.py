@@ -8,10 +8,10 @@ import torch
 from geoopt import ManifoldTensor
 from torch import Tensor
 
-from stiefel_lora._precision import exact_products
+from stiefel_lora._precision import exact_products, reads_at_no_cost, wide_dtype
 from stiefel_lora._types import Params
-from stiefel_lora.errors import InputError
-from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, compute_dtype, same
+from stiefel_lora.errors import InputError, check_choice
+from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, same
 from stiefel_lora.optim._kinds import (
     Group,
     Kinds,
@@ -24,14 +24,13 @@ from stiefel_lora.optim._kinds import (
     place,
 )
 from stiefel_lora.stiefel import (
+    METRICS,
     RETRACTIONS,
-    add_product,
-    check_choice,
     project,
     project_,
     project_point,
-    reads_at_no_cost,
     retract_,
+    riemannian_gradient_,
 )
 
 # The longest step, as the root mean square over the columns of a matrix, in radians to first order: a quarter turn.
@@ -74,15 +73,6 @@ def _moves(square: Tensor) -> Tensor | None:
     if reads_at_no_cost(square) and square.max().item() < torch.inf:
         return None
     return square < torch.inf
-
-
-def _riemannian_gradient(x: Tensor, g: Tensor, group: Group, out: Tensor) -> Tensor:
-    """Write the Riemannian gradient of what is minimised into ``out``, which may be ``g``; all ([k,] n, r)."""
-    if group["metric"] == "canonical":
-        add_product(g, x, g.mT @ x, -1, out)
-    else:
-        project_(x, g, out)
-    return out.neg_() if group["maximize"] else out
 
 
 class RiemannianOptimizer(torch.optim.Optimizer):
@@ -175,7 +165,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             self._check_group(group)
             for i, p in enumerate(group["params"]):
                 if is_stiefel(p):
-                    check_point(p, i, project=group["project"])
+                    where = place(group, len(self.param_groups) - 1, i)
+                    check_point(p, where, project=group["project"])
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
@@ -184,7 +175,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: Group) -> None:
         check_choice("retraction", group["retraction"], tuple(RETRACTIONS))
-        check_choice("metric", group["metric"], ("euclidean", "canonical"))
+        check_choice("metric", group["metric"], METRICS)
         if group.get("differentiable"):
             raise InputError("differentiable=True is not supported: the step on the manifold works in place")
         if group.get("capturable"):
@@ -326,7 +317,9 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     def _step_piece(self, piece: Piece, group: Group) -> None:
         x = piece.point
-        rgrad = _riemannian_gradient(x, piece.grad, group, piece.work)
+        rgrad = riemannian_gradient_(x, piece.grad, group["metric"], piece.work)
+        if group["maximize"]:
+            rgrad.neg_()
         square: Tensor | float = torch.linalg.vector_norm(rgrad, dim=None if piece.alone else (-2, -1)).square_()
         if piece.alone:
             square = float(square)
@@ -375,7 +368,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             alike: dict[Any, list[Tensor]] = {}
             for p in params:
                 alike.setdefault((p.shape[-2:], p.dtype, p.device), []).append(p)
-            buckets = self._buckets[index] = [Bucket(same, spec, self.state) for same in alike.values()]
+            buckets = self._buckets[index] = [Bucket(batch, spec, self.state) for batch in alike.values()]
         return buckets
 
     # -- gradients that are not finite -------------------------------------------------------------
@@ -429,4 +422,4 @@ def _uncast(saved: Tensor, cast: Tensor, p: Tensor) -> Tensor:
     """Return a saved state tensor in the dtype it is to have, given what torch has cast it to."""
     if not saved.is_floating_point():
         return saved.to(p.device)
-    return saved.to(p.device, compute_dtype(p)) if is_stiefel(p) else cast
+    return saved.to(p.device, wide_dtype(p.dtype)) if is_stiefel(p) else cast

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stiefel_lora._precision import reads_at_no_cost, wide_dtype
 from stiefel_lora.errors import InputError
-from stiefel_lora.stiefel import reads_at_no_cost
 
 # Matrices are updated in pieces of about this size, so that on a CPU the handful of passes over a piece stay in its
 # cache and everywhere the scratch memory is a few pieces instead of a few copies of the whole group.
@@ -110,11 +110,6 @@ class Workspace:
         return views
 
 
-def compute_dtype(p: Tensor) -> torch.dtype:
-    """Return the dtype in which a parameter is updated: float32 for bf16 and fp16, else its own."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
 class Bucket:
     """The parameters of one group that share (n, r), dtype and device.
 
@@ -131,7 +126,7 @@ class Bucket:
         self.params = params
         self._spec = spec
         self._placement = (params[0].dtype, params[0].device)
-        self.dtype = compute_dtype(params[0])
+        self.dtype = wide_dtype(params[0].dtype)
         self.ends = list(accumulate(p.shape[:-2].numel() for p in params))
         self.starts = [0, *self.ends[:-1]]
         # The size of all matrices in the compute dtype, in bytes.

@@ -82,14 +82,14 @@ def check_manifolds(saved: Group, group: Group, g: int) -> None:
         raise ManifoldError(f"{place(group, g, i)} was {was} when this state was saved and is on {new} now")
 
 
-def check_point(p: Tensor, index: int, *, project: bool) -> None:
-    """Raise unless a Stiefel parameter is tall, real and on its manifold up to rounding."""
+def check_point(p: Tensor, where: str, *, project: bool) -> None:
+    """Raise unless a Stiefel parameter is tall, real and on its manifold up to rounding; ``where`` names it."""
     try:
         check_tall(p)
     except InputError as error:
-        raise InputError(f"parameter {index}: {error}") from None
+        raise InputError(f"{where}: {error}") from None
     if not p.is_floating_point():
-        raise InputError(f"parameter {index}: a Stiefel parameter must be real floating, got {p.dtype}")
+        raise InputError(f"{where}: a Stiefel parameter must be real floating, got {p.dtype}")
     if p.is_meta or p.numel() == 0:
         return
     # Half the digits of the dtype: far above what rounding leaves, far below what any real mistake makes.
@@ -98,10 +98,10 @@ def check_point(p: Tensor, index: int, *, project: bool) -> None:
     if measured <= tolerance:
         return
     if not p.isfinite().all():
-        raise ManifoldError(f"parameter {index} of shape {tuple(p.shape)} has a NaN or infinity")
+        raise ManifoldError(f"{where}, shape {tuple(p.shape)}, has a NaN or infinity")
     if not project:
         raise ManifoldError(
-            f"parameter {index} of shape {tuple(p.shape)} is off the Stiefel manifold: |X^T X - I|_F = {measured:.3g}, "
+            f"{where}, shape {tuple(p.shape)}, is off the Stiefel manifold: |X^T X - I|_F = {measured:.3g}, "
             f"allowed {tolerance:.3g}; pass project=True to move it to the nearest point"
         )
     with torch.no_grad():
