@@ -2,9 +2,7 @@
 
 from stiefel_lora.adapters import add_adapters as add_adapters
 from stiefel_lora.adapters import disable_adapters as disable_adapters
-from stiefel_lora.adapters import merge_adapters as merge_adapters
 from stiefel_lora.adapters import remove_adapters as remove_adapters
-from stiefel_lora.adapters import unmerge_adapters as unmerge_adapters
 from stiefel_lora.adapters import use_adapter as use_adapter
 from stiefel_lora.checkpoint import load_adapter as load_adapter
 from stiefel_lora.checkpoint import save_adapter as save_adapter
@@ -17,6 +15,8 @@ from stiefel_lora.fisher import fisher_select as fisher_select
 from stiefel_lora.initialisation import gradient_init as gradient_init
 from stiefel_lora.initialisation import select_and_start as select_and_start
 from stiefel_lora.layer import StiefelLoRALinear as StiefelLoRALinear
+from stiefel_lora.merging import merge_adapters as merge_adapters
+from stiefel_lora.merging import unmerge_adapters as unmerge_adapters
 from stiefel_lora.optim import RiemannianAdam as RiemannianAdam
 from stiefel_lora.optim import RiemannianSGD as RiemannianSGD
 from stiefel_lora.scores import FisherScores as FisherScores

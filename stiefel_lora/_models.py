@@ -6,7 +6,7 @@ linear map is a leaf module with an input and an output width.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import TypeAlias
@@ -101,6 +101,12 @@ def named_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
         return
     for name, child in module.named_children():
         yield from named_linears(child, join(prefix, name))
+
+
+def own_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return for each name the first that its module has in the model: one may stand in several places."""
+    first = {module: name for name, module in model.named_modules()}
+    return [first[model.get_submodule(name)] for name in names]
 
 
 def join(prefix: str, name: object) -> str:

@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 
-from stiefel_lora._models import Layers, find_layers, join, linear_shape, matches, named_linears, split_at_layer
+from stiefel_lora._models import (
+    Layers,
+    find_layers,
+    join,
+    linear_shape,
+    matches,
+    named_linears,
+    own_names,
+    split_at_layer,
+)
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.layer import StiefelLoRALinear, check_rank
 
@@ -46,7 +55,7 @@ def find_targets(
         empty = [str(i) for i, names in linears.items() if not names]
         if empty and layers is not None:
             raise InputError(f"no linear modules in layer {', '.join(empty)} of {prefix!r}")
-        return _flat(linears)
+        return _each_once(model, _flat(linears))
     wanted = _default_targets(linears) if targets is None else list(targets)
     try:
         _check_targets(linears, wanted, each=layers is not None)
@@ -54,7 +63,12 @@ def find_targets(
         raise InputError(f"{error}{_elsewhere(model, linears, wanted)}") from None
     if layers is None and targets is not None:
         _warn_of_gaps(linears, wanted)
-    return [name for name in _flat(linears) if any(matches(name, t) for t in wanted)]
+    return _each_once(model, [name for name in _flat(linears) if any(matches(name, t) for t in wanted)])
+
+
+def _each_once(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return the names without those of modules that were named before, as where layers share one."""
+    return list(dict.fromkeys(own_names(model, names)))
 
 
 def _flat(linears: Mapping[int, Sequence[str]]) -> list[str]:

@@ -10,12 +10,12 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from stiefel_lora._files import atomic_folder
-from stiefel_lora.adapters import merge_adapters
 from stiefel_lora.checkpoint import load_adapter, read_adapter, write_adapter
 from stiefel_lora.convert import read_peft, write_peft
 from stiefel_lora.errors import InputError
 from stiefel_lora.info import adapter_info
 from stiefel_lora.layer import CONSTRAINED
+from stiefel_lora.merging import merge_adapters
 
 # Loads a model by folder, hub name or .gguf file, its class if that is known, and the names of parameters that it may
 # lack; and its tokenizer if it has one.

@@ -15,8 +15,8 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora._models import first_tensor, is_plain, named_linears, unwrap
-from stiefel_lora._targets import describe, find_targets, last_names, module_ranks
+from stiefel_lora._models import first_tensor, own_names, unwrap
+from stiefel_lora._targets import describe, find_targets, last_names, module_ranks, wrappable_linears
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics
 
@@ -137,6 +137,7 @@ def insert_adapters(
     if name in registry.stored:
         raise InputError(f"the adapter {name!r} exists already; switch to it with use_adapter, or remove it")
     present = adapter_layers(model) if registry.active == name else {}
+    options = _by_own_name(model, options)
     bases = _bases(model, options, present)
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     try:
@@ -221,57 +222,9 @@ def use_adapter(model: nn.Module, name: str) -> None:
     if name != registry.active:
         _take_out(model, registry)
         aside = registry.stored.pop(name)
+        registry.active = name
         _put_in(model, aside.layers)
         set_parameters(model, aside.parameters, trainable=True)
-        registry.active = name
-
-
-def merge_adapters(model: Model, *, keep: bool = False) -> Model:
-    """Merge the adapters in use into the base weights and return the plain model, in place.
-
-    The sums are taken in float32 and rounded once to the base's dtype. Where that is a low precision, the part of the
-    updates that is lost is logged as a warning. The output head is untied from the embedding if it had an adapter. A
-    model that transformers dequantised while loading it (GGUF) can be saved afterwards.
-
-    Args:
-        model: A model with adapters.
-        keep: Keep the adapters, merged, so that `unmerge_adapters` can restore the exact base.
-
-    Returns:
-        The model given, unwrapped from DataParallel and the like: with its original classes (unless ``keep``), for
-        ``save_pretrained``, tracing or export.
-
-    Raises:
-        InputError: If there are no adapters, a base is quantised, a merged weight overflows, or other named sets of
-            adapters would be lost. The model is left as it was.
-    """
-    bare = unwrap(model)
-    layers = required_layers(bare)
-    if not keep:
-        check_no_others(bare, "merge with keep=True")
-    fresh = [layer for layer in layers.values() if not layer.merged]
-    try:
-        errors = {name: layer.merge() for name, layer in layers.items()}
-    except BaseException:
-        for layer in fresh:
-            layer.unmerge()
-        raise
-    _log_rounding(errors, layers)
-    if not keep:
-        config = getattr(bare, "config", None)
-        if config is not None and _tied(bare, layers):
-            config.tie_word_embeddings = False
-        for name, layer in layers.items():
-            replace_module(bare, name, layer.base)
-        _forget(bare)
-        _forget_quantiser(bare)
-    return bare  # type: ignore[return-value]
-
-
-def unmerge_adapters(model: nn.Module) -> None:
-    """Take merged updates out of the base weights, bit for bit."""
-    for layer in adapter_layers(model).values():
-        layer.unmerge()
 
 
 @contextmanager
@@ -282,7 +235,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     trained without being loaded stays.
     """
     registry = _registry(model)
-    parameters = dict(unwrap(model).named_parameters())
+    parameters = base_parameters(model)
     with _original_weights(model), ExitStack() as stack:
         for layer in adapter_layers(model).values():
             stack.callback(setattr, layer, "enabled", layer.enabled)
@@ -304,12 +257,23 @@ def _original_weights(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base's own parameters, by the names that they have without adapters."""
+    model = unwrap(model)
+    inside: dict[str, str | None] = {}
+    for name, layer in adapter_layers(model).items():
+        inside.update(dict.fromkeys(f"{name}.{key}" for key in layer.factors()))
+        inside.update({f"{name}.base.{key}": f"{name}.{key}" for key, _ in layer.base.named_parameters()})
+    found = {inside.get(name, name): parameter for name, parameter in model.named_parameters()}
+    return {name: parameter for name, parameter in found.items() if name is not None}
+
+
 def keep_base_values(model: nn.Module, names: Iterable[str]) -> None:
     """Remember parameters of the base that a set of adapters is about to overwrite.
 
     What is trainable is no longer the base's own: it is being trained along with the set that is there.
     """
-    registry, parameters = _registry(model), dict(unwrap(model).named_parameters())
+    registry, parameters = _registry(model), base_parameters(model)
     for name in names:
         if not parameters[name].requires_grad:
             registry.base.setdefault(name, parameters[name].detach().clone())
@@ -340,8 +304,20 @@ def remove_adapters(model: Model, name: str | None = None) -> Model:
     for gone in names if name is None else [name]:
         del registry.stored[gone]
     if not registry.stored and not adapter_layers(bare):
-        _forget(bare)
+        forget_adapters(bare)
     return model
+
+
+def _by_own_name(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the options by the first name of each module that there is."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}.intersection(options)
+    first = dict(zip(known, own_names(model, known), strict=True))
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, own in options.items():
+        if first.get(name, name) in found:
+            raise InputError(f"{name} and {first[name]} are one module, which takes one adapter; name it once")
+        found[first.get(name, name)] = own
+    return found
 
 
 def _bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -349,7 +325,7 @@ def _bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str, Any
     everything = dict(model.named_modules())
     missing = [name for name in names if name not in everything]
     if missing or not names:
-        linears = last_names(n for n, _ in named_linears(model))
+        linears = last_names(n for n, _ in wrappable_linears(model))
         raise InputError(
             f"the model has no module {listed(missing) or '(none given)'}; its linears are named {linears}"
         )
@@ -358,9 +334,10 @@ def _bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str, Any
         raise InputError(f"{listed(again)} has an adapter already; remove it first or choose another name=")
     for name in names:
         _check_parent(name, everything[name.rpartition(".")[0]])
+    _warn_of_statistics(everything)
     bases = {name: module for name, module in everything.items() if name in names}
     bases = {name: m.base if isinstance(m, StiefelLoRALinear) else m for name, m in bases.items()}
-    tied = _tied(model, bases)
+    tied = tied_names(model, bases)
     if tied:
         warn(
             f"the weight of {listed(tied)} is shared with another module, which the adapter does not change; "
@@ -377,10 +354,23 @@ def _wrap(name: str, base: nn.Module, options: Mapping[str, Any]) -> StiefelLoRA
         raise type(error)(f"{name}: {error}") from error
 
 
+def _warn_of_statistics(modules: Mapping[str, nn.Module]) -> None:
+    """Warn of what training changes in a frozen base besides its parameters."""
+    moving = [n for n, m in modules.items() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    if moving:
+        warn(
+            f"{listed(moving)} takes running statistics while in training mode, which a saved adapter does not hold; "
+            "put it into eval mode after each model.train()",
+            stacklevel=5,
+        )
+
+
 def _check_parent(name: str, parent: nn.Module) -> None:
     """Refuse linears whose weights are read by their parent, past the ``forward`` of an adapter."""
     if isinstance(parent, nn.MultiheadAttention):
         raise InputError(f"{name} cannot have an adapter: nn.MultiheadAttention reads its weight and never calls it")
+    if "Mamba" in type(parent).__name__ and name.endswith("dt_proj"):
+        raise InputError(f"{name} cannot have an adapter: Mamba reads its weight and never calls it; leave it out")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise InputError(
             f"{name} cannot have an adapter while nn.TransformerEncoderLayer has its fast path: it skips adapters in "
@@ -388,7 +378,7 @@ def _check_parent(name: str, parent: nn.Module) -> None:
         )
 
 
-def _tied(model: nn.Module, names: Mapping[str, nn.Module]) -> list[str]:
+def tied_names(model: nn.Module, names: Mapping[str, nn.Module]) -> list[str]:
     """Return those names whose own weight is a parameter of another module too."""
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -408,7 +398,7 @@ def _registry(model: nn.Module) -> _Registry:
     return getattr(unwrap(model), "_stiefel_adapters", None) or _Registry()
 
 
-def _forget(model: nn.Module) -> None:
+def forget_adapters(model: nn.Module) -> None:
     """Drop the registry and let train what trained before."""
     parameters = dict(model.named_parameters())
     for name in _registry(model).trainable:
@@ -416,25 +406,6 @@ def _forget(model: nn.Module) -> None:
             parameters[name].requires_grad_(True)
     if hasattr(model, "_stiefel_adapters"):
         del model._stiefel_adapters
-
-
-def _forget_quantiser(model: nn.Module) -> None:
-    """Let a model save itself that was dequantised while it was loaded, as GGUF files are.
-
-    transformers still takes such a model for a quantised one and refuses to write it.
-    """
-    if getattr(model, "hf_quantizer", None) is None:
-        return
-    if any(not is_plain(linear) for _, linear in named_linears(model)):
-        return
-    for owner, name in (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (getattr(model, "config", None), "quantization_config"),
-    ):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    model.is_quantized = False  # type: ignore[assignment]
 
 
 def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
@@ -463,27 +434,15 @@ def _take_out(model: nn.Module, registry: _Registry) -> None:
 @torch.no_grad()
 def set_parameters(model: nn.Module, values: Mapping[str, Tensor], *, trainable: bool) -> None:
     """Give parameters of the base their values in a set of adapters, or the base's own."""
-    parameters = dict(model.named_parameters())
+    parameters = base_parameters(model)
     for name, value in values.items():
         parameters[name].copy_(value)
         parameters[name].requires_grad_(trainable)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where another one is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _log_rounding(errors: Mapping[str, float], layers: Mapping[str, StiefelLoRALinear]) -> None:
-    low = {name: e for name, e in errors.items() if torch.finfo(layers[name].weight.dtype).bits < 32}
-    if low:
-        worst = max(low, key=low.__getitem__)
-        logger.warning(
-            "merging into %s rounds the updates: a share of %.2g of an update is lost on average, %.2g in %s; "
-            "merge a float32 copy of the base to keep it",
-            layers[worst].weight.dtype,
-            sum(low.values()) / len(low),
-            low[worst],
-            worst,
-        )
+    """Put a module where another one is, in all places if that stands in several."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child in [key for key, held in parent._modules.items() if held is old]:
+            setattr(parent, child, module)

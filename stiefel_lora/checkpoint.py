@@ -16,6 +16,7 @@ from stiefel_lora.adapters import (
     DEFAULT_NAME,
     adapter_layers,
     adapter_names,
+    base_parameters,
     check_enabled,
     insert_adapters,
     keep_base_values,
@@ -254,7 +255,7 @@ def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:
 
 def _check_parameters(model: nn.Module, state: AdapterState, what: str) -> None:
     """Raise unless the model has the parameters that were trained with the adapters, in the same shapes."""
-    have = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    have = {name: tuple(p.shape) for name, p in base_parameters(model).items()}
     wrong = [name for name, tensor in state.parameters.items() if have.get(name) != tuple(tensor.shape)]
     if wrong:
         raise InputError(

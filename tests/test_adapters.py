@@ -13,7 +13,7 @@ import geoopt
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from stiefel_lora.adapters import (
     adapter_layers,
@@ -22,15 +22,14 @@ from stiefel_lora.adapters import (
     add_adapters,
     disable_adapters,
     insert_adapters,
-    merge_adapters,
     remove_adapters,
-    unmerge_adapters,
     unwrap,
     use_adapter,
 )
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import StiefelLoRALinear
+from stiefel_lora.merging import merge_adapters, unmerge_adapters
 from stiefel_lora.stiefel import random_point
 from tests.models import FAMILIES, FULL_GRAPH
 from tests.test_layer import QuantisedLinear
@@ -533,3 +532,84 @@ def test_quantised_linears_forward_and_train() -> None:
     assert torch.equal(logits(model), before)
     model(**BATCH).loss.backward()
     assert all(layer.lora_B.grad.abs().sum() > 0 for layer in adapter_layers(model).values())
+
+
+class SharedHeads(nn.Module):
+    """A head that stands in several places, as in Deformable DETR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.head = nn.Linear(16, 4)
+        self.heads = nn.ModuleList([self.head] * 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(())
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            x = torch.tanh(layer(x))
+            out = out + head(x)
+        return out
+
+
+def test_a_module_in_several_places_has_one_adapter_in_all_of_them() -> None:
+    model, x = SharedHeads(), torch.randn(5, 16)
+    before = model(x)
+    assert insert_adapters(model, {"heads.1": {"rank": 2}}) == ["head"]
+    nn.init.normal_(adapter_layers(model)["head"].lora_B)
+    after = model(x)
+    assert (after - before).abs().max() > 0.1
+    merge_adapters(model, keep=True)
+    torch.testing.assert_close(model(x), after, rtol=1e-5, atol=1e-5)
+    unmerge_adapters(model)
+    with pytest.raises(InputError, match="heads.0 and head are one module"):
+        insert_adapters(model, {"head": {"rank": 2}, "heads.0": {"rank": 2}}, name="other")
+    assert torch.equal(remove_adapters(model)(x), before)
+    assert all(type(head) is nn.Linear for head in model.heads)
+
+
+def test_layers_that_share_a_block_are_adapted_once() -> None:
+    block = nn.ModuleDict({"fc": nn.Linear(16, 16)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([block] * 4)})
+    for layers in (None, [2]):
+        assert add_adapters(model, layers=layers, rank=2, target_modules=["fc"]) == ["layers.0.fc"]
+        remove_adapters(model)
+
+
+def test_parameters_of_the_base_keep_their_names_beneath_adapters(tmp_path: Path) -> None:
+    model = FAMILIES["gpt2"].build()
+    attention = model.transformer.h[0].attn
+    add_adapters(model, layers=[0], rank=2, name="first")
+    attention.c_attn.base.bias.requires_grad_(True)
+    with torch.no_grad():
+        attention.c_attn.base.bias.fill_(1.0)
+    add_adapters(model, layers=[1], rank=2, name="second")
+    use_adapter(model, "first")
+    assert adapter_names(model) == ["first", "second"]
+    assert attention.c_attn.base.bias.eq(1).all()
+    # A head that is trained along in one set, and adapted in another.
+    head = LLAMA.build()
+    add_adapters(head, layers=[0], rank=2)
+    head.lm_head.weight.requires_grad_(True)
+    head.lm_head.weight.data.fill_(1.0)
+    save_adapter(head, tmp_path / "head")
+    for with_head_first in (True, False):
+        model, expected = LLAMA.build(), LLAMA.build()(**BATCH).logits
+        if with_head_first:
+            load_adapter(model, tmp_path / "head", name="first")
+        insert_adapters(model, {"lm_head": {"rank": 4}}, name="second")
+        if not with_head_first:
+            load_adapter(model, tmp_path / "head", name="first")
+            assert model.lm_head.weight.eq(1).all()
+            use_adapter(model, "second")
+        with disable_adapters(model):
+            assert torch.equal(model(**BATCH).logits, expected)
+
+
+def test_running_statistics_and_linears_that_are_not_called_are_named() -> None:
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(2)]
+    with pytest.warns(UserWarning, match="0.1, 1.1 takes running statistics while in training mode"):
+        add_adapters(nn.Sequential(*blocks), layers=None, rank=2, target_modules=["0"])
+    config = MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    with pytest.raises(InputError, match="mixer.dt_proj cannot have an adapter: Mamba reads its weight"):
+        add_adapters(MambaForCausalLM(config), layers=None, rank=2, target_modules=["dt_proj"])

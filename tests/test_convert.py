@@ -18,7 +18,6 @@ from stiefel_lora.adapters import (
     adapter_names,
     add_adapters,
     insert_adapters,
-    merge_adapters,
     remove_adapters,
 )
 from stiefel_lora.checkpoint import load_adapter, save_adapter, write_adapter
@@ -34,6 +33,7 @@ from stiefel_lora.convert import (
     write_peft,
 )
 from stiefel_lora.errors import InputError
+from stiefel_lora.merging import merge_adapters
 from stiefel_lora.stiefel import orthogonality_error
 from tests.models import FAMILIES, OLD_VIT
 from tests.test_adapters import logits, train

@@ -9,11 +9,17 @@ import torch
 import transformers
 from torch import Tensor
 
-from stiefel_lora.adapters import adapter_layers, adapter_metrics, add_adapters, merge_adapters, remove_adapters
+from stiefel_lora.adapters import (
+    adapter_layers,
+    adapter_metrics,
+    add_adapters,
+    remove_adapters,
+)
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.convert import export_peft, import_peft
 from stiefel_lora.fisher import fisher_select
 from stiefel_lora.initialisation import gradient_init
+from stiefel_lora.merging import merge_adapters
 from stiefel_lora.optim import RiemannianAdam
 from tests.models import FAMILIES, OLD_VIT
 

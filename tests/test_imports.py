@@ -30,6 +30,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "convert": {"adapters", "checkpoint"},
         "initialisation": {"adapters"},
         "distributed": {"adapters"},
+        "merging": {"adapters"},
         "info": {"checkpoint", "convert"},
     },
     {

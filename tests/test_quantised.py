@@ -9,11 +9,16 @@ import torch
 import transformers
 from torch import nn
 
-from stiefel_lora.adapters import adapter_layers, add_adapters, merge_adapters, remove_adapters
+from stiefel_lora.adapters import (
+    adapter_layers,
+    add_adapters,
+    remove_adapters,
+)
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores, fisher_select
 from stiefel_lora.layer import StiefelLoRALinear
+from stiefel_lora.merging import merge_adapters
 from stiefel_lora.optim import RiemannianAdam
 from tests.models import FAMILIES
 

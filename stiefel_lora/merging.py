@@ -1,0 +1,104 @@
+"""Merge adapters into the weights of their base, and take them out again."""
+
+import logging
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from stiefel_lora._models import is_plain, named_linears, unwrap
+from stiefel_lora.adapters import (
+    adapter_layers,
+    check_no_others,
+    forget_adapters,
+    replace_module,
+    required_layers,
+    tied_names,
+)
+from stiefel_lora.layer import StiefelLoRALinear
+
+logger = logging.getLogger("stiefel_lora")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def merge_adapters(model: Model, *, keep: bool = False) -> Model:
+    """Merge the adapters in use into the base weights and return the plain model, in place.
+
+    The sums are taken in float32 and rounded once to the base's dtype. Where that is a low precision, the part of the
+    updates that is lost is logged as a warning. The output head is untied from the embedding if it had an adapter. A
+    model that transformers dequantised while loading it (GGUF) can be saved afterwards.
+
+    Args:
+        model: A model with adapters.
+        keep: Keep the adapters, merged, so that `unmerge_adapters` can restore the exact base.
+
+    Returns:
+        The model given, unwrapped from DataParallel and the like: with its original classes (unless ``keep``), for
+        ``save_pretrained``, tracing or export.
+
+    Raises:
+        InputError: If there are no adapters, a base is quantised, a merged weight overflows, or other named sets of
+            adapters would be lost. The model is left as it was.
+    """
+    bare = unwrap(model)
+    layers = required_layers(bare)
+    if not keep:
+        check_no_others(bare, "merge with keep=True")
+    fresh = [layer for layer in layers.values() if not layer.merged]
+    try:
+        errors = {name: layer.merge() for name, layer in layers.items()}
+    except BaseException:
+        for layer in fresh:
+            layer.unmerge()
+        raise
+    _log_rounding(errors, layers)
+    if not keep:
+        config = getattr(bare, "config", None)
+        if config is not None and tied_names(bare, layers):
+            config.tie_word_embeddings = False
+        for name, layer in layers.items():
+            replace_module(bare, name, layer.base)
+        forget_adapters(bare)
+        _forget_quantiser(bare)
+    return bare  # type: ignore[return-value]
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Take merged updates out of the base weights, bit for bit."""
+    for layer in adapter_layers(model).values():
+        layer.unmerge()
+
+
+def _forget_quantiser(model: nn.Module) -> None:
+    """Let a model save itself that was dequantised while it was loaded, as GGUF files are.
+
+    transformers still takes such a model for a quantised one and refuses to write it.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    if any(not is_plain(linear) for _, linear in named_linears(model)):
+        return
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (getattr(model, "config", None), "quantization_config"),
+    ):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False  # type: ignore[assignment]
+
+
+def _log_rounding(errors: Mapping[str, float], layers: Mapping[str, StiefelLoRALinear]) -> None:
+    low = {name: e for name, e in errors.items() if torch.finfo(layers[name].weight.dtype).bits < 32}
+    if low:
+        worst = max(low, key=low.__getitem__)
+        logger.warning(
+            "merging into %s rounds the updates: a share of %.2g of an update is lost on average, %.2g in %s; "
+            "merge a float32 copy of the base to keep it",
+            layers[worst].weight.dtype,
+            sum(low.values()) / len(low),
+            low[worst],
+            worst,
+        )
