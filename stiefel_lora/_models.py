@@ -80,8 +80,9 @@ def plain_weight(linear: nn.Module) -> nn.Parameter:
         return weight
     kind = f"a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
     raise InputError(
-        f"the weight of {type(linear).__name__} is {kind}, not a plain floating-point matrix (it is quantised); "
-        "dequantise the base model to merge into it or to start from its singular vectors"
+        f"the weight of {type(linear).__name__} is {kind}, not a plain floating-point matrix (it is "
+        f"{'parametrized' if is_plain(linear) else 'quantised'}); dequantise the base model, or remove the "
+        "parametrization, to merge into it or to start from its singular vectors"
     )
 
 

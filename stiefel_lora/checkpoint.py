@@ -1,8 +1,10 @@
 """Save a model's adapters to a folder and load them: a safetensors file and a JSON configuration, never a pickle."""
 
 import json
+import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,16 @@ from stiefel_lora.adapters import (
     set_parameters,
 )
 from stiefel_lora.errors import InputError, ManifoldError, listed
-from stiefel_lora.layer import CONSTRAINED, StiefelLoRALinear, check_options, factor_shapes
+from stiefel_lora.layer import (
+    CONSTRAINED,
+    StiefelLoRALinear,
+    check_options,
+    factor_shapes,
+    orthonormal_factors,
+)
 from stiefel_lora.stiefel import orthogonality_error
+
+logger = logging.getLogger("stiefel_lora")
 
 CONFIG_FILE = "adapter.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -46,18 +56,23 @@ class AdapterState:
             "in_features" and "out_features".
         factors: For each adapted linear its factors by parameter name.
         parameters: The base's own parameters that were trained with the adapters, such as a classification head.
+        tied: For each further name of a parameter that the base shares, as a head with the embedding, its name in
+            ``parameters``.
     """
 
     base_model: dict[str, str]
     modules: dict[str, dict[str, Any]]
     factors: dict[str, dict[str, Tensor]]
     parameters: dict[str, Tensor]
+    tied: dict[str, str] = field(default_factory=dict)
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapters in use to a folder, atomically; other files in the folder are left alone.
 
     Other parameters that require gradients, such as a classification head trained with the adapters, are saved as well.
+    Factors that something other than a Riemannian optimizer has moved off the manifold are replaced in the file by
+    orthonormal ones of the same update, with a warning in the log.
 
     Args:
         model: A model with adapters, merged or not.
@@ -102,9 +117,38 @@ def adapter_state(model: nn.Module) -> AdapterState:
     model = unwrap(model)
     check_enabled(model)
     layers = required_layers(model)
-    factors = {name: {k: f.detach() for k, f in layer.factors().items()} for name, layer in layers.items()}
     modules = {name: _module_config(layer) for name, layer in layers.items()}
-    return AdapterState(describe_base(model), modules, factors, _trained_parameters(model, layers))
+    trained = _trained_parameters(model, layers)
+    return AdapterState(
+        describe_base(model), modules, _orthonormal_factors(layers), trained, _other_names(model, trained)
+    )
+
+
+def _orthonormal_factors(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, dict[str, Tensor]]:
+    """Return the factors of all layers; where something has moved them off the manifold, others of the same update."""
+    found, errors = {}, {}
+    for name, layer in layers.items():
+        factors = found[name] = {key: factor.detach() for key, factor in layer.factors().items()}
+        error = max(float(orthogonality_error(factors[key])) for key in CONSTRAINED[layer.orthonormal])
+        if _TOLERANCE < error < math.inf:
+            errors[name] = error
+            b = factors["lora_B"] @ factors["lora_S"] if "lora_S" in factors else factors["lora_B"]
+            found[name] = orthonormal_factors(factors["lora_A"], b, layer.orthonormal)
+    if errors:
+        logger.warning(
+            "%s: off the manifold by |X^T X - I|_F up to %.2g, as after another optimizer or an average; the same "
+            "updates are saved with orthonormal factors",
+            listed(errors),
+            max(errors.values()),
+        )
+    return found
+
+
+def _other_names(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the further names of trained parameters that stand in several places."""
+    first = {id(p): name for name, p in model.named_parameters() if name in trained}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {other: first[id(p)] for other, p in everything if id(p) in first and other not in trained}
 
 
 def _trained_parameters(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> dict[str, Tensor]:
@@ -122,6 +166,7 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
     """Put a set of adapters into a model; see `load_adapter`. ``what`` names it in errors."""
     model = unwrap(model)
     check_enabled(model)
+    state = _without_tied(state, model, what)
     present = adapter_layers(model)
     _check_parameters(model, state, what)
     if present and adapter_names(model)[0] == name:
@@ -141,6 +186,25 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
     return list(layers)
 
 
+def _without_tied(state: AdapterState, model: nn.Module, what: str) -> AdapterState:
+    """Return the state with one name for each parameter that the model shares: PEFT saves it under all its names."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    trained = dict(state.parameters)
+    for names in shared.values():
+        values = [trained[name] for name in names if name in trained]
+        if not values:
+            continue
+        if len(values) < len(names) or not all(torch.equal(value, values[0]) for value in values):
+            raise InputError(
+                f"{what} has {listed(names)} apart, which are one parameter of {type(model).__name__}; untie them first"
+            )
+        for name in names[1:]:
+            del trained[name]
+    return replace(state, parameters=trained)
+
+
 def write_adapter(state: AdapterState, path: str | Path) -> None:
     """Write a set of adapters to a folder; see `save_adapter`."""
     tensors = {f"{name}.{key}": t for name, factors in state.factors.items() for key, t in factors.items()}
@@ -151,6 +215,7 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
         "base_model": state.base_model,
         "modules": state.modules,
         "parameters": {name: list(tensor.shape) for name, tensor in state.parameters.items()},
+        "tied": state.tied,
     }
     with atomic_folder(path) as folder:
         write_safetensors(folder / WEIGHTS_FILE, tensors)
@@ -179,7 +244,7 @@ def read_adapter(path: str | Path) -> AdapterState:
     if tensors:
         raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
     _check_on_manifold(path / WEIGHTS_FILE, modules, factors)
-    return AdapterState(config["base_model"], modules, factors, parameters)
+    return AdapterState(config["base_model"], modules, factors, parameters, config.get("tied", {}))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -314,6 +379,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     parameters = config.get("parameters")
     if not isinstance(parameters, dict) or not all(isinstance(shape, list) for shape in parameters.values()):
         raise InputError(f"{file} is damaged: its parameters should be an object of shapes")
+    tied = config.get("tied", {})
+    if not isinstance(tied, dict) or not all(name in parameters for name in tied.values()):
+        raise InputError(f"{file} is damaged: tied should be an object of names of its parameters, is {tied!r}")
     return config
 
 

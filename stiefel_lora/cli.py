@@ -400,7 +400,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from stiefel_lora.data import prompt_text
-    from stiefel_lora.pretrained import find_device, load_pretrained
+    from stiefel_lora.pretrained import find_device, load_pretrained, positions_of
 
     _check_generation(args)
     folder = adapter_folder(args.adapter)
@@ -418,14 +418,18 @@ def run_generate(args: argparse.Namespace) -> None:
         prompt = prompt_text(args.prompt) if args.format == "instruction" else args.prompt
     # A chat template has written the special tokens itself.
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=args.format != "chat").to(device)
-    if not inputs["input_ids"].numel():
+    length, positions = inputs["input_ids"].numel(), positions_of(model)
+    if not length:
         raise InputError("the prompt is empty")
+    room = args.max_new_tokens if positions is None else positions - length
+    if room < 1:
+        raise InputError(f"the prompt has {length} tokens, which leaves no room: the model has {positions} positions")
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     torch.manual_seed(args.seed)
     model.generate(
         **inputs,
         **sampling,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=min(args.max_new_tokens, room),
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )

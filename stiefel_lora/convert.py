@@ -11,11 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder
@@ -38,7 +36,7 @@ from stiefel_lora.checkpoint import (
     write_safetensors,
 )
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.layer import Orthonormal
+from stiefel_lora.layer import Orthonormal, orthonormal_factors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,7 +76,7 @@ def export_peft(model: nn.Module, path: str | Path) -> None:
             a module was trained.
     """
     model = unwrap(model)
-    write_peft(_with_tied(adapter_state(model), model), path, model)
+    write_peft(adapter_state(model), path, model)
 
 
 def import_peft(
@@ -112,7 +110,7 @@ def import_peft(
     """
     what = f"the PEFT adapter in {source}" if isinstance(source, str | Path) else "the PEFT adapter"
     state = read_peft(source, orthonormal=orthonormal, adapter_name=adapter_name)
-    return insert_state(model, _without_tied(state, model, what), what=what, name=name)
+    return insert_state(model, state, what=what, name=name)
 
 
 def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, orthonormal: Orthonormal = "A") -> nn.Module:
@@ -168,7 +166,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     model = unwrap(model)
-    state = _with_tied(adapter_state(model), model)
+    state = adapter_state(model)
     check_no_others(model, "use export_peft")
     config = _peft_config(state, model)
     tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
@@ -180,7 +178,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
     except BaseException:
         for key, base in bases.items():
             replace_module(model, key, base)
-        insert_state(model, _without_tied(state, model, "the adapter"), what="the adapter", name=name)
+        insert_state(model, state, what="the adapter", name=name)
         raise
     set_peft_model_state_dict(peft_model, tensors)
     return peft_model
@@ -230,34 +228,6 @@ def read_peft(
         state.modules[name] = {**options, "dropout": dropout, "orthonormal": orthonormal, **shape}
         check_module_config(where, name, state.modules[name])
     return state
-
-
-def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") -> dict[str, Tensor]:
-    """Factor the product B A^T again, with the wanted factors orthonormal; computed in float64.
-
-    Args:
-        a: Shape (in, r), of any rank.
-        b: Shape (out, r).
-        orthonormal: Which factor to make orthonormal.
-
-    Returns:
-        float32 ``lora_A`` (in, k) and ``lora_B`` (out, k), and for "both" ``lora_S`` (k, k), with
-        k = min(r, in, out) and lora_B [lora_S] lora_A^T = B A^T.
-    """
-    left, upper = torch.linalg.qr(a.double())
-    right = b.double() @ upper.T
-    if right.shape[1] > right.shape[0]:
-        inner, lower = torch.linalg.qr(right.T)
-        left, right = left @ inner, lower.T
-    factors = {"lora_A": left, "lora_B": right}
-    if orthonormal != "A":
-        q, upper = torch.linalg.qr(right)
-        factors = (
-            {"lora_A": left @ upper.T, "lora_B": q}
-            if orthonormal == "B"
-            else {"lora_A": left, "lora_B": q, "lora_S": upper}
-        )
-    return {name: factor.float().contiguous() for name, factor in factors.items()}
 
 
 def _in_use(peft_model: "PeftModel") -> str:
@@ -381,8 +351,14 @@ def _peft_tensors(state: AdapterState) -> dict[str, Tensor]:
         b = factors["lora_B"] @ factors["lora_S"] if "lora_S" in factors else factors["lora_B"]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors["lora_A"].T
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
-    tensors.update({_PREFIX + name: tensor for name, tensor in state.parameters.items()})
+    tensors.update({_PREFIX + name: tensor for name, tensor in _whole(state).items()})
     return tensors
+
+
+def _whole(state: AdapterState) -> dict[str, Tensor]:
+    """Return trained parameters under all their names: PEFT unties a module that it saves whole."""
+    # Copies: a safetensors file has no shared tensors.
+    return {**state.parameters, **{other: state.parameters[name].clone() for other, name in state.tied.items()}}
 
 
 def _peft_config(state: AdapterState, model: nn.Module | None) -> dict[str, Any]:
@@ -409,46 +385,25 @@ def _peft_config(state: AdapterState, model: nn.Module | None) -> dict[str, Any]
         "bias": "none",
         "modules_to_save": _modules_to_save(state, model),
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in _layers_of(model)),
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "rank_pattern": {_exactly(name, ranks): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(name, alphas): a for name, a in alphas.items() if a != alpha},
         **_describe_targets(list(modules), model),
     }
 
 
-def _with_tied(state: AdapterState, model: nn.Module) -> AdapterState:
-    """Return the state with trained parameters under all their names: PEFT unties a module that it saves whole."""
-    ids = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-    trained = {ids[name]: tensor for name, tensor in state.parameters.items()}
-    # Copies: a safetensors file has no shared tensors.
-    return replace(state, parameters={name: trained[key].clone() for name, key in ids.items() if key in trained})
-
-
-def _without_tied(state: AdapterState, model: nn.Module, what: str) -> AdapterState:
-    """Return the state with one name for each shared parameter of the model: the reverse of `_with_tied`."""
-    shared: dict[int, list[str]] = {}
-    for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(name)
-    trained = dict(state.parameters)
-    for names in shared.values():
-        values = [trained[name] for name in names if name in trained]
-        if not values:
-            continue
-        if len(values) < len(names) or not all(torch.equal(value, values[0]) for value in values):
-            raise InputError(
-                f"{what} has {listed(names)} apart, which are one parameter of {type(model).__name__}; untie them first"
-            )
-        for name in names[1:]:
-            del trained[name]
-    return replace(state, parameters=trained)
+def _exactly(name: str, others: Iterable[str]) -> str:
+    """Return a key of PEFT's patterns, regular expressions for the end of a name, that matches no other adapted one."""
+    return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in others) else name
 
 
 def _modules_to_save(state: AdapterState, model: nn.Module | None) -> list[str] | None:
     """Return the modules whose parameters were trained, as PEFT can name them: whole."""
-    names = sorted({name.rpartition(".")[0] for name in state.parameters})
+    whole = _whole(state)
+    names = sorted({name.rpartition(".")[0] for name in whole})
     for name in names:
         # Without a model it is taken that modules were trained whole.
         rest = [] if model is None else [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()]
-        frozen = [key for key in rest if key not in state.parameters]
+        frozen = [key for key in rest if key not in whole]
         if frozen or not name:
             raise InputError(f"PEFT saves modules whole: {listed(frozen) or 'the root'} was not trained with the rest")
     return names or None
@@ -464,11 +419,14 @@ def _layers_of(model: nn.Module | None) -> Iterable[Any]:
 
 def _describe_targets(names: list[str], model: nn.Module | None) -> dict[str, Any]:
     """Return target_modules, layers_to_transform and layers_pattern that mean exactly the named linears."""
-    by_name = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
+    by_name: dict[str, Any] = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
     if model is None:
         return by_name
     adapted = tuple(f"{name}." for name in adapter_layers(model))
     everything = [name for name, _ in model.named_modules() if not name.startswith(adapted)]
+    if [name for name in everything if _peft_would_adapt(by_name, name)] != names:
+        # A list takes all names that end in one of its own; a string is a regular expression for whole names.
+        by_name["target_modules"] = "|".join(map(re.escape, names))
     # PEFT finds the layer's number only behind a component in front of the list.
     found = [re.fullmatch(r"(.+?\.(\w+))\.(\d+)\.(.+)", name) for name in names]
     lists = {match and match[1] for match in found}

@@ -227,10 +227,11 @@ class StiefelLoRALinear(nn.Module):
             return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        narrow = any(not _is_wide(state_dict.get(prefix + name, factor)) for name, factor in self.factors().items())
         # A state has the base's own weight, and an update that is not merged into it any more.
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._keep_manifold()
+        self._keep_manifold(polish=narrow)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StiefelLoRALinear":
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -312,6 +313,34 @@ def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
         left, upper = torch.linalg.qr(wide @ right)
     signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(left)
     return right.contiguous(), left * signs
+
+
+def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") -> dict[str, Tensor]:
+    """Factor the product B A^T again, with the wanted factors orthonormal; computed in float64.
+
+    Args:
+        a: Shape (in, r), of any rank.
+        b: Shape (out, r).
+        orthonormal: Which factor to make orthonormal.
+
+    Returns:
+        ``lora_A`` (in, k) and ``lora_B`` (out, k), and for "both" ``lora_S`` (k, k), with k = min(r, in, out) and
+        lora_B [lora_S] lora_A^T = B A^T; float64 if ``a`` is, else float32.
+    """
+    left, upper = torch.linalg.qr(a.double())
+    right = b.double() @ upper.T
+    if right.shape[1] > right.shape[0]:
+        inner, lower = torch.linalg.qr(right.T)
+        left, right = left @ inner, lower.T
+    factors = {"lora_A": left, "lora_B": right}
+    if orthonormal != "A":
+        q, upper = torch.linalg.qr(right)
+        factors = (
+            {"lora_A": left @ upper.T, "lora_B": q}
+            if orthonormal == "B"
+            else {"lora_A": left, "lora_B": q, "lora_S": upper}
+        )
+    return {name: factor.to(wide_dtype(a.dtype)).contiguous() for name, factor in factors.items()}
 
 
 def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> dict[str, float]:

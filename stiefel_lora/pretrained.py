@@ -121,6 +121,25 @@ def load_pretrained(
     return network.to(device).eval(), tokenizer
 
 
+def positions_of(model: Any) -> int | None:
+    """Return how many tokens a language model can have before it; None if it sets no limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Raise InputError if what a model predicts at a position depends on the tokens behind it, as a BERT's does."""
+    ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
+    first, second = model(input_ids=ids).logits[:, 0].float()
+    # Half the digits: far above what rounding leaves, far below what another token makes.
+    rounding = torch.finfo(model.dtype).eps ** 0.5
+    if (first - second).abs().max() > rounding * first.abs().max():
+        raise InputError(
+            f"{type(model).__name__} is not a causal language model: what it predicts depends on the tokens that follow"
+        )
+
+
 def load_base(model: str | Path | None, kind: str | None, adapted: Collection[str] = ()) -> tuple[Any, Any]:
     """Load a model of any class in the precision that it is stored in, to merge an adapter into it.
 
@@ -142,9 +161,12 @@ def load_base(model: str | Path | None, kind: str | None, adapted: Collection[st
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     with _loading("a model", source):
         auto = _model_class(kind)
+        config = transformers.AutoConfig.from_pretrained(source.name, **options)
         if auto is None:
-            config = transformers.AutoConfig.from_pretrained(source.name, **options)
             auto = _model_class((config.architectures or [None])[0]) or transformers.AutoModelForCausalLM
+        elif config.model_type != auto.config_class.model_type:
+            # transformers would fill in what is missing, and build a model of the default size.
+            raise InputError(f"{source} is a {config.model_type}, the adapter was made for a {kind}")
         network = _network(auto, source, adapted, dtype="auto", **options)
         return network.eval(), _processor(source, options)
 

@@ -29,7 +29,7 @@ from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.initialisation import gradient_init
 from stiefel_lora.layer import Init
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
-from stiefel_lora.pretrained import find_device, load_pretrained
+from stiefel_lora.pretrained import check_causal, find_device, load_pretrained, positions_of
 from stiefel_lora.scores import FisherScores, count_of
 from stiefel_lora.stiefel import orthogonality_error
 
@@ -112,11 +112,12 @@ def load_inputs(config: FinetuneConfig, device: torch.device) -> tuple[Any, Data
         InputError: If one cannot be read, or the configuration does not fit the model.
     """
     model, tokenizer = load_pretrained(config.model, device=device, dtype=config.dtype)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < config.seq_len:
+    positions = positions_of(model)
+    if positions is not None and positions < config.seq_len:
         raise InputError(f"seq_len must be at most {positions}, the positions of the model, got {config.seq_len}")
     train, held_out = load_data(config.data, tokenizer, seq_len=config.seq_len)
     adaptable(model, config)
+    check_causal(model)
     return model, train, held_out
 
 

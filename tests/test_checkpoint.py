@@ -110,6 +110,24 @@ def test_nothing_is_saved_or_loaded_while_adapters_are_disabled(tmp_path: Path) 
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_factors_off_the_manifold_are_saved_as_the_same_update(
+    orthonormal: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after training with AdamW, or in an average of models."""
+    model = trained(orthonormal=orthonormal)
+    layer = adapter_layers(model)["model.layers.0.self_attn.q_proj"]
+    with torch.no_grad():
+        for factor in layer.factors().values():
+            factor.add_(0.1 * torch.randn_like(factor))
+    save_adapter(model, tmp_path / "adapter")
+    (record,) = caplog.records
+    assert "layers.0.self_attn.q_proj: off the manifold by" in record.getMessage()
+    fresh = LLAMA.build()
+    load_adapter(fresh, tmp_path / "adapter")
+    torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-4, atol=1e-5)
+
+
 def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
     model = trained()
     save_adapter(model, tmp_path / "a")
@@ -291,6 +309,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank differs": (_edit_config(lambda c: c["modules"][Q].update(rank=3)), r"is torch.float32 of shape \(32, 4\)"),
     "a module less": (_edit_config(lambda c: c["modules"].pop(Q)), "does not name: .*q_proj.lora_A"),
     "a tensor less": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_B")), "q_proj.lora_B is missing"),
+    "tied": (_edit_config(lambda c: c.update(tied={"head": "none"})), "tied should be an object of names"),
     "parameters": (_edit_config(lambda c: c.update(parameters=[])), "parameters should be an object of shapes"),
     "a parameter less": (_edit_config(lambda c: c["parameters"].update(head=[2])), "head is missing"),
     "NaN": (_edit_tensors(lambda t: t[f"{Q}.lora_B"].fill_(torch.nan)), "q_proj.lora_B has NaN"),

@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from stiefel_lora.adapters import add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.cli import main
 from tests.test_convert import adapted
@@ -378,6 +380,19 @@ def test_generate_names_what_it_cannot_do(words: list[str], message: str, capsys
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_generate_stays_within_the_models_positions(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base[1])
+    add_adapters(model, layers=[0], rank=2)
+    save_adapter(model, tmp_path / "a")
+    words = ["generate", "--adapter", str(tmp_path / "a"), "--model", base[1], "--max-new-tokens", "500"]
+    assert main([*words, "--prompt", "def"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--prompt", "q" * 128]) == 2
+    assert "the prompt has 128 tokens, which leaves no room: the model has 128 positions" in capsys.readouterr().err
 
 
 def test_generate_refuses_what_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

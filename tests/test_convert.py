@@ -20,19 +20,19 @@ from stiefel_lora.adapters import (
     insert_adapters,
     remove_adapters,
 )
-from stiefel_lora.checkpoint import load_adapter, save_adapter, write_adapter
+from stiefel_lora.checkpoint import load_adapter, read_adapter, save_adapter, write_adapter
 from stiefel_lora.convert import (
     PEFT_CONFIG_FILE,
     PEFT_WEIGHTS_FILE,
     export_peft,
     from_peft,
     import_peft,
-    orthonormal_factors,
     read_peft,
     to_peft,
     write_peft,
 )
 from stiefel_lora.errors import InputError
+from stiefel_lora.layer import orthonormal_factors
 from stiefel_lora.merging import merge_adapters
 from stiefel_lora.stiefel import orthogonality_error
 from tests.models import FAMILIES, OLD_VIT
@@ -332,6 +332,17 @@ def test_a_trained_embedding_that_is_tied_to_the_head_is_exported_as_both(tmp_pa
     import_peft(imported, tmp_path)
     torch.testing.assert_close(outputs(imported, "llama-tied"), expected, **SAME)
     assert imported.lm_head.weight is imported.model.embed_tokens.weight
+    # And without a model: from folder to folder.
+    save_adapter(imported, tmp_path / "ours")
+    write_peft(read_adapter(tmp_path / "ours"), tmp_path / "peft")
+    write_adapter(read_peft(tmp_path / "peft"), tmp_path / "back")
+    back = FAMILIES["llama-tied"].build()
+    load_adapter(back, tmp_path / "back")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        loaded = peft.PeftModel.from_pretrained(FAMILIES["llama-tied"].build(), tmp_path / "peft")
+    for other in (loaded, back):
+        torch.testing.assert_close(outputs(other, "llama-tied"), expected, **SAME)
 
 
 @pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
@@ -425,6 +436,35 @@ def test_orthonormal_factors_keep_the_product(shape: tuple[int, int, int], ortho
     product = factors["lora_B"].double() @ middle.double() @ factors["lora_A"].double().T
     # Three float32 roundings of factors whose product has entries of size 10.
     torch.testing.assert_close(product, b.double() @ a.double().T, rtol=1e-5, atol=1e-5)
+
+
+class Net(nn.Module):
+    """A linear whose name ends those of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(16, 16)}) for _ in range(3)])
+        self.proj = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block["proj"](x))
+        return self.proj(x)
+
+
+@pytest.mark.parametrize("others", [{"blocks.0.proj": {"rank": 2}, "blocks.2.proj": {"rank": 2}}, {}])
+@pytest.mark.parametrize("own", [{"rank": 2, "alpha": 16.0}, {"rank": 4}])
+def test_a_name_that_ends_another_one_keeps_its_own_options(own: Any, others: Any, tmp_path: Path) -> None:
+    model, x = Net(), torch.randn(5, 16)
+    insert_adapters(model, {**others, "proj": own})
+    for layer in adapter_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.3)
+    export_peft(model, tmp_path)
+    imported = Net()
+    assert import_peft(imported, tmp_path) == list(adapter_layers(model))
+    for other in (imported, peft.PeftModel.from_pretrained(Net(), tmp_path)):
+        torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

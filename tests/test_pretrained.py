@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel
 
 from stiefel_lora import pretrained
 from stiefel_lora.errors import InputError
-from stiefel_lora.pretrained import find_device, find_source, load_base, load_pretrained
+from stiefel_lora.pretrained import check_causal, find_device, find_source, load_base, load_pretrained
 from tests.models import FAMILIES
 from tests.tiny import save_tiny_model
 
@@ -188,3 +189,17 @@ def test_the_real_default_model_predicts_english() -> None:
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         assert tokenizer.decode(model(**inputs).logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_base_of_another_kind_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    FAMILIES["gpt2"].build().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is a gpt2, the adapter was made for a LlamaForCausalLM"):
+        load_base(tmp_path, "LlamaForCausalLM")
+
+
+def test_models_that_see_what_follows_are_not_causal() -> None:
+    for family in ("llama", "gpt2", "gemma2"):
+        check_causal(FAMILIES[family].build().eval())
+    config = BertConfig(vocab_size=17, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    with pytest.raises(InputError, match="BertLMHeadModel is not a causal language model"):
+        check_causal(BertLMHeadModel(config).eval())
