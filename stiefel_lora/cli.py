@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from stiefel_lora import __version__
@@ -22,6 +23,8 @@ from stiefel_lora.errors import InputError
 
 RUN_FILE = "run.json"
 OWN_FILES = (RUN_FILE, "metrics.json", "fisher.png", "loss.png", "checkpoint.pt", "adapter")
+# Defaults that leave an option out unless it is given.
+_NONE = SimpleNamespace(**{field.name: argparse.SUPPRESS for field in fields(FinetuneConfig)})
 # What to try with a fine-tuned model, by the format of its data.
 TRIALS = {
     "text": '--prompt "def read_json(path):"',
@@ -56,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         Ctrl-C; 141 if nobody reads what it prints.
     """
     args = build_parser().parse_args(argv)
+    args.given = vars(build_parser(_NONE).parse_args(argv))
     try:
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
@@ -73,15 +77,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands."""
+def build_parser(defaults: Any = None) -> argparse.ArgumentParser:
+    """Return the parser of all commands; ``defaults`` are those of a run, by default what `FinetuneConfig` has."""
     parser = _Parser(
         prog="stiefel-lora",
         description="Fine-tune language models with Fisher-selected, Stiefel-constrained LoRA (FoRA).",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_finetune(commands)
+    _add_finetune(commands, defaults or FinetuneConfig())
     _add_select(commands)
     _add_generate(commands)
     add_adapter_commands(commands, _load_model)
@@ -154,8 +158,7 @@ def _add_selection(parser: Any, defaults: Any) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of all random numbers")
 
 
-def _add_finetune(commands: Any) -> None:
-    defaults = FinetuneConfig()
+def _add_finetune(commands: Any, defaults: Any) -> None:
     parser = _add_command(
         commands, "finetune", run_finetune, "Score the layers, adapt the best ones, train them and evaluate."
     )
@@ -166,6 +169,15 @@ def _add_finetune(commands: Any) -> None:
         type=float,
         default=argparse.SUPPRESS,
         help="the update is scaled by alpha / rank (default: 2 * rank)",
+    )
+    parser.add_argument(
+        "--rslora",
+        action="store_true",
+        default=defaults.rslora,
+        help="scale by alpha / sqrt(rank) instead, which wants a lower --lr",
+    )
+    parser.add_argument(
+        "--orthonormal", choices=("A", "B", "both"), default=defaults.orthonormal, help="which factor is orthonormal"
     )
     parser.add_argument("--dropout", type=float, default=defaults.dropout, help="dropout of the adapters' input")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
@@ -195,7 +207,9 @@ def _add_finetune(commands: Any) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder for the results")
     parser.add_argument("--save-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    existing.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in --output, with that run's options"
+    )
     existing.add_argument("--overwrite", action="store_true", help="replace the run that is in --output")
 
 
@@ -244,7 +258,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     from stiefel_lora.pretrained import find_device, find_source
     from stiefel_lora.training import CHECKPOINT_FILE, finetune
 
-    config = _config(args)
+    config = _config_of_run(args.output, args.given) if args.resume else _config(args)
     if args.save_every < 1:
         raise InputError(f"save-every must be at least 1, got {args.save_every}")
     # All that can be found out before the slow work.
@@ -254,7 +268,8 @@ def run_finetune(args: argparse.Namespace) -> None:
         check_source(config.data)
     folder: Path = args.output
     content = json.loads(json.dumps(asdict(config), allow_nan=False))
-    _check_folder(folder, content, resume=args.resume, overwrite=args.overwrite)
+    if not args.resume:
+        _check_folder(folder, overwrite=args.overwrite)
 
     def start() -> None:
         _take_folder(folder, content, resume=args.resume)
@@ -285,25 +300,31 @@ def _config(args: argparse.Namespace) -> FinetuneConfig:
     return replace(config, target_modules=tuple(config.target_modules) if config.target_modules else None)
 
 
-def _check_folder(folder: Path, config: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Raise InputError unless the run may go into the folder; change nothing."""
+def _config_of_run(folder: Path, given: dict[str, Any]) -> FinetuneConfig:
+    """Return the configuration of the run in a folder, or raise InputError if it cannot go on as the options say."""
+    run_file = folder / RUN_FILE
+    if not run_file.is_file():
+        raise InputError(f"there is no run to resume in {folder}")
+    if (folder / "metrics.json").is_file():
+        raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
+    try:
+        then = FinetuneConfig(**read_json(run_file))
+    except (InputError, TypeError) as error:
+        raise InputError(f"{run_file} is damaged; --overwrite starts the run anew") from error
+    config = replace(then, target_modules=tuple(then.target_modules) if then.target_modules else None)
+    own = asdict(config)
+    now = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in own}
+    changed = sorted(key for key, value in now.items() if value != own[key])
+    if changed:
+        differences = ", ".join(f"{key} was {own[key]!r}, now {now[key]!r}" for key in changed)
+        raise InputError(f"cannot resume with another configuration: {differences}")
+    return config
+
+
+def _check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise InputError unless a new run may go into the folder; change nothing."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder as --output")
-    run_file = folder / RUN_FILE
-    if resume:
-        if not run_file.is_file():
-            raise InputError(f"there is no run to resume in {folder}")
-        if (folder / "metrics.json").is_file():
-            raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
-        try:
-            then = read_json(run_file)
-        except InputError as error:
-            raise InputError(f"{run_file} is damaged; --overwrite starts the run anew") from error
-        changed = sorted(key for key in config if config[key] != then.get(key))
-        if changed:
-            differences = ", ".join(f"{key} was {then.get(key)!r}, now {config[key]!r}" for key in changed)
-            raise InputError(f"cannot resume with another configuration: {differences}")
-        return
     occupied = [name for name in OWN_FILES if (folder / name).exists()]
     if occupied and not overwrite:
         raise InputError(f"{folder} holds another run ({', '.join(occupied)}); use --overwrite, --resume or --output")

@@ -35,6 +35,8 @@ class FinetuneConfig:
             afterwards.
         optimizer: "adam" or "sgd" (with momentum 0.9).
         retraction: "qr", "cayley", "polar" or "exp".
+        rslora: Scale the updates by alpha / sqrt(rank) instead of alpha / rank.
+        orthonormal: Which factor is orthonormal: "A", "B" or "both".
         init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
             gradient on the calibration samples).
         target_modules: Names of the linear maps to adapt and score; None for the architecture's default.
@@ -59,6 +61,8 @@ class FinetuneConfig:
     warmup: int | None = None
     optimizer: Literal["adam", "sgd"] = "adam"
     retraction: Retraction = "qr"
+    rslora: bool = False
+    orthonormal: Literal["A", "B", "both"] = "A"
     init: Literal["random", "svd", "gradient"] = "random"
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
@@ -94,6 +98,7 @@ class FinetuneConfig:
         check_choice("granularity", self.granularity, ("layer", "module"))
         check_choice("optimizer", self.optimizer, ("adam", "sgd"))
         check_choice("retraction", self.retraction, tuple(RETRACTIONS))
+        check_choice("orthonormal", self.orthonormal, ("A", "B", "both"))
         check_choice("init", self.init, ("random", "svd", "gradient"))
 
 

@@ -94,6 +94,8 @@ def finetune(
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
+        rslora=config.rslora,
+        orthonormal=config.orthonormal,
         init=init,
     )
     on_start()
@@ -180,7 +182,7 @@ def gradient_start(model: nn.Module, train: Dataset, config: FinetuneConfig, whe
     """Return starts for the adapters of some layers, from the gradient on the calibration samples."""
     batches = progress(_calibration(train, config), label="gradient start")
     with _autocast(model):
-        return gradient_init(model, batches, **where, rank=config.rank)
+        return gradient_init(model, batches, **where, rank=config.rank, orthonormal=config.orthonormal)
 
 
 def _calibration(train: Dataset, config: FinetuneConfig) -> list[dict[str, Tensor]]:
