@@ -12,6 +12,7 @@ from stiefel_lora.errors import InputError as InputError
 from stiefel_lora.errors import ManifoldError as ManifoldError
 from stiefel_lora.fisher import fisher_scores as fisher_scores
 from stiefel_lora.fisher import fisher_select as fisher_select
+from stiefel_lora.initialisation import allocate_ranks as allocate_ranks
 from stiefel_lora.initialisation import gradient_init as gradient_init
 from stiefel_lora.initialisation import select_and_start as select_and_start
 from stiefel_lora.layer import StiefelLoRALinear as StiefelLoRALinear
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "add_adapters",
+    "allocate_ranks",
     "disable_adapters",
     "effective_rank",
     "export_peft",

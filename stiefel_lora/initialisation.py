@@ -1,6 +1,6 @@
 """Start the orthonormal factors from the directions in which a calibration set wants to move the weights."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from warnings import warn
 
@@ -15,7 +15,7 @@ from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.errors import InputError, check_choice, listed
 from stiefel_lora.fisher import score
-from stiefel_lora.layer import CONSTRAINED, Init, Orthonormal, leading_singular_vectors
+from stiefel_lora.layer import CONSTRAINED, Init, Orthonormal, adapter_size, leading_singular_vectors
 from stiefel_lora.scores import Normalize
 from stiefel_lora.stiefel import random_point
 
@@ -59,13 +59,90 @@ def gradient_init(
     check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
     targets = find_targets(model, layers, target_modules, layers_path)
     ranks = module_ranks(model, targets, rank, rank_pattern)
-    linears = {name: model.get_submodule(name) for name in targets}
-    gradients = _gradients(model, [plain_weight(linear) for linear in linears.values()], batches, loss_fn)
     starts: dict[str, Init] = {}
-    for (name, linear), gradient in zip(linears.items(), gradients, strict=True):
-        vectors = leading_singular_vectors(gradient.T if is_conv1d(linear) else gradient, ranks[name])
-        starts[name] = _start(*vectors, orthonormal)
+    for name, gradient in _gradients(model, targets, batches, loss_fn):
+        right, left, _ = leading_singular_vectors(gradient, ranks[name])
+        starts[name] = _start(right, left, orthonormal)
     return starts
+
+
+def allocate_ranks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    rank: int,
+    budget: float = 0.5,
+    max_rank: int | None = None,
+    layers: Sequence[int] | None = None,
+    target_modules: Sequence[str] | Literal["all-linear"] | None = None,
+    orthonormal: Orthonormal = "A",
+    layers_path: str | None = None,
+    loss_fn: LossFn | None = None,
+) -> tuple[dict[str, int], dict[str, Init]]:
+    """Spread a budget of trainable parameters over the directions in which the loss falls fastest.
+
+    An adapter that starts in the leading r right singular vectors of its weight's gradient, with B = 0, has a gradient
+    of squared norm sum_{i <= r} sigma_i^2 (times the scaling). So among all ways to share out the parameters, the
+    steepest descent at the start is had by taking singular values of all linear maps in the order of
+    sigma_i^2 / (in + out), each of which is one more rank to its map. Where `fisher_select` chooses layers or linear
+    maps, this chooses single directions::
+
+        ranks, starts = allocate_ranks(model, batches, rank=16, budget=0.5)
+        add_adapters(model, layers=None, target_modules=list(ranks), rank=16, rank_pattern=ranks, init=starts)
+
+    (Ranks from spectra: Paischer et al., "One initialization to rule them all", arXiv:2410.07170, from those of the
+    inputs.) The memory is that of `gradient_init`.
+
+    Args:
+        model: The bare base model; it comes back as it was.
+        batches: As for `gradient_init`.
+        rank: The rank that the budget is counted at.
+        budget: Share, in (0, 1], of the parameters that adapters of this rank on all the targets have.
+        max_rank: Highest rank of one linear map (default: four times ``rank``).
+        layers: As for `add_adapters`; None for all.
+        target_modules: As for `add_adapters`.
+        orthonormal: As for `add_adapters`. With "both" the r x r matrix S counts as well.
+        layers_path: As for `add_adapters`.
+        loss_fn: As for `gradient_init`.
+
+    Returns:
+        For each linear map that gets any its rank, by qualified name in the model's order, and its start.
+
+    Raises:
+        InputError: As `gradient_init`, or if the budget is out of range or too small for one direction.
+    """
+    model = _bare(model)
+    check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
+    targets = find_targets(model, layers, target_modules, layers_path)
+    most = 4 * rank if max_rank is None else max_rank
+    full = sum(adapter_size(*linear_shape(model.get_submodule(name)), rank, orthonormal) for name in targets)
+    module_ranks(model, targets, rank)
+    if isinstance(budget, bool) or not 0 < budget <= 1:
+        raise InputError(f"budget must be a share of the adapters' parameters in (0, 1], got {budget}")
+    if most < 1:
+        raise InputError(f"max_rank must be at least 1, got {most}")
+    vectors, steps = {}, []
+    for place, (name, gradient) in enumerate(_gradients(model, targets, batches, loss_fn)):
+        n_out, n_in = gradient.shape
+        right, left, values = leading_singular_vectors(gradient, min(most, n_in, n_out))
+        vectors[name] = right, left
+        for r, value in enumerate(values.tolist()):
+            cost = adapter_size(n_in, n_out, r + 1, orthonormal) - adapter_size(n_in, n_out, r, orthonormal)
+            steps.append((-(value**2) / cost, place, r, cost, name))
+    ranks, left_over = dict.fromkeys(targets, 0), int(budget * full)
+    for gain, _, r, cost, name in sorted(steps):
+        # One more rank only on top of those before it.
+        if gain < 0 and cost <= left_over and ranks[name] == r:
+            ranks[name] += 1
+            left_over -= cost
+    ranks = {name: r for name, r in ranks.items() if r}
+    if not ranks:
+        raise InputError(f"the budget of {int(budget * full)} parameters is too small for one direction of a gradient")
+    starts: dict[str, Init] = {}
+    for name, r in ranks.items():
+        right, left = vectors[name]
+        starts[name] = _start(right[:, :r].contiguous(), left[:, :r].contiguous(), orthonormal)
+    return ranks, starts
 
 
 def select_and_start(
@@ -175,12 +252,22 @@ def _start(right: Tensor, left: Tensor, orthonormal: Orthonormal) -> Init:
 
 
 def _gradients(
-    model: nn.Module,
-    weights: Sequence[nn.Parameter],
-    batches: Iterable[Any],
-    loss_fn: LossFn | None,
+    model: nn.Module, targets: Sequence[str], batches: Iterable[Any], loss_fn: LossFn | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield linear maps and their weights' gradients, (out, in), summed over the batches, one by one.
+
+    They are taken in evaluation mode; the model comes back as it was, before the first is yielded.
+    """
+    linears = [model.get_submodule(name) for name in targets]
+    totals = _total_gradients(model, [plain_weight(linear) for linear in linears], batches, loss_fn)
+    for name, linear in zip(targets, linears, strict=True):
+        gradient = totals.pop(0)
+        yield name, gradient.T if is_conv1d(linear) else gradient
+
+
+def _total_gradients(
+    model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Any], loss_fn: LossFn | None
 ) -> list[Tensor]:
-    """Return the weights' gradients, summed over the batches, in evaluation mode; the model comes back as it was."""
     totals = [torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in weights]
     empty = True
     with undisturbed(model):

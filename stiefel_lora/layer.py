@@ -280,13 +280,18 @@ def factor_shapes(n_in: int, n_out: int, rank: int, orthonormal: str) -> dict[st
     return {**shapes, "lora_S": (rank, rank)} if orthonormal == "both" else shapes
 
 
+def adapter_size(n_in: int, n_out: int, rank: int, orthonormal: str = "A") -> int:
+    """Return the number of parameters of one update."""
+    return sum(rows * columns for rows, columns in factor_shapes(n_in, n_out, rank, orthonormal).values())
+
+
 def scaling(rank: int, alpha: float, rslora: bool) -> float:
     """Return what an update is multiplied by: alpha / rank, or rsLoRA's alpha / sqrt(rank)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the leading right and left singular vectors of a matrix.
+def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the leading right and left singular vectors of a matrix, and their singular values.
 
     They come from an eigendecomposition of the smaller Gram matrix, several times cheaper than an SVD of a weight.
 
@@ -295,8 +300,8 @@ def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
         rank: How many, at most min(out, in).
 
     Returns:
-        Orthonormal columns (in, rank) and (out, rank), in the promoted type of the matrix and float32. Where the matrix
-        has a rank below ``rank``, the rest completes the basis.
+        Orthonormal columns (in, rank) and (out, rank), and values (rank,), in the promoted type of the matrix and
+        float32. Where the matrix has a rank below ``rank``, the rest completes the basis.
 
     Raises:
         InputError: If the matrix has a NaN or infinity.
@@ -305,14 +310,14 @@ def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]
     if not wide.isfinite().all():
         raise InputError(f"cannot take singular vectors of a matrix of shape {tuple(wide.shape)} with NaN or infinity")
     if wide.shape[0] < wide.shape[1]:
-        left, right = leading_singular_vectors(wide.T, rank)
-        return right, left
+        left, right, values = leading_singular_vectors(wide.T, rank)
+        return right, left, values
     with exact_products([wide.device.type]):
         right = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(-1)[:, :rank]
         # W v = s u. QR normalises, keeps the order, and completes the basis where s is zero.
         left, upper = torch.linalg.qr(wide @ right)
     signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(left)
-    return right.contiguous(), left * signs
+    return right.contiguous(), left * signs, upper.diagonal().abs()
 
 
 def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") -> dict[str, Tensor]:
@@ -407,8 +412,8 @@ def _initial_factors(layer: StiefelLoRALinear, init: Init, generator: torch.Gene
             dtype = wide_dtype(example.dtype)
             return {name: random_point(sizes[name], layer.rank, dtype=dtype, generator=generator) for name in names}
         weight = plain_weight(layer.base)
-        vectors = leading_singular_vectors(weight.T if is_conv1d(layer.base) else weight, layer.rank)
-        return {name: vector for name, vector in zip(sizes, vectors, strict=True) if name in names}
+        right, left, _ = leading_singular_vectors(weight.T if is_conv1d(layer.base) else weight, layer.rank)
+        return {name: vectors for name, vectors in (("lora_A", right), ("lora_B", left)) if name in names}
     points = (init,) if isinstance(init, Tensor) else tuple(init)
     if len(points) != len(names):
         raise InputError(f"init must hold {len(names)} tensor(s), {' and '.join(names)}, got {len(points)}")

@@ -12,10 +12,10 @@ from stiefel_lora._losses import SampleLosses
 from stiefel_lora._models import is_conv1d, linear_shape
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets
-from stiefel_lora.adapters import adapter_layers, add_adapters
+from stiefel_lora.adapters import adapter_layers, add_adapters, remove_adapters
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_select, score
-from stiefel_lora.initialisation import gradient_init, select_and_start
+from stiefel_lora.initialisation import allocate_ranks, gradient_init, select_and_start
 from tests.models import FAMILIES, plain_batch
 from tests.ranks import run_on_ranks
 from tests.reference.fisher import singles
@@ -46,6 +46,84 @@ def test_spans_are_those_of_the_gradient(family: str, orthonormal: Any) -> None:
             # float64; the Gram matrix squares the condition of the leading three values, which is below 1e3.
             projector = expected[key] @ expected[key].T
             torch.testing.assert_close(factor @ factor.T, projector, rtol=0, atol=1e-8)
+
+
+def free_gradient(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """The squared norm of the free factors' gradients of the summed loss, over the scaling of the updates."""
+    model.zero_grad()
+    for batch in batches:
+        model(**batch).loss.backward()
+    layers = adapter_layers(model).values()
+    return sum(float(layer.lora_B.grad.square().sum()) / layer.scaling**2 for layer in layers)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_allocated_ranks_descend_most_steeply(family: str) -> None:
+    batches = [FAMILIES[family].batch(2, 7), FAMILIES[family].batch(3, 9)]
+    build = lambda: FAMILIES[family].build().double()  # noqa: E731
+    ranks, starts = allocate_ranks(build(), iter(batches), rank=4, budget=0.5, max_rank=12)
+    targets = find_targets(build(), None, None, None)
+    shapes = {name: linear_shape(build().get_submodule(name)) for name in targets}
+    budget = sum(4 * sum(shape) for shape in shapes.values()) // 2
+    # Oracle: dense SVDs of autograd's gradients, and the order of their values by square and size.
+    values = {name: torch.linalg.svdvals(dense_gradient(family, name, batches))[:12] for name in targets}
+    order = sorted(
+        ((float(v) ** 2 / sum(shapes[name]), name) for name, all_of in values.items() for v in all_of), reverse=True
+    )
+    expected, left = dict.fromkeys(targets, 0), budget
+    for _, name in order:
+        if sum(shapes[name]) <= left:
+            expected[name] += 1
+            left -= sum(shapes[name])
+    assert ranks == {name: r for name, r in expected.items() if r}
+    assert len(set(ranks.values())) > 2
+
+    model = build()
+    add_adapters(model, layers=None, target_modules=list(ranks), rank=4, rank_pattern=ranks, init=starts)
+    assert sum(f.numel() for layer in adapter_layers(model).values() for f in layer.factors().values()) <= budget
+    steepness = free_gradient(model, batches)
+    # In float64; the Gram matrix squares the condition of the leading values.
+    assert steepness == pytest.approx(sum(float(values[n][:r].square().sum()) for n, r in ranks.items()), rel=1e-8)
+    alike = build()
+    where: dict[str, Any] = {"layers": None, "rank": 2}
+    add_adapters(alike, **where, init=gradient_init(build(), batches, **where))
+    assert steepness > 1.05 * free_gradient(alike, batches)
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+@pytest.mark.parametrize("budget", [0.03, 0.4, 1.0])
+def test_allocated_ranks_keep_to_the_budget(orthonormal: Any, budget: float) -> None:
+    model, batches = FAMILIES["llama"].build(), [FAMILIES["llama"].batch(2, 7)]
+    options: dict[str, Any] = {"layers": [0, 2], "rank": 4, "orthonormal": orthonormal}
+    ranks, starts = allocate_ranks(model, batches, **options, budget=budget)
+    assert max(ranks.values()) <= 16
+    full = add_adapters(model, **options)
+    parameters = lambda: sum(p.numel() for p in model.parameters() if p.requires_grad)  # noqa: E731
+    most = budget * parameters()
+    remove_adapters(model)
+    names = add_adapters(
+        model, layers=None, target_modules=list(ranks), rank=4, rank_pattern=ranks, init=starts, orthonormal=orthonormal
+    )
+    assert names == list(ranks) and set(names) <= set(full)
+    # What is left does not pay for another rank of the smallest map (48 by 32 is the largest).
+    assert most - 120 < parameters() <= most
+
+
+def test_bad_input_for_allocated_ranks() -> None:
+    model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(2, 7)
+    for options, error, message in (
+        ({"budget": 0.0}, InputError, r"\(0, 1\], got 0.0"),
+        ({"budget": True}, InputError, r"\(0, 1\], got True"),
+        ({"budget": 1e-4}, InputError, "too small for one direction"),
+        ({"max_rank": 0}, InputError, "max_rank must be at least 1, got 0"),
+        ({"rank": 17}, InputError, r"k_proj: rank must be in \[1, 16\]"),
+        ({"rank": 2.0}, TypeError, "rank must be an int"),
+        ({"orthonormal": "C"}, InputError, "orthonormal must be one of"),
+    ):
+        with pytest.raises(error, match=message):  # type: ignore[call-overload]
+            allocate_ranks(model, [batch], **{"rank": 2, **options})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="too small for one direction"):
+        allocate_ranks(model, [batch], rank=2, loss_fn=lambda m, b: 0 * m(**b).loss)
 
 
 def test_the_model_comes_back_as_it_was_also_after_an_error() -> None:

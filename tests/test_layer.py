@@ -369,9 +369,10 @@ def test_svd_initialisation(orthonormal: Any) -> None:
 
 def test_leading_singular_vectors_of_a_rank_deficient_matrix() -> None:
     matrix = torch.outer(torch.arange(1.0, 7.0), torch.ones(5))
-    right, left = leading_singular_vectors(matrix, 3)
+    right, left, values = leading_singular_vectors(matrix, 3)
     assert orthogonality_error(right) < ON_MANIFOLD and orthogonality_error(left) < ON_MANIFOLD
     torch.testing.assert_close(right[:, 0].abs(), torch.full((5,), 5**-0.5), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values, torch.linalg.svdvals(matrix)[:3], rtol=1e-5, atol=1e-4)  # float32, |W| is 21
     with pytest.raises(InputError, match="NaN"):
         leading_singular_vectors(torch.full((4, 3), torch.nan), 2)
 
