@@ -11,7 +11,7 @@ from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from benchmarks._peers import NotInstalledError
-from stiefel_lora import add_adapters, gradient_init, stiefel
+from stiefel_lora import add_adapters, allocate_ranks, gradient_init, stiefel
 from stiefel_lora._types import SecondMoment
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.optim import RiemannianAdam
@@ -88,26 +88,29 @@ def ours(
     *,
     share: float = 1.0,
     gradient_start: bool = False,
+    allocate: bool = False,
     rate_on_manifold: float = 1.0,
     second_moment: SecondMoment = "mean",
     **options: Any,
 ) -> Build:
     """Put our adapters at ``share`` of the rank on some layers, or on the linear maps chosen one by one.
 
-    With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient. Its
-    learning rate is ``rate_on_manifold`` times that of the other factor; ``options`` go to ``add_adapters``.
+    With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient, and
+    with ``allocate`` the ranks follow its singular values as well, at ``share`` of the parameters. Its learning rate
+    is ``rate_on_manifold`` times that of the other factor; ``options`` go to ``add_adapters``.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
-        where: dict[str, Any] = (
-            {"layers": None, "target_modules": setting.modules}
-            if layers is None
-            else {"layers": layers(setting), "target_modules": TARGETS}
-        )
-        where["rank"] = round(share * setting.rank)
         begin = time.perf_counter()
-        start = {"init": gradient_init(model, setting.calibration, **where)} if gradient_start else {}
-        names = add_adapters(model, **where, **options, **start)
+        if allocate:
+            where = _allocated(model, setting, share)
+        else:
+            chosen = None if layers is None else layers(setting)
+            where = {"layers": chosen, "target_modules": setting.modules if chosen is None else TARGETS}
+            where["rank"] = round(share * setting.rank)
+        if gradient_start:
+            where["init"] = gradient_init(model, setting.calibration, **where)
+        names = add_adapters(model, **where, **options)
         extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups = [
@@ -118,6 +121,13 @@ def ours(
         return Tuned(model, optimizer, lambda: _our_updates(model), extra=extra)
 
     return build
+
+
+def _allocated(model: Any, setting: Setting, share: float) -> dict[str, Any]:
+    """Return which linear maps get which ranks and starts at a share of the parameters."""
+    rank = setting.rank
+    ranks, starts = allocate_ranks(model, setting.calibration, rank=rank, budget=share, target_modules=TARGETS)
+    return {"layers": None, "target_modules": list(ranks), "rank": rank, "rank_pattern": ranks, "init": starts}
 
 
 def _our_updates(model: Any) -> Iterable[tuple[Tensor, Tensor]]:
@@ -137,22 +147,33 @@ def lora(
     share: float = 1.0,
     targets: Sequence[str] = TARGETS,
     gradient_start: bool = False,
+    allocate: bool = False,
     **more: Any,
 ) -> Build:
     """PEFT's LoRA at ``share`` of the rank; ``more`` goes to its configuration.
 
-    With ``gradient_start`` its A starts where ours does, in the leading directions of the calibration gradient.
+    With ``gradient_start`` its A starts where ours does, in the leading directions of the calibration gradient; with
+    ``allocate`` it has ranks and starts as ours has.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
         peft = _peft()
         rank, chosen = round(share * setting.rank), list(layers(setting))
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=list(targets), layers_to_transform=chosen, **more
-        )
         begin = time.perf_counter()
-        where = {"layers": chosen, "rank": rank, "target_modules": targets}
-        starts = gradient_init(model, setting.calibration, **where) if gradient_start else {}
+        alike = {"layers": chosen, "rank": rank, "target_modules": list(targets)}
+        where = _allocated(model, setting, share) if allocate else alike
+        starts, ranks = where.get("init", {}), where.get("rank_pattern", {})
+        if gradient_start:
+            starts = gradient_init(model, setting.calibration, **where)
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=where["target_modules"],
+            layers_to_transform=where["layers"],
+            rank_pattern=ranks,
+            alpha_pattern={name: 2 * r for name, r in ranks.items()},
+            **more,
+        )
         adapted = peft.get_peft_model(model, config)
         for name, start in starts.items():
             adapted.get_base_model().get_submodule(name).lora_A["default"].weight.data.copy_(start.T)
@@ -223,6 +244,7 @@ def _peft() -> Any:
 
 FORA = "FoRA (A)"
 STARTED = "FoRA (A), gradient start"
+ALLOCATED = "FoRA (A), ranks by gradient"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
@@ -235,6 +257,8 @@ METHODS: dict[str, Build] = {
     "FoRA (A), gradient start, A at twice the rate": ours(_selected, gradient_start=True, rate_on_manifold=2.0),
     "FoRA (A), second moment of each element": ours(_selected, second_moment="element"),
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
+    ALLOCATED: ours(allocate=True, share=0.5),
+    "LoRA, ranks by gradient": lora(allocate=True, share=0.5),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
     "Stiefel A, half the rank, gradient start, rsLoRA's scaling": ours(
