@@ -179,11 +179,14 @@ def module_ranks(
     """Return the rank of each target: that of the longest key of ``pattern`` that matches its name, or ``rank``.
 
     Raises:
-        InputError: If a key matches none of the targets, or a rank is out of range for one.
+        InputError: If a key matches no target, nor its like in another layer, or a rank is out of range for one.
         TypeError: If a rank is not an int.
     """
     pattern = pattern or {}
-    unused = [key for key in pattern if not any(matches(target, key) for target in targets)]
+    # The same linears of layers left out are no mistake: which layers are chosen may depend on the data.
+    alike = {split_at_layer(target)[2] for target in targets}
+    known = [*targets, *(n for n, _ in wrappable_linears(model) if pattern and split_at_layer(n)[2] in alike)]
+    unused = [key for key in pattern if not any(matches(name, key) for name in known)]
     if unused:
         raise InputError(f"rank_pattern {', '.join(unused)} matches none of the adapted linears: {listed(targets)}")
     best = {target: max((k for k in pattern if matches(target, k)), key=len, default=None) for target in targets}

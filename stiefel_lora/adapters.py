@@ -82,7 +82,8 @@ def add_adapters(
         orthonormal: Which factor is orthonormal: "A", "B" or "both"; see `StiefelLoRALinear`.
         init: Start of the orthonormal factors: "random", "svd", or for each qualified name a tensor (a pair for
             "both"), such as `gradient_init` returns.
-        rank_pattern: Ranks that differ, by names matched like targets; the longest match counts.
+        rank_pattern: Ranks that differ, by names matched like targets; the longest match counts. It may name targets
+            of layers that are not adapted.
         layers_path: Qualified name of the list of layers, where the longest is not the one meant.
         generator: CPU source of randomness for "random".
         name: Name of this set of adapters.

@@ -383,6 +383,16 @@ def test_one_pass_leaves_no_trace_and_repeats_itself() -> None:
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_ranks_may_be_given_for_layers_that_are_not_chosen() -> None:
+    model, batches = FAMILIES["llama"].build(), [FAMILIES["llama"].batch(2, 7)]
+    pattern = {f"layers.{i}.self_attn.q_proj": 2 + i for i in range(3)}
+    layers, starts = select_and_start(model, batches, rank=2, budget=1, rank_pattern=pattern)
+    add_adapters(model, layers=layers, rank=2, rank_pattern=pattern, init=starts)
+    assert adapter_layers(model)[f"model.layers.{layers[0]}.self_attn.q_proj"].rank == 2 + layers[0]
+    with pytest.raises(InputError, match="rank_pattern o_proj matches none of the adapted linears"):
+        select_and_start(remove_adapters(model), batches, rank=2, rank_pattern={"o_proj": 2})
+
+
 def test_bad_input_for_one_pass() -> None:
     model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(2, 7)
     consumed = iter([batch])
