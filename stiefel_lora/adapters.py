@@ -338,6 +338,10 @@ def _bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str, Any
     _warn_of_statistics(everything)
     bases = {name: module for name, module in everything.items() if name in names}
     bases = {name: m.base if isinstance(m, StiefelLoRALinear) else m for name, m in bases.items()}
+    # On the meta device without accelerate's hook, a model is one that is to be loaded later.
+    away = [name for name, m in bases.items() if hasattr(m, "_hf_hook") and any(p.is_meta for p in m.parameters())]
+    if away:
+        raise InputError(f"{listed(away)} is offloaded, where an adapter cannot be trained; load the base as a whole")
     tied = tied_names(model, bases)
     if tied:
         warn(

@@ -12,6 +12,7 @@ from typing import Any
 import geoopt
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -613,3 +614,11 @@ def test_running_statistics_and_linears_that_are_not_called_are_named() -> None:
     config = MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, state_size=4, time_step_rank=4)
     with pytest.raises(InputError, match="mixer.dt_proj cannot have an adapter: Mamba reads its weight"):
         add_adapters(MambaForCausalLM(config), layers=None, rank=2, target_modules=["dt_proj"])
+
+
+def test_an_offloaded_base_is_refused() -> None:
+    model = LLAMA.build()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(InputError, match="q_proj.* is offloaded, where an adapter cannot be trained"):
+        add_adapters(model, layers=[0], rank=2)
+    assert not adapter_layers(model)
