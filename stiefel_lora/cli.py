@@ -20,6 +20,7 @@ from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands
 from stiefel_lora.checkpoint import load_adapter, read_adapter, read_json
 from stiefel_lora.config import FinetuneConfig, check_seed
 from stiefel_lora.errors import InputError
+from stiefel_lora.layer import CONSTRAINED
 
 RUN_FILE = "run.json"
 OWN_FILES = (RUN_FILE, "metrics.json", "fisher.png", "loss.png", "checkpoint.pt", "adapter")
@@ -177,7 +178,7 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         help="scale by alpha / sqrt(rank) instead, which wants a lower --lr",
     )
     parser.add_argument(
-        "--orthonormal", choices=("A", "B", "both"), default=defaults.orthonormal, help="which factor is orthonormal"
+        "--orthonormal", choices=tuple(CONSTRAINED), default=defaults.orthonormal, help="which factor is orthonormal"
     )
     parser.add_argument("--dropout", type=float, default=defaults.dropout, help="dropout of the adapters' input")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")

@@ -6,6 +6,7 @@ from typing import Literal
 
 from stiefel_lora._types import Retraction
 from stiefel_lora.errors import InputError, check_choice
+from stiefel_lora.layer import CONSTRAINED, Orthonormal
 from stiefel_lora.scores import count_of
 from stiefel_lora.stiefel import RETRACTIONS
 
@@ -62,7 +63,7 @@ class FinetuneConfig:
     optimizer: Literal["adam", "sgd"] = "adam"
     retraction: Retraction = "qr"
     rslora: bool = False
-    orthonormal: Literal["A", "B", "both"] = "A"
+    orthonormal: Orthonormal = "A"
     init: Literal["random", "svd", "gradient"] = "random"
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
@@ -98,7 +99,7 @@ class FinetuneConfig:
         check_choice("granularity", self.granularity, ("layer", "module"))
         check_choice("optimizer", self.optimizer, ("adam", "sgd"))
         check_choice("retraction", self.retraction, tuple(RETRACTIONS))
-        check_choice("orthonormal", self.orthonormal, ("A", "B", "both"))
+        check_choice("orthonormal", self.orthonormal, tuple(CONSTRAINED))
         check_choice("init", self.init, ("random", "svd", "gradient"))
 
 
