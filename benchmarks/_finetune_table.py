@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness
-from benchmarks._methods import FORA, METHODS, STARTED
+from benchmarks._methods import ALLOCATED, FORA, METHODS, STARTED
 
 Cell = dict[str, Any]
 
@@ -54,6 +54,14 @@ CLAIMS = (
         "Stiefel A, half the rank, gradient start",
         "LoRA, half the rank, gradient start",
     ),
+    ("Ranks by the gradient's singular values, at half the parameters, beat LoRA", ALLOCATED, "LoRA"),
+    ("Ranks by the gradient's singular values, at half the parameters, beat DoRA", ALLOCATED, "DoRA"),
+    (
+        "Ranks by the gradient's singular values beat one rank for all, both with a gradient start",
+        ALLOCATED,
+        "Stiefel A, half the rank, gradient start",
+    ),
+    ("The constraint helps with ranks by the gradient's singular values", ALLOCATED, "LoRA, ranks by gradient"),
 )
 
 
