@@ -48,6 +48,8 @@ def find_targets(
     """
     if isinstance(targets, str) and targets != "all-linear":
         raise TypeError(f"target_modules must be a sequence of names or 'all-linear', got the string {targets!r}")
+    if layers is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+        raise TypeError(f"layers must be a sequence of ints or None, got {layers!r}")
     prefix, blocks = find_layers(model, path)
     chosen = _layer_indices(blocks, layers, prefix)
     linears = {i: [name for name, _ in wrappable_linears(blocks[i], join(prefix, i))] for i in chosen}
@@ -79,8 +81,6 @@ def _layer_indices(blocks: Layers, layers: Sequence[int] | None, prefix: str) ->
     count = len(blocks)
     if layers is None:
         return list(range(count))
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
-        raise TypeError(f"layers must be a sequence of ints or None, got {layers!r}")
     bad = [i for i in layers if not -count <= i < count]
     if bad or not layers:
         what = f"layer {', '.join(map(str, bad))} does not exist" if bad else "no layer is given"

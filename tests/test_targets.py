@@ -95,6 +95,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "layer": ({"layers": [0, 3, -4]}, InputError, "layer 3, -4 does not exist: model.layers has the layers 0 to 2"),
     "no layer": ({"layers": []}, InputError, "no layer is given: model.layers has the layers 0 to 2"),
     "twice": ({"layers": [1, -2]}, InputError, "layer 1 is given twice"),
+    "a name for layers": ({"layers": "decoder.block"}, TypeError, "sequence of ints or None, got 'decoder.block'"),
     "float layer": ({"layers": [0.5]}, TypeError, "layers must be a sequence of ints"),
     "rank": ({"rank": 17}, InputError, r"layers.0.self_attn.k_proj: rank must be in \[1, 16\].* got 17"),
     "dropout": ({"dropout": 2.0}, InputError, "dropout must be in"),
