@@ -81,6 +81,7 @@ class StiefelTrainer(Trainer):
     def __init__(self, *args: Any, optimizer_options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         model = args[0] if args else kwargs.get("model")
         self.optimizer_options = dict(optimizer_options or {})
+        self._is_ours = False  # whether the optimizer is one that was made here
         with _adapters_accepted(model) if isinstance(model, nn.Module) else nullcontext():
             super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -92,15 +93,24 @@ class StiefelTrainer(Trainer):
         self.add_callback(AdapterMetricsCallback(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the Riemannian optimizer."""
+        """Create the Riemannian optimizer, anew if the one before holds the factors of another set of adapters."""
+        if self._is_ours and not self._is_complete():
+            self.optimizer = None
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(*args, **kwargs)
+        self._is_ours = True
         self.optimizer_cls_and_kwargs = trainer_optimizer(self.args, **self.optimizer_options)
         try:
             return super().create_optimizer(*args, **kwargs)
         finally:
             # A hyperparameter search changes the arguments and asks again.
             self.optimizer_cls_and_kwargs = None
+
+    def _is_complete(self) -> bool:
+        """Tell whether the optimizer has all parameters that are to be trained."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        return all(id(p) in held for p in _model_of(self).parameters() if p.requires_grad)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from stiefel_lora.adapters import adapter_factors, adapter_metrics, add_adapters
+from stiefel_lora.adapters import adapter_factors, adapter_metrics, add_adapters, use_adapter
 from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
@@ -247,3 +247,17 @@ def test_accelerate_with_a_plain_loop(mixed_precision: str, tmp_path: Path) -> N
     assert not same(factors(model), state)
     accelerator.load_state(tmp_path)
     assert same(factors(model), state)
+
+
+def test_another_set_of_adapters_is_trained_as_well(tmp_path: Path) -> None:
+    """A second call of train() would go on with the optimizer of the first, which holds the other set's factors."""
+    model = adapted()
+    add_adapters(model, layers=[1], rank=2, name="second")
+    trainer = StiefelTrainer(model, arguments(tmp_path), train_dataset=EXAMPLES)
+    for name in ("second", "default"):
+        use_adapter(model, name)
+        before = factors(model)
+        trainer.train()
+        assert not any(torch.equal(before[key], after) for key, after in factors(model).items())
+    optimizer = trainer.create_optimizer()
+    assert trainer.create_optimizer() is optimizer
