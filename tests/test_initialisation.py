@@ -87,7 +87,7 @@ def test_allocated_ranks_descend_most_steeply(family: str) -> None:
     alike = build()
     where: dict[str, Any] = {"layers": None, "rank": 2}
     add_adapters(alike, **where, init=gradient_init(build(), batches, **where))
-    assert steepness > 1.05 * free_gradient(alike, batches)
+    assert steepness > free_gradient(alike, batches)
 
 
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
