@@ -57,14 +57,19 @@ class AdapterState:
         factors: For each adapted linear its factors by parameter name.
         parameters: The base's own parameters that were trained with the adapters, such as a classification head.
         tied: For each further name of a parameter that the base shares, as a head with the embedding, its name in
-            ``parameters``.
+            ``parameters``. None if that is not known, as of folders written before this was kept.
     """
 
     base_model: dict[str, str]
     modules: dict[str, dict[str, Any]]
     factors: dict[str, dict[str, Tensor]]
     parameters: dict[str, Tensor]
-    tied: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] | None = field(default_factory=dict)
+
+    @property
+    def whole_parameters(self) -> dict[str, Tensor]:
+        """The parameters under all their names."""
+        return {**self.parameters, **{other: self.parameters[name] for other, name in (self.tied or {}).items()}}
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -188,10 +193,12 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
 
 def _without_tied(state: AdapterState, model: nn.Module, what: str) -> AdapterState:
     """Return the state with one name for each parameter that the model shares: PEFT saves it under all its names."""
+    if state.tied is None:
+        return state
     shared: dict[int, list[str]] = {}
     for name, parameter in unwrap(model).named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
-    trained = dict(state.parameters)
+    trained = state.whole_parameters
     for names in shared.values():
         values = [trained[name] for name in names if name in trained]
         if not values:
@@ -202,7 +209,7 @@ def _without_tied(state: AdapterState, model: nn.Module, what: str) -> AdapterSt
             )
         for name in names[1:]:
             del trained[name]
-    return replace(state, parameters=trained)
+    return replace(state, parameters=trained, tied={})
 
 
 def write_adapter(state: AdapterState, path: str | Path) -> None:
@@ -215,7 +222,7 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
         "base_model": state.base_model,
         "modules": state.modules,
         "parameters": {name: list(tensor.shape) for name, tensor in state.parameters.items()},
-        "tied": state.tied,
+        **({} if state.tied is None else {"tied": state.tied}),
     }
     with atomic_folder(path) as folder:
         write_safetensors(folder / WEIGHTS_FILE, tensors)
@@ -244,7 +251,7 @@ def read_adapter(path: str | Path) -> AdapterState:
     if tensors:
         raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
     _check_on_manifold(path / WEIGHTS_FILE, modules, factors)
-    return AdapterState(config["base_model"], modules, factors, parameters, config.get("tied", {}))
+    return AdapterState(config["base_model"], modules, factors, parameters, config.get("tied"))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -351,14 +351,9 @@ def _peft_tensors(state: AdapterState) -> dict[str, Tensor]:
         b = factors["lora_B"] @ factors["lora_S"] if "lora_S" in factors else factors["lora_B"]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors["lora_A"].T
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
-    tensors.update({_PREFIX + name: tensor for name, tensor in _whole(state).items()})
+    # Under all names: PEFT unties a module that it saves whole. Copies: a safetensors file has no shared tensors.
+    tensors.update({_PREFIX + name: tensor.clone() for name, tensor in state.whole_parameters.items()})
     return tensors
-
-
-def _whole(state: AdapterState) -> dict[str, Tensor]:
-    """Return trained parameters under all their names: PEFT unties a module that it saves whole."""
-    # Copies: a safetensors file has no shared tensors.
-    return {**state.parameters, **{other: state.parameters[name].clone() for other, name in state.tied.items()}}
 
 
 def _peft_config(state: AdapterState, model: nn.Module | None) -> dict[str, Any]:
@@ -398,7 +393,7 @@ def _exactly(name: str, others: Iterable[str]) -> str:
 
 def _modules_to_save(state: AdapterState, model: nn.Module | None) -> list[str] | None:
     """Return the modules whose parameters were trained, as PEFT can name them: whole."""
-    whole = _whole(state)
+    whole = state.whole_parameters
     names = sorted({name.rpartition(".")[0] for name in whole})
     for name in names:
         # Without a model it is taken that modules were trained whole.

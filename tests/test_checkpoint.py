@@ -110,6 +110,22 @@ def test_nothing_is_saved_or_loaded_while_adapters_are_disabled(tmp_path: Path) 
     assert torch.equal(logits(model), before)
 
 
+def test_a_trained_embedding_that_is_tied_comes_back(tmp_path: Path) -> None:
+    tied = FAMILIES["llama-tied"]
+    model = tied.build()
+    add_adapters(model, layers=[0], rank=2)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    model.model.embed_tokens.weight.data.mul_(2)
+    save_adapter(model, tmp_path)
+    for written_before_names_were_kept in (False, True):
+        if written_before_names_were_kept:
+            _edit_config(lambda c: c.pop("tied"))(tmp_path)
+        fresh = tied.build()
+        load_adapter(fresh, tmp_path)
+        assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+        assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
 def test_factors_off_the_manifold_are_saved_as_the_same_update(
     orthonormal: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
