@@ -82,8 +82,8 @@ def allocate_ranks(
     """Spread a budget of trainable parameters over the directions in which the loss falls fastest.
 
     An adapter that starts in the leading r right singular vectors of its weight's gradient, with B = 0, has a gradient
-    of squared norm sum_{i <= r} sigma_i^2 (times the scaling). So among all ways to share out the parameters, the
-    steepest descent at the start is had by taking singular values of all linear maps in the order of
+    of squared norm sum_{i <= r} sigma_i^2 (times the scaling squared). So among all ways to share out the parameters,
+    the steepest descent at the start is had by taking singular values of all linear maps in the order of
     sigma_i^2 / (in + out), each of which is one more rank to its map. Where `fisher_select` chooses layers or linear
     maps, this chooses single directions::
 
@@ -106,7 +106,8 @@ def allocate_ranks(
         loss_fn: As for `gradient_init`.
 
     Returns:
-        For each linear map that gets any its rank, by qualified name in the model's order, and its start.
+        For each linear map that gets any its rank, by qualified name in the model's order, and its start. The budget is
+        not used up where the gradients have no more directions.
 
     Raises:
         InputError: As `gradient_init`, or if the budget is out of range or too small for one direction.
@@ -126,13 +127,17 @@ def allocate_ranks(
         n_out, n_in = gradient.shape
         right, left, values = leading_singular_vectors(gradient, min(most, n_in, n_out))
         vectors[name] = right, left
-        for r, value in enumerate(values.tolist()):
+        # What is rounding alone is no direction, and must not put a later one first.
+        rounding = torch.finfo(values.dtype).eps * max(gradient.shape) * float(values[0])
+        for r, value in enumerate(values.cummin(0).values.tolist()):
+            if value <= rounding:
+                break
             cost = adapter_size(n_in, n_out, r + 1, orthonormal) - adapter_size(n_in, n_out, r, orthonormal)
             steps.append((-(value**2) / cost, place, r, cost, name))
     ranks, left_over = dict.fromkeys(targets, 0), int(budget * full)
-    for gain, _, r, cost, name in sorted(steps):
+    for _, _, r, cost, name in sorted(steps):
         # One more rank only on top of those before it.
-        if gain < 0 and cost <= left_over and ranks[name] == r:
+        if cost <= left_over and ranks[name] == r:
             ranks[name] += 1
             left_over -= cost
     ranks = {name: r for name, r in ranks.items() if r}

@@ -90,6 +90,14 @@ def test_allocated_ranks_descend_most_steeply(family: str) -> None:
     assert steepness > free_gradient(alike, batches)
 
 
+def test_ranks_are_not_allocated_to_rounding() -> None:
+    """Gradients of so few tokens have a low rank; in float32 their other singular values are not quite zero."""
+    batches = [FAMILIES["llama"].batch(1, 3)]
+    ranks, _ = allocate_ranks(FAMILIES["llama"].build(), batches, rank=4, budget=1.0)
+    assert ranks == {name: int(torch.linalg.matrix_rank(dense_gradient("llama", name, batches))) for name in ranks}
+    assert len(ranks) == 15
+
+
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
 @pytest.mark.parametrize("budget", [0.03, 0.4, 1.0])
 def test_allocated_ranks_keep_to_the_budget(orthonormal: Any, budget: float) -> None:
