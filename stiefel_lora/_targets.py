@@ -183,10 +183,12 @@ def module_ranks(
         TypeError: If a rank is not an int.
     """
     pattern = pattern or {}
-    # The same linears of layers left out are no mistake: which layers are chosen may depend on the data.
-    alike = {split_at_layer(target)[2] for target in targets}
-    known = [*targets, *(n for n, _ in wrappable_linears(model) if pattern and split_at_layer(n)[2] in alike)]
-    unused = [key for key in pattern if not any(matches(name, key) for name in known)]
+    unused = [key for key in pattern if not any(matches(target, key) for target in targets)]
+    if unused:
+        # The same linears of layers left out are no mistake: which layers are chosen may depend on the data.
+        inner = {split_at_layer(target)[2] for target in targets}
+        alike = [name for name, _ in wrappable_linears(model) if split_at_layer(name)[2] in inner]
+        unused = [key for key in unused if not any(matches(name, key) for name in alike)]
     if unused:
         raise InputError(f"rank_pattern {', '.join(unused)} matches none of the adapted linears: {listed(targets)}")
     best = {target: max((k for k in pattern if matches(target, k)), key=len, default=None) for target in targets}

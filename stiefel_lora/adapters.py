@@ -414,13 +414,13 @@ def forget_adapters(model: nn.Module) -> None:
 
 
 def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
-    for name, layer in layers.items():
+    for layer in layers.values():
         # The model may have moved, or changed mode, while the layer was aside.
         device = cast(Tensor, first_tensor(layer.base)).device
         for factor in layer.parameters(recurse=False):
             factor.data = factor.data.to(device)
         layer.train(layer.base.training)
-        replace_module(model, name, layer)
+    replace_modules(model, layers)
 
 
 def _take_out(model: nn.Module, registry: _Registry) -> None:
@@ -428,9 +428,9 @@ def _take_out(model: nn.Module, registry: _Registry) -> None:
     layers = adapter_layers(model)
     if not layers:
         return
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.unmerge()
-        replace_module(model, name, layer.base)
+    replace_modules(model, {name: layer.base for name, layer in layers.items()})
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     registry.stored[registry.active] = _Aside(layers, trained)
     set_parameters(model, {**trained, **registry.base}, trainable=False)
@@ -445,9 +445,10 @@ def set_parameters(model: nn.Module, values: Mapping[str, Tensor], *, trainable:
         parameters[name].requires_grad_(trainable)
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where another one is, in all places if that stands in several."""
-    old = model.get_submodule(name)
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules where others are, by name; in all places where one of those stands in several."""
+    successors = {id(model.get_submodule(name)): module for name, module in modules.items()}
     for parent in list(model.modules()):
-        for child in [key for key, held in parent._modules.items() if held is old]:
-            setattr(parent, child, module)
+        for child, held in list(parent._modules.items()):
+            if id(held) in successors:
+                setattr(parent, child, successors[id(held)])

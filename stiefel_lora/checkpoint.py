@@ -31,6 +31,7 @@ from stiefel_lora.layer import (
     StiefelLoRALinear,
     check_options,
     factor_shapes,
+    folded,
     orthonormal_factors,
 )
 from stiefel_lora.stiefel import orthogonality_error
@@ -137,8 +138,7 @@ def _orthonormal_factors(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, d
         error = max(float(orthogonality_error(factors[key])) for key in CONSTRAINED[layer.orthonormal])
         if _TOLERANCE < error < math.inf:
             errors[name] = error
-            b = factors["lora_B"] @ factors["lora_S"] if "lora_S" in factors else factors["lora_B"]
-            found[name] = orthonormal_factors(factors["lora_A"], b, layer.orthonormal)
+            found[name] = orthonormal_factors(*folded(factors), layer.orthonormal)
     if errors:
         logger.warning(
             "%s: off the manifold by |X^T X - I|_F up to %.2g, as after another optimizer or an average; the same "

@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         Ctrl-C; 141 if nobody reads what it prints.
     """
     args = build_parser().parse_args(argv)
-    args.given = vars(build_parser(_NONE).parse_args(argv))
+    if getattr(args, "resume", False):
+        args.given = vars(build_parser(_NONE).parse_args(argv))
     try:
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)

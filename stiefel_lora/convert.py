@@ -24,7 +24,7 @@ from stiefel_lora.adapters import (
     adapter_names,
     check_no_others,
     remove_adapters,
-    replace_module,
+    replace_modules,
 )
 from stiefel_lora.checkpoint import (
     AdapterState,
@@ -36,7 +36,7 @@ from stiefel_lora.checkpoint import (
     write_safetensors,
 )
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.layer import Orthonormal, orthonormal_factors
+from stiefel_lora.layer import Orthonormal, folded, orthonormal_factors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -142,11 +142,11 @@ def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, ortho
         for name, wrapper in wrappers.items():
             # PEFT leaves its trained copy in the base, which is to have its own values beneath the adapter.
             if isinstance(wrapper, ModulesToSaveWrapper) and base.get_submodule(name) is not wrapper.original_module:
-                replace_module(base, name, deepcopy(wrapper.original_module))
+                replace_modules(base, {name: deepcopy(wrapper.original_module)})
         insert_state(base, state, what="the PEFT adapter")
     except BaseException:
         for name, wrapper in wrappers.items():
-            replace_module(base, name, wrapper)
+            replace_modules(base, {name: wrapper})
         raise
     # PEFT 0.18 leaves it there, and then takes the base for a model with adapters of its own.
     vars(base).pop("peft_config", None)
@@ -176,8 +176,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
     try:
         peft_model = get_peft_model(model, LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"}))
     except BaseException:
-        for key, base in bases.items():
-            replace_module(model, key, base)
+        replace_modules(model, bases)
         insert_state(model, state, what="the adapter", name=name)
         raise
     set_peft_model_state_dict(peft_model, tensors)
@@ -348,8 +347,8 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _peft_tensors(state: AdapterState) -> dict[str, Tensor]:
     tensors = {}
     for name, factors in state.factors.items():
-        b = factors["lora_B"] @ factors["lora_S"] if "lora_S" in factors else factors["lora_B"]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = factors["lora_A"].T
+        a, b = folded(factors)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.T
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
     # Under all names: PEFT unties a module that it saves whole. Copies: a safetensors file has no shared tensors.
     tensors.update({_PREFIX + name: tensor.clone() for name, tensor in state.whole_parameters.items()})

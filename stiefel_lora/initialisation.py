@@ -116,38 +116,47 @@ def allocate_ranks(
     check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
     targets = find_targets(model, layers, target_modules, layers_path)
     most = 4 * rank if max_rank is None else max_rank
-    full = sum(adapter_size(*linear_shape(model.get_submodule(name)), rank, orthonormal) for name in targets)
+    shapes = {name: linear_shape(model.get_submodule(name)) for name in targets}
     module_ranks(model, targets, rank)
     if isinstance(budget, bool) or not 0 < budget <= 1:
         raise InputError(f"budget must be a share of the adapters' parameters in (0, 1], got {budget}")
     if most < 1:
         raise InputError(f"max_rank must be at least 1, got {most}")
-    vectors, steps = {}, []
-    for place, (name, gradient) in enumerate(_gradients(model, targets, batches, loss_fn)):
-        n_out, n_in = gradient.shape
-        right, left, values = leading_singular_vectors(gradient, min(most, n_in, n_out))
+    vectors, spectra = {}, {}
+    for name, gradient in _gradients(model, targets, batches, loss_fn):
+        right, left, spectra[name] = leading_singular_vectors(gradient, min(most, *shapes[name]))
         vectors[name] = right, left
-        # What is rounding alone is no direction, and must not put a later one first.
-        rounding = torch.finfo(values.dtype).eps * max(gradient.shape) * float(values[0])
-        for r, value in enumerate(values.cummin(0).values.tolist()):
-            if value <= rounding:
-                break
-            cost = adapter_size(n_in, n_out, r + 1, orthonormal) - adapter_size(n_in, n_out, r, orthonormal)
-            steps.append((-(value**2) / cost, place, r, cost, name))
-    ranks, left_over = dict.fromkeys(targets, 0), int(budget * full)
-    for _, _, r, cost, name in sorted(steps):
-        # One more rank only on top of those before it.
-        if cost <= left_over and ranks[name] == r:
-            ranks[name] += 1
-            left_over -= cost
-    ranks = {name: r for name, r in ranks.items() if r}
+    parameters = int(budget * sum(adapter_size(*shape, rank, orthonormal) for shape in shapes.values()))
+    ranks = _steepest(spectra, shapes, parameters, orthonormal)
     if not ranks:
-        raise InputError(f"the budget of {int(budget * full)} parameters is too small for one direction of a gradient")
+        raise InputError(f"the budget of {parameters} parameters is too small for one direction of a gradient")
     starts: dict[str, Init] = {}
     for name, r in ranks.items():
         right, left = vectors[name]
         starts[name] = _start(right[:, :r].contiguous(), left[:, :r].contiguous(), orthonormal)
     return ranks, starts
+
+
+def _steepest(
+    spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], parameters: int, orthonormal: Orthonormal
+) -> dict[str, int]:
+    """Return the ranks above 0 that hold the most of the squared singular values for that many parameters."""
+    steps = []
+    for place, (name, values) in enumerate(spectra.items()):
+        # What is rounding alone is no direction, and must not put a later one first.
+        rounding = torch.finfo(values.dtype).eps * max(shapes[name]) * float(values[0])
+        for r, value in enumerate(values.cummin(0).values.tolist()):
+            if value <= rounding:
+                break
+            cost = adapter_size(*shapes[name], r + 1, orthonormal) - adapter_size(*shapes[name], r, orthonormal)
+            steps.append((-(value**2) / cost, place, r, cost, name))
+    ranks = dict.fromkeys(spectra, 0)
+    for _, _, r, cost, name in sorted(steps):
+        # One more rank only on top of those before it.
+        if cost <= parameters and ranks[name] == r:
+            ranks[name] += 1
+            parameters -= cost
+    return {name: r for name, r in ranks.items() if r}
 
 
 def select_and_start(

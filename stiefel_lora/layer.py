@@ -157,8 +157,8 @@ class StiefelLoRALinear(nn.Module):
         It is differentiable, in the factors' dtype and precision, and (out, in) for a ``Conv1D`` base as well.
         """
         with exact_products([self.lora_A.device.type]):
-            left = self.lora_B @ self.lora_S if self.orthonormal == "both" else self.lora_B
-            return (self.scaling * left) @ self.lora_A.T
+            a, b = folded(self.factors())
+            return (self.scaling * b) @ a.T
 
     @torch.no_grad()
     def merge(self) -> float:
@@ -278,6 +278,12 @@ def factor_shapes(n_in: int, n_out: int, rank: int, orthonormal: str) -> dict[st
     """Return the shapes of the factors of one update, by name."""
     shapes = {"lora_A": (n_in, rank), "lora_B": (n_out, rank)}
     return {**shapes, "lora_S": (rank, rank)} if orthonormal == "both" else shapes
+
+
+def folded(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return A and B of the update B A^T, with S, if there is one, folded into B."""
+    b = factors["lora_B"]
+    return factors["lora_A"], b @ factors["lora_S"] if "lora_S" in factors else b
 
 
 def adapter_size(n_in: int, n_out: int, rank: int, orthonormal: str = "A") -> int:

@@ -12,7 +12,7 @@ from stiefel_lora.adapters import (
     adapter_layers,
     check_no_others,
     forget_adapters,
-    replace_module,
+    replace_modules,
     required_layers,
     tied_names,
 )
@@ -58,8 +58,7 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
         config = getattr(bare, "config", None)
         if config is not None and tied_names(bare, layers):
             config.tie_word_embeddings = False
-        for name, layer in layers.items():
-            replace_module(bare, name, layer.base)
+        replace_modules(bare, {name: layer.base for name, layer in layers.items()})
         forget_adapters(bare)
         _forget_quantiser(bare)
     return bare  # type: ignore[return-value]

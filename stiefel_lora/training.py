@@ -27,7 +27,7 @@ from stiefel_lora.data import Dataset, load_data, spread
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.initialisation import gradient_init
-from stiefel_lora.layer import Init
+from stiefel_lora.layer import Init, adapter_size
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.pretrained import check_causal, find_device, load_pretrained, positions_of
 from stiefel_lora.scores import FisherScores, count_of
@@ -154,7 +154,7 @@ def _check_budget(model: nn.Module, modules: Sequence[str], config: FinetuneConf
     if not config.budget_is_parameters:
         count_of(config.budget, len(modules), "linear maps")
         return
-    sizes = [config.rank * sum(linear_shape(model.get_submodule(name))) for name in modules]
+    sizes = [adapter_size(*linear_shape(model.get_submodule(name)), config.rank) for name in modules]
     if round(config.budget * sum(sizes)) < min(sizes):
         least = math.ceil(1e4 * min(sizes) / sum(sizes)) / 1e4
         raise InputError(
