@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
-import os
 import platform
 import shlex
 import signal
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from stiefel_lora._files import write_json
 from stiefel_lora.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -190,13 +190,6 @@ def _stop(number: int, frame: object) -> None:
     for child in multiprocessing.active_children():
         child.terminate()
     sys.exit(128 + number)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
 
 
 def environment() -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Type aliases shared by the package."""
+"""Names of options shared by the package; imported by the command line, so without torch."""
 
-from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias
-
-import torch
+from typing import Literal, TypeAlias
 
 Retraction: TypeAlias = Literal["qr", "cayley", "polar", "exp"]
 Metric: TypeAlias = Literal["euclidean", "canonical"]
 SecondMoment: TypeAlias = Literal["mean", "norm", "element"]
-Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
+# Which factor of an adapter is orthonormal.
+Orthonormal: TypeAlias = Literal["A", "B", "both"]
+# What Fisher scores are for: whole layers or single linear maps.
+Granularity: TypeAlias = Literal["layer", "module"]

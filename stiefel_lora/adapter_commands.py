@@ -1,25 +1,19 @@
-"""The commands ``export``, ``import`` and ``info``: from arguments to library calls."""
+"""The commands ``export``, ``import`` and ``info``: from arguments to library calls, which are imported on use."""
 
 import argparse
 import json
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
-
-from torch import nn
+from typing import Any, TypeAlias, get_args
 
 from stiefel_lora._files import atomic_folder
-from stiefel_lora.checkpoint import load_adapter, read_adapter, write_adapter
-from stiefel_lora.convert import read_peft, write_peft
+from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError
-from stiefel_lora.info import adapter_info
-from stiefel_lora.layer import CONSTRAINED
-from stiefel_lora.merging import merge_adapters
 
 # Loads a model by folder, hub name or .gguf file, its class if that is known, and the names of parameters that it may
 # lack; and its tokenizer if it has one.
-LoadModel: TypeAlias = Callable[[str, str | None, Collection[str]], tuple[nn.Module, Any]]
+LoadModel: TypeAlias = Callable[[str, str | None, Collection[str]], tuple[Any, Any]]
 
 
 def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model: LoadModel) -> None:
@@ -40,7 +34,7 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model
     imported.add_argument("adapter", type=Path, help="PEFT adapter folder")
     imported.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold anything yet")
     imported.add_argument(
-        "--orthonormal", choices=list(CONSTRAINED), default="A", help="factor to make orthonormal (default: A)"
+        "--orthonormal", choices=get_args(Orthonormal), default="A", help="factor to make orthonormal (default: A)"
     )
     imported.set_defaults(run=_import)
 
@@ -56,6 +50,10 @@ def adapter_folder(path: Path) -> Path:
 
 
 def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
+    from stiefel_lora.checkpoint import load_adapter, read_adapter
+    from stiefel_lora.convert import write_peft
+    from stiefel_lora.merging import merge_adapters
+
     folder = adapter_folder(args.adapter)
     state = read_adapter(folder)
     _check_new(args.output)
@@ -77,6 +75,9 @@ def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from stiefel_lora.checkpoint import write_adapter
+    from stiefel_lora.convert import read_peft
+
     state = read_peft(args.adapter, orthonormal=args.orthonormal)
     _check_new(args.output)
     write_adapter(state, args.output)
@@ -84,6 +85,8 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    from stiefel_lora.info import adapter_info
+
     info = adapter_info(adapter_folder(args.adapter))
     print(json.dumps(asdict(info), indent=1) if args.json else info.table())
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from stiefel_lora._models import first_tensor, own_names, unwrap
 from stiefel_lora._targets import describe, find_targets, last_names, module_ranks, wrappable_linears
+from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.layer import Init, Orthonormal, StiefelLoRALinear, factor_metrics
+from stiefel_lora.layer import Init, StiefelLoRALinear, factor_metrics
 
 logger = logging.getLogger("stiefel_lora")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora._files import atomic_folder
+from stiefel_lora._files import atomic_folder, read_json
 from stiefel_lora._models import linear_shape, unwrap
 from stiefel_lora._targets import wrappable_linears
 from stiefel_lora.adapters import (
@@ -284,23 +284,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
     # safetensors' own save_file makes a file that only its owner can read.
     path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: If the file is missing or not a JSON object.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds a JSON {type(config).__name__}, not an object")
-    return config
 
 
 def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:

@@ -9,18 +9,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from stiefel_lora import __version__
-from stiefel_lora._files import remove, remove_leftovers
+from stiefel_lora._files import read_json, remove, remove_leftovers, write_json
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands
-from stiefel_lora.checkpoint import load_adapter, read_adapter, read_json
-from stiefel_lora.config import FinetuneConfig, check_seed
+from stiefel_lora.config import CHOICES, FinetuneConfig, check_seed
 from stiefel_lora.errors import InputError
-from stiefel_lora.layer import CONSTRAINED
 
 RUN_FILE = "run.json"
 OWN_FILES = (RUN_FILE, "metrics.json", "fisher.png", "loss.png", "checkpoint.pt", "adapter")
@@ -116,7 +114,7 @@ def _add_model(parser: Any, default: str = "SmolLM2-135M-Instruct from the packa
     parser.add_argument("--device", default=argparse.SUPPRESS, help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=CHOICES["dtype"],
         default=argparse.SUPPRESS,
         help="precision of the base model (default: float32 on a CPU, bfloat16 on CUDA)",
     )
@@ -138,7 +136,7 @@ def _add_selection(parser: Any, defaults: Any) -> None:
     )
     parser.add_argument(
         "--granularity",
-        choices=("layer", "module"),
+        choices=CHOICES["granularity"],
         default=defaults.granularity,
         help="choose whole layers, or single linear maps by score per parameter; the budget then is a share of the "
         "adapters' parameters, or a number of linear maps",
@@ -179,7 +177,10 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         help="scale by alpha / sqrt(rank) instead, which wants a lower --lr",
     )
     parser.add_argument(
-        "--orthonormal", choices=tuple(CONSTRAINED), default=defaults.orthonormal, help="which factor is orthonormal"
+        "--orthonormal",
+        choices=CHOICES["orthonormal"],
+        default=defaults.orthonormal,
+        help="which factor is orthonormal",
     )
     parser.add_argument("--dropout", type=float, default=defaults.dropout, help="dropout of the adapters' input")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
@@ -191,16 +192,18 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         default=argparse.SUPPRESS,
         help="steps of linear warm-up (default: 5, but at most a tenth of the steps)",
     )
-    parser.add_argument("--optimizer", choices=("adam", "sgd"), default=defaults.optimizer, help="Riemannian optimizer")
+    parser.add_argument(
+        "--optimizer", choices=CHOICES["optimizer"], default=defaults.optimizer, help="Riemannian optimizer"
+    )
     parser.add_argument(
         "--retraction",
-        choices=("qr", "cayley", "polar", "exp"),
+        choices=CHOICES["retraction"],
         default=defaults.retraction,
         help="how a step returns to the manifold",
     )
     parser.add_argument(
         "--init",
-        choices=("random", "svd", "gradient"),
+        choices=CHOICES["init"],
         default=defaults.init,
         help="start of the orthonormal factors: random, or the leading directions of the weight or of the gradient on "
         "the calibration samples, which wants a lower --lr, such as 5e-4",
@@ -298,8 +301,7 @@ def run_finetune(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> FinetuneConfig:
     given = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig) if hasattr(args, field.name)}
-    config = replace(FinetuneConfig(), **given)
-    return replace(config, target_modules=tuple(config.target_modules) if config.target_modules else None)
+    return FinetuneConfig(**given)
 
 
 def _config_of_run(folder: Path, given: dict[str, Any]) -> FinetuneConfig:
@@ -310,10 +312,9 @@ def _config_of_run(folder: Path, given: dict[str, Any]) -> FinetuneConfig:
     if (folder / "metrics.json").is_file():
         raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
     try:
-        then = FinetuneConfig(**read_json(run_file))
+        config = FinetuneConfig(**read_json(run_file))
     except (InputError, TypeError) as error:
         raise InputError(f"{run_file} is damaged; --overwrite starts the run anew") from error
-    config = replace(then, target_modules=tuple(then.target_modules) if then.target_modules else None)
     own = asdict(config)
     now = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in own}
     changed = sorted(key for key, value in now.items() if value != own[key])
@@ -353,8 +354,6 @@ def _made(folder: Path) -> Iterator[None]:
 
 def _take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     """Put a run that is about to train in the place of what the folder holds of another, or of a killed one."""
-    from stiefel_lora.report import write_json
-
     for name in () if resume else OWN_FILES:
         remove(folder / name)
     remove_leftovers(folder)
@@ -422,6 +421,7 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
+    from stiefel_lora.checkpoint import load_adapter, read_adapter
     from stiefel_lora.data import prompt_text
     from stiefel_lora.pretrained import find_device, load_pretrained, positions_of
 

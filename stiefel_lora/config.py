@@ -2,13 +2,24 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
-from stiefel_lora._types import Retraction
+from stiefel_lora._budget import count_of
+from stiefel_lora._types import Granularity, Orthonormal, Retraction
 from stiefel_lora.errors import InputError, check_choice
-from stiefel_lora.layer import CONSTRAINED, Orthonormal
-from stiefel_lora.scores import count_of
-from stiefel_lora.stiefel import RETRACTIONS
+
+Optimizer: TypeAlias = Literal["adam", "sgd"]
+Start: TypeAlias = Literal["random", "svd", "gradient"]
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+# The options that are one word out of several.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "granularity": get_args(Granularity),
+    "optimizer": get_args(Optimizer),
+    "retraction": get_args(Retraction),
+    "orthonormal": get_args(Orthonormal),
+    "init": get_args(Start),
+    "dtype": get_args(Dtype),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class FinetuneConfig:
     rank: int = 16
     alpha: float | None = None
     budget: float | int = 0.5
-    granularity: Literal["layer", "module"] = "layer"
+    granularity: Granularity = "layer"
     calibration_samples: int = 32
     steps: int = 50
     batch_size: int = 4
@@ -60,16 +71,16 @@ class FinetuneConfig:
     grad_accum: int = 1
     lr: float = 2e-3
     warmup: int | None = None
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Optimizer = "adam"
     retraction: Retraction = "qr"
     rslora: bool = False
     orthonormal: Orthonormal = "A"
-    init: Literal["random", "svd", "gradient"] = "random"
+    init: Start = "random"
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
     eval_samples: int = 48
     seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
 
     @property
     def budget_is_parameters(self) -> bool:
@@ -82,6 +93,10 @@ class FinetuneConfig:
         return min(5, self.steps // 10) if self.warmup is None else self.warmup
 
     def __post_init__(self) -> None:
+        if isinstance(self.target_modules, str):
+            raise InputError(f"target_modules must be a list of names, got the string {self.target_modules!r}")
+        # JSON and the command line have lists.
+        object.__setattr__(self, "target_modules", tuple(self.target_modules) if self.target_modules else None)
         for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -96,11 +111,9 @@ class FinetuneConfig:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
         if isinstance(self.budget, float):
             count_of(self.budget, 1, "the adapters' parameters" if self.budget_is_parameters else "the layers")
-        check_choice("granularity", self.granularity, ("layer", "module"))
-        check_choice("optimizer", self.optimizer, ("adam", "sgd"))
-        check_choice("retraction", self.retraction, tuple(RETRACTIONS))
-        check_choice("orthonormal", self.orthonormal, tuple(CONSTRAINED))
-        check_choice("init", self.init, ("random", "svd", "gradient"))
+        for name, allowed in CHOICES.items():
+            if name != "dtype" or self.dtype is not None:
+                check_choice(name, getattr(self, name), allowed)
 
 
 def check_seed(seed: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._models import is_conv1d, unwrap
+from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapters import (
     DEFAULT_NAME,
     adapter_layers,
@@ -36,7 +37,7 @@ from stiefel_lora.checkpoint import (
     write_safetensors,
 )
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.layer import Orthonormal, folded, orthonormal_factors
+from stiefel_lora.layer import folded, orthonormal_factors
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -14,6 +14,7 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
+from stiefel_lora._budget import count_of
 from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses, batch_size, take, to_device
 from stiefel_lora._models import (
@@ -29,8 +30,9 @@ from stiefel_lora._models import (
 from stiefel_lora._precision import wide_dtype
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
+from stiefel_lora._types import Granularity
 from stiefel_lora.errors import InputError, check_choice, listed
-from stiefel_lora.scores import FisherScores, Normalize, check_budget_rank, count_of, divisors
+from stiefel_lora.scores import FisherScores, Normalize, check_budget_rank, divisors
 
 # Fewer samples than this tell nothing about a standard error.
 _FEWEST = 8
@@ -106,7 +108,7 @@ def fisher_scores(
     modules: Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
     labels: Literal["data", "model"] = "data",
-    granularity: Literal["layer", "module"] = "layer",
+    granularity: Granularity = "layer",
     max_samples: int | None = None,
     budget: float | int = 0.5,
     tol: float | None = None,
@@ -175,7 +177,7 @@ def score(
     progress: bool,
     modules: Sequence[str] | None = None,
     labels: str = "data",
-    granularity: Literal["layer", "module"] = "layer",
+    granularity: Granularity = "layer",
     normalize: Normalize = "raw",
     tol: float | None = None,
     seed: int = 0,

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from stiefel_lora._models import first_tensor, is_conv1d, is_linear, linear_shape, plain_weight
 from stiefel_lora._precision import exact_products, under_autocast, wide_dtype
+from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, ManifoldError, check_choice
 from stiefel_lora.stiefel import effective_rank, orthogonality_error, project_point, random_point
 
-Orthonormal: TypeAlias = Literal["A", "B", "both"]
 Init: TypeAlias = Literal["random", "svd"] | Tensor | tuple[Tensor, Tensor]
 
 # The factors that lie on the manifold, by the value of `orthonormal`.

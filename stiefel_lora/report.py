@@ -1,23 +1,16 @@
 """Put the results of a run into files, a table and pictures."""
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stiefel_lora._files import atomic_file
+from stiefel_lora._files import write_json
 from stiefel_lora._targets import describe, ranges
 from stiefel_lora.errors import InputError
 from stiefel_lora.scores import FisherScores
 
 METRICS_FILE = "metrics.json"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:

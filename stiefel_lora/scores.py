@@ -1,6 +1,5 @@
 """Fisher scores as a value: ranking, selection, table, plot and file."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from stiefel_lora._files import atomic_file
+from stiefel_lora._budget import count_of
+from stiefel_lora._files import atomic_file, read_json, write_json
 from stiefel_lora._models import split_at_layer
 from stiefel_lora.errors import InputError, check_choice
 
@@ -176,8 +176,7 @@ class FisherScores:
 
     def save(self, path: str | Path) -> None:
         """Write the scores as JSON, whole or not at all."""
-        with atomic_file(path) as file:
-            file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(Path(path), asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "FisherScores":
@@ -187,10 +186,8 @@ class FisherScores:
             InputError: If the file is missing or is something else.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from error
-        except (ValueError, TypeError) as error:
+            return cls(**read_json(Path(path)))
+        except TypeError as error:
             raise InputError(f"{path} does not hold Fisher scores: {error}") from error
 
 
@@ -211,22 +208,3 @@ def check_budget_rank(rank: int | None) -> int:
     if rank is None or rank < 1:
         raise InputError(f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}")
     return rank
-
-
-def count_of(budget: float | int, available: int, what: str | None = None) -> int:
-    """Return how many of the available layers a budget allows; ``what`` says in errors what it counts.
-
-    Raises:
-        InputError: If a float is outside (0, 1] or an int outside [1, available].
-        TypeError: If it is neither.
-    """
-    if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise TypeError(f"budget must be a float (a share) or an int (a count), got {type(budget).__name__}")
-    if isinstance(budget, int):
-        if not 1 <= budget <= available:
-            number = f"the number of {what}" if what else "the number there is"
-            raise InputError(f"budget as a count must be in [1, {available}], {number}; got {budget}")
-        return budget
-    if not 0 < budget <= 1:
-        raise InputError(f"budget as a share{f' of {what}' if what else ''} must be in (0, 1], got {budget}")
-    return max(1, int(budget * available + 0.5))

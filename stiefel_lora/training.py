@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora import __version__
+from stiefel_lora._budget import count_of
 from stiefel_lora._files import atomic_file
 from stiefel_lora._losses import IGNORED
 from stiefel_lora._models import linear_shape
@@ -30,7 +31,7 @@ from stiefel_lora.initialisation import gradient_init
 from stiefel_lora.layer import Init, adapter_size
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.pretrained import check_causal, find_device, load_pretrained, positions_of
-from stiefel_lora.scores import FisherScores, count_of
+from stiefel_lora.scores import FisherScores
 from stiefel_lora.stiefel import orthogonality_error
 
 VERSIONED = ("torch", "geoopt", "transformers", "numpy")

@@ -249,6 +249,9 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
         ({"retraction": "svd"}, "retraction must be one of"),
         ({"init": "zeros"}, "init must be one of 'random', 'svd', 'gradient'"),
+        ({"retraction": None}, "retraction must be one of"),
+        ({"dtype": "int8"}, "dtype must be one of 'float32', 'bfloat16', 'float16'"),
+        ({"target_modules": "q_proj"}, "target_modules must be a list of names, got the string 'q_proj'"),
     ],
 )
 def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change: Any, message: str) -> None:

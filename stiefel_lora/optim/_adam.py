@@ -7,9 +7,9 @@ import torch
 from geoopt import ManifoldTensor
 from torch import Tensor
 
-from stiefel_lora._types import Metric, Params, Retraction, SecondMoment
+from stiefel_lora._types import Metric, Retraction, SecondMoment
 from stiefel_lora.errors import check_choice
-from stiefel_lora.optim._base import RiemannianOptimizer, bounded_scale
+from stiefel_lora.optim._base import Params, RiemannianOptimizer, bounded_scale
 from stiefel_lora.optim._batch import COUNT, MATRIX, SCALAR, Piece, StateSpec
 from stiefel_lora.optim._kinds import Group, is_stiefel
 from stiefel_lora.stiefel import project_

@@ -1,15 +1,14 @@
 """What both Riemannian optimizers share: options, groups, state and the order of a step."""
 
 import inspect
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from geoopt import ManifoldTensor
 from torch import Tensor
 
 from stiefel_lora._precision import exact_products, reads_at_no_cost, wide_dtype
-from stiefel_lora._types import Params
 from stiefel_lora.errors import InputError, check_choice
 from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, same
 from stiefel_lora.optim._kinds import (
@@ -32,6 +31,8 @@ from stiefel_lora.stiefel import (
     retract_,
     riemannian_gradient_,
 )
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 # The longest step, as the root mean square over the columns of a matrix, in radians to first order: a quarter turn.
 # Every retraction is local, so a longer step is a direction and no more; and the Gram matrices of a step keep their

@@ -6,8 +6,8 @@ import torch
 from geoopt import ManifoldTensor
 from torch import Tensor
 
-from stiefel_lora._types import Metric, Params, Retraction
-from stiefel_lora.optim._base import RiemannianOptimizer, bounded_scale
+from stiefel_lora._types import Metric, Retraction
+from stiefel_lora.optim._base import Params, RiemannianOptimizer, bounded_scale
 from stiefel_lora.optim._batch import COUNT, MATRIX, Piece, StateSpec
 from stiefel_lora.optim._kinds import Group
 

@@ -1,0 +1,22 @@
+"""How many of the layers a budget allows."""
+
+from stiefel_lora.errors import InputError
+
+
+def count_of(budget: float | int, available: int, what: str | None = None) -> int:
+    """Return how many of the available layers a budget allows; ``what`` says in errors what it counts.
+
+    Raises:
+        InputError: If a float is outside (0, 1] or an int outside [1, available].
+        TypeError: If it is neither.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(f"budget must be a float (a share) or an int (a count), got {type(budget).__name__}")
+    if isinstance(budget, int):
+        if not 1 <= budget <= available:
+            number = f"the number of {what}" if what else "the number there is"
+            raise InputError(f"budget as a count must be in [1, {available}], {number}; got {budget}")
+        return budget
+    if not 0 < budget <= 1:
+        raise InputError(f"budget as a share{f' of {what}' if what else ''} must be in (0, 1], got {budget}")
+    return max(1, int(budget * available + 0.5))
