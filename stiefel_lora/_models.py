@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from stiefel_lora.errors import InputError
 
@@ -116,7 +117,7 @@ def join(prefix: str, name: object) -> str:
 
 
 def unwrap(model: nn.Module, *, adding: bool = False) -> nn.Module:
-    """Return the model inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``.
+    """Return the model inside ``torch.compile``, ``(Distributed)DataParallel`` and ``AveragedModel``.
 
     Raises:
         TypeError: If ``model`` is not a module.
@@ -129,7 +130,7 @@ def unwrap(model: nn.Module, *, adding: bool = False) -> nn.Module:
             "DistributedDataParallel synchronises only the parameters it was made with: "
             "add the adapters to model.module and wrap it again"
         )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
         return unwrap(model.module, adding=adding)
     inner = getattr(model, "_orig_mod", None)
     return unwrap(inner, adding=adding) if isinstance(inner, nn.Module) else model

@@ -19,7 +19,8 @@ from stiefel_lora._models import first_tensor, own_names, unwrap
 from stiefel_lora._targets import describe, find_targets, last_names, module_ranks, wrappable_linears
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.layer import Init, StiefelLoRALinear, factor_metrics
+from stiefel_lora.factors import factor_metrics
+from stiefel_lora.layer import Init, StiefelLoRALinear
 
 logger = logging.getLogger("stiefel_lora")
 
@@ -135,12 +136,15 @@ def insert_adapters(
     """
     model = unwrap(model, adding=True)
     check_enabled(model)
+    _check_no_part(model)
     registry = getattr(model, "_stiefel_adapters", None) or _Registry(active=name)
     if name in registry.stored:
         raise InputError(f"the adapter {name!r} exists already; switch to it with use_adapter, or remove it")
     present = adapter_layers(model) if registry.active == name else {}
     options = _by_own_name(model, options)
     bases = _bases(model, options, present)
+    if registry.active != name:
+        _check_shapes(model, registry.base)
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     try:
         with _original_weights(model):
@@ -198,7 +202,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def check_enabled(model: nn.Module) -> None:
     """Raise InputError within `disable_adapters`, where the model's parameters are not those of its adapters."""
-    if _registry(model).disabled:
+    if any(registry.disabled for _, registry in _registries(model)):
         raise InputError("leave disable_adapters before you add, switch, remove, save or load adapters")
 
 
@@ -216,12 +220,15 @@ def use_adapter(model: nn.Module, name: str) -> None:
     from what they are then.
 
     Raises:
-        InputError: If the model has no such set, or within `disable_adapters`.
+        InputError: If the model has no such set, a parameter that is to be switched has another shape now, or within
+            `disable_adapters`. The model is left as it was.
     """
     model, registry = unwrap(model), _registry(model)
+    _check_no_part(model)
     if name not in adapter_names(model):
         raise InputError(f"no adapter is named {name!r}; the model has: {', '.join(adapter_names(model)) or 'none'}")
     if name != registry.active:
+        _check_shapes(model, registry.stored[name].parameters)
         _take_out(model, registry)
         aside = registry.stored.pop(name)
         registry.active = name
@@ -235,18 +242,24 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     Parameters of the base that a loaded set has overwritten, such as a head, have the base's values again; what was
     trained without being loaded stays.
+
+    Raises:
+        InputError: If one of these has another shape now, as after ``resize_token_embeddings``.
     """
-    registry = _registry(model)
-    parameters = base_parameters(model)
+    registries = _registries(model)
+    for part, registry in registries:
+        _check_shapes(part, registry.base)
     with _original_weights(model), ExitStack() as stack:
         for layer in adapter_layers(model).values():
             stack.callback(setattr, layer, "enabled", layer.enabled)
             layer.enabled = False
-        for name, value in registry.base.items():
-            stack.callback(setattr, parameters[name], "data", parameters[name].data)
-            parameters[name].data = value.to(parameters[name], copy=True)
-        stack.callback(setattr, registry, "disabled", registry.disabled)
-        registry.disabled = True
+        for part, registry in registries:
+            parameters = base_parameters(part)
+            for name, value in registry.base.items():
+                stack.callback(setattr, parameters[name], "data", parameters[name].data)
+                parameters[name].data = value.to(parameters[name], copy=True)
+            stack.callback(setattr, registry, "disabled", registry.disabled)
+            registry.disabled = True
         yield
 
 
@@ -295,9 +308,11 @@ def remove_adapters(model: Model, name: str | None = None) -> Model:
         The model given.
 
     Raises:
-        InputError: If the model has no adapters, or none of that name, or within `disable_adapters`.
+        InputError: If the model has no adapters, or none of that name, a parameter that a set has overwritten has
+            another shape now, or within `disable_adapters`. The model is left as it was.
     """
     bare, registry = unwrap(model), _registry(model)
+    _check_no_part(bare)
     names = adapter_names(bare)
     if not names or (name is not None and name not in names):
         raise InputError(f"no adapter {'' if name is None else repr(name) + ' '}to remove; the model has: {names}")
@@ -404,6 +419,20 @@ def _registry(model: nn.Module) -> _Registry:
     return getattr(unwrap(model), "_stiefel_adapters", None) or _Registry()
 
 
+def _registries(model: nn.Module) -> list[tuple[nn.Module, _Registry]]:
+    """Return the modules that adapters were put into, the model itself or parts of it, with their registries."""
+    return [(m, vars(m)["_stiefel_adapters"]) for m in unwrap(model).modules() if "_stiefel_adapters" in vars(m)]
+
+
+def _check_no_part(model: nn.Module) -> None:
+    """Raise InputError if it is a part of the model that knows about its adapters, and not the model itself."""
+    parts = [name for name, module in model.named_modules() if name and "_stiefel_adapters" in vars(module)]
+    if parts:
+        raise InputError(
+            f"the adapters were put into {listed(parts)}, a part of {type(model).__name__}; give that part of the model"
+        )
+
+
 def forget_adapters(model: nn.Module) -> None:
     """Drop the registry and let train what trained before."""
     parameters = dict(model.named_parameters())
@@ -429,12 +458,25 @@ def _take_out(model: nn.Module, registry: _Registry) -> None:
     layers = adapter_layers(model)
     if not layers:
         return
+    _check_shapes(model, registry.base)
     for layer in layers.values():
         layer.unmerge()
     replace_modules(model, {name: layer.base for name, layer in layers.items()})
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     registry.stored[registry.active] = _Aside(layers, trained)
     set_parameters(model, {**trained, **registry.base}, trainable=False)
+
+
+def _check_shapes(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Raise InputError if a parameter of the base is no longer of the shape that it is to have again."""
+    parameters = base_parameters(model)
+    changed = [
+        f"{name} had shape {tuple(value.shape)} and has {tuple(parameters[name].shape)} now"
+        for name, value in values.items()
+        if parameters[name].shape != value.shape
+    ]
+    if changed:
+        raise InputError(f"{listed(changed)}; bring it back to what it was (resize_token_embeddings) first")
 
 
 @torch.no_grad()

@@ -26,14 +26,8 @@ from stiefel_lora.adapters import (
     set_parameters,
 )
 from stiefel_lora.errors import InputError, ManifoldError, listed
-from stiefel_lora.layer import (
-    CONSTRAINED,
-    StiefelLoRALinear,
-    check_options,
-    factor_shapes,
-    folded,
-    orthonormal_factors,
-)
+from stiefel_lora.factors import CONSTRAINED, factor_shapes, folded, orthonormal_factors
+from stiefel_lora.layer import OFF_MANIFOLD, StiefelLoRALinear, check_options
 from stiefel_lora.stiefel import orthogonality_error
 
 logger = logging.getLogger("stiefel_lora")
@@ -42,9 +36,6 @@ CONFIG_FILE = "adapter.json"
 WEIGHTS_FILE = "adapter.safetensors"
 FORMAT = "stiefel_lora"
 FORMAT_VERSION = 1
-
-# float32 training keeps |X^T X - I|_F at about 1e-6; a factor that was rounded to bf16 on the way has 1e-2 or more.
-_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -136,7 +127,7 @@ def _orthonormal_factors(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, d
     for name, layer in layers.items():
         factors = found[name] = {key: factor.detach() for key, factor in layer.factors().items()}
         error = max(float(orthogonality_error(factors[key])) for key in CONSTRAINED[layer.orthonormal])
-        if _TOLERANCE < error < math.inf:
+        if OFF_MANIFOLD < error < math.inf:
             errors[name] = error
             found[name] = orthonormal_factors(*folded(factors), layer.orthonormal)
     if errors:
@@ -413,9 +404,9 @@ def _check_on_manifold(file: Path, modules: Mapping[str, Any], factors: Mapping[
     for name, tensors in factors.items():
         for key in CONSTRAINED[modules[name]["orthonormal"]]:
             error = float(orthogonality_error(tensors[key]))
-            if error > _TOLERANCE:
+            if error > OFF_MANIFOLD:
                 raise ManifoldError(
-                    f"{file}: {name}.{key} is not orthonormal, |X^T X - I|_F is {error:.2g} (at most {_TOLERANCE}); "
+                    f"{file}: {name}.{key} is not orthonormal, |X^T X - I|_F is {error:.2g} (at most {OFF_MANIFOLD}); "
                     "it was changed after it was saved"
                 )
 

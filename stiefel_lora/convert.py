@@ -37,7 +37,7 @@ from stiefel_lora.checkpoint import (
     write_safetensors,
 )
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.layer import folded, orthonormal_factors
+from stiefel_lora.factors import folded, orthonormal_factors, scaling
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -204,6 +204,7 @@ def read_peft(
     """Read a PEFT LoRA adapter as a set of Stiefel adapters, without a model; see `import_peft`."""
     if isinstance(source, str | Path):
         where, config, tensors = str(source), *_read_peft_folder(Path(source))
+        scales = {}
     elif not hasattr(source, "peft_config"):
         raise TypeError(f"a PEFT adapter is a folder or a PeftModel, got {type(source).__name__}")
     else:
@@ -214,6 +215,7 @@ def read_peft(
             raise InputError(f"no PEFT adapter is named {adapter_name!r}; there are: {', '.join(source.peft_config)}")
         where, config = f"the PEFT adapter {adapter_name!r}", source.peft_config[adapter_name].to_dict()
         tensors = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
+        scales = _scales_in_use(source, adapter_name)
     _check_peft_config(where, config)
     state = AdapterState({}, {}, {}, {})
     if config.get("base_model_name_or_path"):
@@ -224,10 +226,22 @@ def read_peft(
     for name, (a, b) in _pairs(where, factors_only).items():
         factors = state.factors[name] = orthonormal_factors(a, b, orthonormal)
         options = _scaling(where, config, name, a.shape[1], factors["lora_A"].shape[1])
+        if name in scales and not math.isclose(scales[name], scaling(**options)):
+            options["alpha"] = scales[name] / scaling(options["rank"], 1.0, options["rslora"])
         shape = {"in_features": a.shape[0], "out_features": b.shape[0]}
         state.modules[name] = {**options, "dropout": dropout, "orthonormal": orthonormal, **shape}
         check_module_config(where, name, state.modules[name])
     return state
+
+
+def _scales_in_use(peft_model: "PeftModel", adapter_name: str) -> dict[str, float]:
+    """Return what each module multiplies its update by, which PEFT lets one change apart from the configuration."""
+    found = {}
+    for name, module in peft_model.named_modules():
+        scales = getattr(module, "scaling", None)
+        if isinstance(scales, dict) and adapter_name in scales:
+            found[name.removeprefix(_PREFIX)] = float(scales[adapter_name])
+    return found
 
 
 def _in_use(peft_model: "PeftModel") -> str:
@@ -311,7 +325,7 @@ def _saved_modules(where: str, config: Mapping[str, Any], tensors: Mapping[str, 
 
 
 def _parents(name: str) -> list[str]:
-    """Return the names of the modules that hold a parameter: a.b and a for a.b.weight."""
+    """Return the names of the modules around a parameter or module: a and a.b for a.b.weight."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
@@ -417,9 +431,9 @@ def _describe_targets(names: list[str], model: nn.Module | None) -> dict[str, An
     by_name: dict[str, Any] = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
     if model is None:
         return by_name
-    adapted = tuple(f"{name}." for name in adapter_layers(model))
-    everything = [name for name, _ in model.named_modules() if not name.startswith(adapted)]
-    if [name for name in everything if _peft_would_adapt(by_name, name)] != names:
+    adapted = adapter_layers(model)
+    everything = [name for name, _ in model.named_modules() if not any(above in adapted for above in _parents(name))]
+    if [name for name in everything if _peft_would_adapt({**by_name, "target_modules": set(names)}, name)] != names:
         # A list takes all names that end in one of its own; a string is a regular expression for whole names.
         by_name["target_modules"] = "|".join(map(re.escape, names))
     # PEFT finds the layer's number only behind a component in front of the list.
@@ -443,7 +457,8 @@ def _describe_targets(names: list[str], model: nn.Module | None) -> dict[str, An
 
 def _peft_would_adapt(config: Mapping[str, Any], name: str) -> bool:
     """Follow PEFT's rule for a list of targets (``peft.tuners.tuners_utils.check_target_module_exists``)."""
-    if not any(name == target or name.endswith("." + target) for target in config["target_modules"]):
+    parts = name.split(".")
+    if not any(".".join(parts[i:]) in config["target_modules"] for i in range(len(parts))):
         return False
     if config["layers_to_transform"] is None:
         return True

@@ -6,7 +6,7 @@ from pathlib import Path
 from stiefel_lora.checkpoint import CONFIG_FILE, read_adapter
 from stiefel_lora.convert import PEFT_CONFIG_FILE, read_peft
 from stiefel_lora.errors import InputError
-from stiefel_lora.layer import factor_metrics, scaling
+from stiefel_lora.factors import factor_metrics, scaling
 
 
 @dataclass(frozen=True)

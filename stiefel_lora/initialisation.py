@@ -15,8 +15,9 @@ from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.errors import InputError, check_choice, listed
+from stiefel_lora.factors import CONSTRAINED, adapter_size, leading_singular_vectors
 from stiefel_lora.fisher import score
-from stiefel_lora.layer import CONSTRAINED, Init, adapter_size, leading_singular_vectors
+from stiefel_lora.layer import Init
 from stiefel_lora.scores import Normalize
 from stiefel_lora.stiefel import random_point
 

@@ -1,27 +1,41 @@
 """A linear layer with a low-rank update whose factors may be constrained to the Stiefel manifold."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, cast
+from warnings import warn
 
 import geoopt
 import torch
 from torch import Tensor, nn
+from torch.__future__ import (
+    get_overwrite_module_params_on_conversion,
+    get_swap_module_params_on_conversion,
+    set_overwrite_module_params_on_conversion,
+    set_swap_module_params_on_conversion,
+)
 
 from stiefel_lora._models import first_tensor, is_conv1d, is_linear, linear_shape, plain_weight
 from stiefel_lora._precision import exact_products, under_autocast, wide_dtype
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, ManifoldError, check_choice
-from stiefel_lora.stiefel import effective_rank, orthogonality_error, project_point, random_point
+from stiefel_lora.factors import (
+    CONSTRAINED,
+    factor_shapes,
+    folded,
+    leading_singular_vectors,
+    orthonormal_factors,
+    scaling,
+)
+from stiefel_lora.stiefel import orthogonality_error, project_point, random_point
 
 Init: TypeAlias = Literal["random", "svd"] | Tensor | tuple[Tensor, Tensor]
 
-# The factors that lie on the manifold, by the value of `orthonormal`.
-CONSTRAINED: dict[str, tuple[str, ...]] = {"A": ("lora_A",), "B": ("lora_B",), "both": ("lora_A", "lora_B")}
-
 # A user's orthonormal factor may come from a bf16 file: eps is 4e-3, and the error of X^T X adds up over r columns.
 _INIT_TOLERANCE = 0.05
+# float32 training keeps |X^T X - I|_F at about 1e-6; a factor that was rounded to bf16 on the way has 1e-2 or more.
+OFF_MANIFOLD = 1e-3
 
 
 class StiefelLoRALinear(nn.Module):
@@ -231,7 +245,25 @@ class StiefelLoRALinear(nn.Module):
         # A state has the base's own weight, and an update that is not merged into it any more.
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if all(prefix + name in state_dict for name in self.factors()):
+            self._refactor(_INIT_TOLERANCE if narrow else OFF_MANIFOLD)
         self._keep_manifold(polish=narrow)
+
+    @torch.no_grad()
+    def _refactor(self, tolerance: float) -> None:
+        """Give an update whose factors are off the manifold, as an average is, orthonormal ones."""
+        factors = self.factors()
+        if any(factor.is_meta for factor in factors.values()):
+            return
+        error = max(float(orthogonality_error(point)) for point in self.manifold_parameters().values())
+        if tolerance < error < math.inf:
+            warn(
+                "a loaded state has factors off the manifold, as after another optimizer or an average; the same "
+                "updates are put in with orthonormal factors",
+                stacklevel=2,
+            )
+            for name, factor in orthonormal_factors(*folded(factors), self.orthonormal).items():
+                factors[name].copy_(factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StiefelLoRALinear":
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -242,7 +274,8 @@ class StiefelLoRALinear(nn.Module):
             for child in self.children():
                 child._apply(fn)
         before = self.lora_A.dtype
-        super()._apply(keep_precision, recurse=False)
+        with _converted_in_place():
+            super()._apply(keep_precision, recurse=False)
         self._keep_manifold(polish=self.lora_A.dtype != before)
         return self
 
@@ -272,103 +305,6 @@ class StiefelLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"alpha={self.alpha:g}, rslora={self.rslora}, orthonormal={self.orthonormal!r}{merged}"
         )
-
-
-def factor_shapes(n_in: int, n_out: int, rank: int, orthonormal: str) -> dict[str, tuple[int, int]]:
-    """Return the shapes of the factors of one update, by name."""
-    shapes = {"lora_A": (n_in, rank), "lora_B": (n_out, rank)}
-    return {**shapes, "lora_S": (rank, rank)} if orthonormal == "both" else shapes
-
-
-def folded(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return A and B of the update B A^T, with S, if there is one, folded into B."""
-    b = factors["lora_B"]
-    return factors["lora_A"], b @ factors["lora_S"] if "lora_S" in factors else b
-
-
-def adapter_size(n_in: int, n_out: int, rank: int, orthonormal: str = "A") -> int:
-    """Return the number of parameters of one update."""
-    return sum(rows * columns for rows, columns in factor_shapes(n_in, n_out, rank, orthonormal).values())
-
-
-def scaling(rank: int, alpha: float, rslora: bool) -> float:
-    """Return what an update is multiplied by: alpha / rank, or rsLoRA's alpha / sqrt(rank)."""
-    return alpha / (math.sqrt(rank) if rslora else rank)
-
-
-def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading right and left singular vectors of a matrix, and their singular values.
-
-    They come from an eigendecomposition of the smaller Gram matrix, several times cheaper than an SVD of a weight.
-
-    Args:
-        matrix: Shape (out, in), finite.
-        rank: How many, at most min(out, in).
-
-    Returns:
-        Orthonormal columns (in, rank) and (out, rank), and values (rank,), in the promoted type of the matrix and
-        float32. Where the matrix has a rank below ``rank``, the rest completes the basis.
-
-    Raises:
-        InputError: If the matrix has a NaN or infinity.
-    """
-    wide = matrix.detach().to(wide_dtype(matrix.dtype))
-    if not wide.isfinite().all():
-        raise InputError(f"cannot take singular vectors of a matrix of shape {tuple(wide.shape)} with NaN or infinity")
-    if wide.shape[0] < wide.shape[1]:
-        left, right, values = leading_singular_vectors(wide.T, rank)
-        return right, left, values
-    with exact_products([wide.device.type]):
-        right = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(-1)[:, :rank]
-        # W v = s u. QR normalises, keeps the order, and completes the basis where s is zero.
-        left, upper = torch.linalg.qr(wide @ right)
-    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(left)
-    return right.contiguous(), left * signs, upper.diagonal().abs()
-
-
-def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") -> dict[str, Tensor]:
-    """Factor the product B A^T again, with the wanted factors orthonormal; computed in float64.
-
-    Args:
-        a: Shape (in, r), of any rank.
-        b: Shape (out, r).
-        orthonormal: Which factor to make orthonormal.
-
-    Returns:
-        ``lora_A`` (in, k) and ``lora_B`` (out, k), and for "both" ``lora_S`` (k, k), with k = min(r, in, out) and
-        lora_B [lora_S] lora_A^T = B A^T; float64 if ``a`` is, else float32.
-    """
-    left, upper = torch.linalg.qr(a.double())
-    right = b.double() @ upper.T
-    if right.shape[1] > right.shape[0]:
-        inner, lower = torch.linalg.qr(right.T)
-        left, right = left @ inner, lower.T
-    factors = {"lora_A": left, "lora_B": right}
-    if orthonormal != "A":
-        q, upper = torch.linalg.qr(right)
-        factors = (
-            {"lora_A": left @ upper.T, "lora_B": q}
-            if orthonormal == "B"
-            else {"lora_A": left, "lora_B": q, "lora_S": upper}
-        )
-    return {name: factor.to(wide_dtype(a.dtype)).contiguous() for name, factor in factors.items()}
-
-
-def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> dict[str, float]:
-    """Measure the factors of one update.
-
-    Args:
-        factors: lora_A, lora_B, and lora_S if both are orthonormal.
-        orthonormal: Which of them are constrained.
-
-    Returns:
-        "orthogonality_error": the greatest |X^T X - I|_F of the constrained factors; "effective_rank": that of the
-        update, which is that of its free factor (0 while it is zero).
-    """
-    names = CONSTRAINED[orthonormal]
-    free = "lora_S" if orthonormal == "both" else "lora_B" if orthonormal == "A" else "lora_A"
-    error = max(float(orthogonality_error(factors[name])) for name in names)
-    return {"orthogonality_error": error, "effective_rank": float(effective_rank(factors[free]))}
 
 
 def _checked_shape(base: nn.Module) -> tuple[int, int]:
@@ -449,6 +385,19 @@ def _manifold_parameter(data: Tensor, requires_grad: bool = True) -> geoopt.Mani
 def _example(base: nn.Module) -> Tensor:
     """Return a tensor of a linear's, for its device and dtype; that there is one has been checked."""
     return cast(Tensor, first_tensor(base))
+
+
+@contextmanager
+def _converted_in_place() -> Iterator[None]:
+    """Let a conversion change the data of parameters; geoopt's cannot be swapped or made anew."""
+    swap, overwrite = get_swap_module_params_on_conversion(), get_overwrite_module_params_on_conversion()
+    set_swap_module_params_on_conversion(False)
+    set_overwrite_module_params_on_conversion(False)
+    try:
+        yield
+    finally:
+        set_swap_module_params_on_conversion(swap)
+        set_overwrite_module_params_on_conversion(overwrite)
 
 
 def _is_wide(tensor: Tensor) -> bool:

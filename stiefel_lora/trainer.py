@@ -117,8 +117,9 @@ class StiefelTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         save_adapter(_model_of(self), folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

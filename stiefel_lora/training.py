@@ -26,9 +26,10 @@ from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.data import Dataset, load_data, spread
 from stiefel_lora.errors import InputError
+from stiefel_lora.factors import adapter_size
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.initialisation import gradient_init
-from stiefel_lora.layer import Init, adapter_size
+from stiefel_lora.layer import Init
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.pretrained import check_causal, find_device, load_pretrained, positions_of
 from stiefel_lora.scores import FisherScores

@@ -622,3 +622,70 @@ def test_an_offloaded_base_is_refused() -> None:
     with pytest.raises(InputError, match="q_proj.* is offloaded, where an adapter cannot be trained"):
         add_adapters(model, layers=[0], rank=2)
     assert not adapter_layers(model)
+
+
+def test_an_averaged_model_is_unwrapped() -> None:
+    model = adapted()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    add_adapters(averaged.module, layers=[1], rank=2, name="two")
+    assert adapter_names(averaged) == ["two", "default"]
+    use_adapter(averaged, "default")
+    assert torch.equal(logits(averaged), logits(model))
+
+
+class Around(nn.Module):
+    """Stands for a module of a user's, or of Lightning's, around a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.forward = model.forward
+
+
+def test_a_module_around_the_adapted_one_disables_and_names_it(tmp_path: Path) -> None:
+    model = LLAMA.build()
+    model.lm_head.requires_grad_(True)
+    before = logits(model)
+    other = adapted(alpha=3)
+    other.lm_head.requires_grad_(True)
+    nn.init.normal_(other.lm_head.weight)
+    save_adapter(other, tmp_path)
+    model.requires_grad_(False)
+    load_adapter(model, tmp_path)
+    around = Around(model)
+    with disable_adapters(around):
+        assert torch.equal(logits(around), before)
+        with pytest.raises(InputError, match="leave disable_adapters"):
+            save_adapter(around, tmp_path)
+    for change in (
+        lambda: use_adapter(around, "default"),
+        lambda: remove_adapters(around),
+        lambda: add_adapters(around, layers=[1], rank=2, layers_path="model.model.layers"),
+    ):
+        with pytest.raises(InputError, match="the adapters were put into model, a part of Around; give that part"):
+            change()
+    assert torch.equal(logits(around), logits(other))
+
+
+def test_a_head_that_was_resized_meanwhile_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
+    trained = adapted()
+    trained.lm_head.requires_grad_(True)
+    save_adapter(trained, tmp_path)
+    model = LLAMA.build()
+    load_adapter(model, tmp_path)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 3, mean_resizing=False)
+    now = logits(model)
+    for change in (
+        lambda: remove_adapters(model),
+        lambda: add_adapters(model, layers=[1], rank=2, name="two"),
+        lambda: disable_adapters(model).__enter__(),
+    ):
+        with pytest.raises(
+            InputError, match=rf"lm_head.weight had shape \({size}, .* has \({size + 3}, .*bring it back"
+        ):
+            change()
+    assert torch.equal(logits(model), now) and adapter_names(model) == ["default"]
+    model.resize_token_embeddings(size)
+    remove_adapters(model)
+    assert torch.equal(logits(model), logits(LLAMA.build()))

@@ -32,7 +32,7 @@ from stiefel_lora.convert import (
     write_peft,
 )
 from stiefel_lora.errors import InputError
-from stiefel_lora.layer import orthonormal_factors
+from stiefel_lora.factors import orthonormal_factors
 from stiefel_lora.merging import merge_adapters
 from stiefel_lora.stiefel import orthogonality_error
 from tests.models import FAMILIES, OLD_VIT
@@ -587,3 +587,20 @@ def test_an_adapter_on_the_head_is_exported(tmp_path: Path) -> None:
     export_peft(model, tmp_path)
     loaded = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path)
     torch.testing.assert_close(outputs(loaded), logits(model), **SAME)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_scale_that_was_changed_in_memory_counts(rslora: bool) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"], use_rslora=rslora)
+    model = peft.get_peft_model(LLAMA.build(), config)
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            nn.init.normal_(module.lora_B["default"].weight)
+            if name.endswith("up_proj"):
+                module.scale_layer(0.25)
+    wanted = logits(model)
+    back = LLAMA.build()
+    import_peft(back, model)
+    torch.testing.assert_close(logits(back), wanted, **SAME)
+    assert {layer.alpha for name, layer in adapter_layers(back).items() if "q_proj" in name} == {6.0}
+    torch.testing.assert_close(logits(from_peft(model)), wanted, **SAME)

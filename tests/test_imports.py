@@ -19,8 +19,9 @@ LEVELS: list[dict[str, set[str]]] = [
     {"stiefel": set(), "_models": set()},
     {
         "optim": set(),
-        "layer": set(),
-        "_targets": {"layer"},
+        "factors": set(),
+        "layer": {"factors"},
+        "_targets": {"factors", "layer"},
         "scores": set(),
         "_entropy": set(),
         "_sketches": set(),

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from stiefel_lora.errors import InputError, ManifoldError
-from stiefel_lora.layer import StiefelLoRALinear, leading_singular_vectors
+from stiefel_lora.factors import leading_singular_vectors
+from stiefel_lora.layer import StiefelLoRALinear
 from stiefel_lora.stiefel import orthogonality_error, random_point
 from tests.models import FULL_GRAPH
 
@@ -478,3 +479,40 @@ def test_repr_shows_the_options() -> None:
     assert "in_features=12, out_features=9, rank=4, alpha=8, rslora=False, orthonormal='A'\n" in repr(layer)
     layer.merge()
     assert "orthonormal='A', merged=True\n" in repr(layer)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_singular_vectors_of_entries_whose_squares_have_no_float32(size: float) -> None:
+    matrix = size * torch.randn(30, 3) @ torch.randn(3, 20)
+    right, left, values = leading_singular_vectors(matrix, 3)
+    exact = torch.linalg.svd(matrix.double())
+    # The Gram matrix has twice the digits lost: sqrt(eps) of the largest value is 3e-4, and the three are alike.
+    torch.testing.assert_close(values.double(), exact.S[:3], rtol=1e-5, atol=0)
+    torch.testing.assert_close((left * values) @ right.T, matrix, rtol=0, atol=1e-5 * float(exact.S[0]))
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_a_loaded_state_off_the_manifold_keeps_its_update(orthonormal: Any) -> None:
+    layer = StiefelLoRALinear(make_base(), 4, orthonormal=orthonormal)
+    state = {n: torch.randn_like(v) if "lora" in n else v for n, v in layer.state_dict().items()}
+    a, b = state["lora_A"], state["lora_B"] @ state.get("lora_S", torch.eye(4, dtype=torch.float64))
+    with pytest.warns(UserWarning, match="off the manifold"):
+        layer.load_state_dict(state)
+    assert all(float(orthogonality_error(p)) < 1e-12 for p in layer.manifold_parameters().values())
+    torch.testing.assert_close(layer.delta_weight(), layer.scaling * b @ a.T)
+
+
+@pytest.mark.parametrize("way", ["swap", "overwrite"])
+def test_conversions_in_torchs_other_ways(way: str) -> None:
+    layer = StiefelLoRALinear(make_base(dtype=torch.float32), 4)
+    point = layer.lora_A
+    get = getattr(torch.__future__, f"get_{way}_module_params_on_conversion")
+    set_ = getattr(torch.__future__, f"set_{way}_module_params_on_conversion")
+    set_(True)
+    try:
+        layer.to(torch.bfloat16).double()
+        assert get()
+    finally:
+        set_(False)
+    assert layer.lora_A is point and isinstance(point, geoopt.ManifoldParameter) and point.dtype == torch.float64
+    assert layer.weight.dtype == torch.float64

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stiefel_lora import StiefelLoRALinear, _precision, stiefel
 from stiefel_lora._precision import exact_products
-from stiefel_lora.layer import leading_singular_vectors
+from stiefel_lora.factors import leading_singular_vectors
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 
 SWITCHES = {"cuda": torch.backends.cuda.matmul, "mkldnn": getattr(torch.backends.mkldnn, "matmul", None)}

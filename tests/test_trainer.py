@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from stiefel_lora.adapters import adapter_factors, adapter_metrics, add_adapters, use_adapter
 from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
@@ -19,6 +19,7 @@ from stiefel_lora.errors import InputError
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.trainer import AdapterMetricsCallback, StiefelTrainer, trainer_optimizer
 from tests.models import FAMILIES
+from tests.tiny import save_tiny_model
 
 # Trainer 5.23 calls names of its own that the next major version drops.
 pytestmark = [
@@ -133,6 +134,24 @@ def test_resumed_training_equals_uninterrupted_training(case: str, tmp_path: Pat
         fresh = LLAMA.build()
         load_adapter(fresh, checkpoints[0])
         assert same(factors(fresh), factors(second.model))
+
+
+class Collator:
+    """As transformers' collators do, knows the tokenizer that the Trainer was not given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.mark.parametrize("place", ["processing_class", "collator"])
+def test_a_checkpoint_has_the_tokenizer(place: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "tiny"))
+    options = {"data_collator": Collator(tokenizer)} if place == "collator" else {"processing_class": tokenizer}
+    StiefelTrainer(adapted(), arguments(tmp_path, max_steps=1), train_dataset=EXAMPLES, **options).save_model()
+    assert AutoTokenizer.from_pretrained(tmp_path)("def").input_ids == tokenizer("def").input_ids
 
 
 def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
