@@ -1,23 +1,22 @@
 """From the loss of a batch to the gradient of each sample's own loss."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from stiefel_lora._batches import batch_size, has_known_size, sample, take, undivided, values
 from stiefel_lora._entropy import Rows
 from stiefel_lora._gradnorms import GradientNorms, NotBatchedError
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, listed
 
 LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 IGNORED = -100  # the label of a position without a loss, as in torch's cross entropy
 
-# What transformers' models take with one entry a sample, the surest first.
-_PER_SAMPLE = ("labels", "input_ids", "inputs_embeds", "pixel_values")
 # Of the largest share of a linear map: what low precision may change, far below what mixed-up samples do.
 _AGREEMENT = 0.02
 # A batch is taken in parts that keep at most this share of the model's own size for the backward pass, or these bytes.
@@ -29,9 +28,9 @@ class SampleLosses:
     """Measures the gradient norms of each sample's own loss, as if it were scored alone.
 
     A model returns one loss for a batch, in which each sample has some weight. Where that loss is a mean cross entropy,
-    the weights are seen where the mean is taken. Elsewhere they are equal, or shares of the labels or of what a mask
-    leaves: which of these is found by evaluating the samples of the first batch alone (and again whenever the ways that
-    fitted so far disagree about a batch). A loss that is none of them is taken one sample at a time, exact but slow.
+    the weights are seen where the mean is taken. Elsewhere they are equal, or shares of the labels, of what a mask
+    leaves or of weights: which of these is found by evaluating the samples of each batch alone, without gradients. A
+    loss that is none of them is taken one sample at a time, exact but slow.
 
     Args:
         model: The model; called as ``model(**batch)`` for its ``loss`` unless ``loss_fn`` is given.
@@ -55,13 +54,22 @@ class SampleLosses:
 
     def measure(self, batch: Any) -> Tensor:
         """Return the squared gradient norms, shape (batch size, number of linears), NaN if the loss is not finite."""
-        squared = self._measure(batch)
+        size = batch_size(batch)
+        try:
+            squared = self._measure(batch, size)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            whole = undivided(batch, size) if size > 1 else []
+            if not whole or isinstance(error, InputError | torch.OutOfMemoryError):
+                raise
+            raise InputError(
+                f"the {size} samples of a batch cannot be taken apart, if {listed(whole)} is not the same for all of "
+                f"them; give batches of one sample ({error})"
+            ) from error
         if self._sketches is not None:
             self._sketches.commit()
         return squared
 
-    def _measure(self, batch: Any) -> Tensor:
-        size = batch_size(batch)
+    def _measure(self, batch: Any, size: int) -> Tensor:
         if size == 1:
             return self._together(batch, 1)
         if self._fitting == set():
@@ -106,6 +114,11 @@ class SampleLosses:
             self._fitting = set()
             return self._one_by_one(batch, size)
         if losses.dim() or size == 1:
+            if not losses.dim() and not has_known_size(batch):
+                raise InputError(
+                    f"how many samples a batch of type {type(batch).__name__} has cannot be told; let loss_fn return "
+                    "one loss for each, of shape (1,) for a batch of one sample"
+                )
             self._keep(squared, torch.ones(size))
             return squared
         weights = self._weights(batch, size, losses, first) if bool(losses.isfinite()) else None
@@ -162,16 +175,16 @@ class SampleLosses:
             for name, weights in _reductions(batch, size).items()
             if self._fitting is None or name in self._fitting
         }
-        if self._fitting is None or not _agree(list(candidates.values())):
-            alone = self._alone(batch, size, size)
-            tolerance = _rounding(total) * float(alone.abs().max())
-            candidates = {
-                name: weights
-                for name, weights in candidates.items()
-                # A sample without labels has the weight zero and no loss of its own.
-                if abs(float((weights.to(alone) * alone).nan_to_num().sum() - total)) <= tolerance
-            }
-            self._fitting = set(candidates)
+        # For each batch: one of full samples fits many ways of which another, of samples of all lengths, fits one.
+        alone = self._alone(batch, size, size)
+        tolerance = _rounding(total) * float(alone.nan_to_num().abs().max())
+        candidates = {
+            name: weights
+            for name, weights in candidates.items()
+            # A sample without labels has the weight zero and no loss of its own.
+            if abs(float((weights.to(alone) * alone).nan_to_num().sum() - total)) <= tolerance
+        }
+        self._fitting = set(candidates)
         if not candidates or not _agree(list(candidates.values())):
             return None
         return next(iter(candidates.values()))
@@ -202,7 +215,7 @@ def _in_order(rows: Rows, batch: Any, size: int) -> bool:
     targets, ignored = rows.targets.view(size, -1), rows.losses.isnan().view(size, -1)
     return any(
         bool(((known == targets) | ignored).all())
-        for value in _values(batch)
+        for value in values(batch)
         if _may_be_labels(value, size)
         for known in _aligned(value.reshape(size, -1).to(targets), targets.shape[1])
     )
@@ -252,7 +265,7 @@ def _same_shares(first: Tensor, second: Tensor) -> bool:
 
 def _entries(batch: Any) -> int:
     """Return the number of entries of the first tensor in a batch, a measure of what its activations take."""
-    return next((value.numel() for value in _values(batch) if isinstance(value, Tensor) and value.dim()), 1)
+    return next((value.numel() for value in values(batch) if isinstance(value, Tensor) and value.dim()), 1)
 
 
 def _entry(output: Any, name: str) -> Tensor | None:
@@ -263,80 +276,30 @@ def _entry(output: Any, name: str) -> Tensor | None:
 def _reductions(batch: Any, size: int) -> dict[str, Tensor]:
     """Return the weights of a batch's samples in its loss under each usual reduction."""
     found = {"mean": torch.full((size,), 1 / size, dtype=torch.float64), "sum": torch.ones(size, dtype=torch.float64)}
-    for place, value in enumerate(_values(batch)):
+    for place, value in enumerate(values(batch)):
         if not _may_be_labels(value, size):
             continue
         value = value.reshape(size, -1)
         # Whatever may be labels or a mask of what counts, in place or at the next position.
         for name, counts in (("labels", value != IGNORED), ("mask", (value == 1) & (value.amax() <= 1))):
-            for shift in (0, 1):
-                count = counts[:, shift:].sum(1).double()
-                if count.sum() > 0:
-                    found[f"mean over {name} {place} from {shift}"] = (count / count.sum()).cpu()
+            found.update(_shares(f"mean over {name} {place}", counts))
+    for place, value in enumerate(values(batch)):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (size,) and value.dim() <= 2:
+            if value.numel() and bool((value >= 0).all() & value.isfinite().all()):
+                found.update(_shares(f"mean with the weights {place}", value.reshape(size, -1)))
     return found
+
+
+def _shares(name: str, counts: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the samples' shares of what counts, shape (batch, T), in place and at the next position."""
+    for shift in (0, 1):
+        count = counts[:, shift:].sum(1, dtype=torch.float64)
+        if count.sum() > 0:
+            yield f"{name} from {shift}", (count / count.sum()).cpu()
 
 
 def _agree(candidates: list[Tensor]) -> bool:
     return all(torch.allclose(candidates[0], other, rtol=1e-9, atol=0) for other in candidates[1:])
-
-
-def batch_size(batch: Any) -> int:
-    """Return the first dimension of the first tensor in a batch, 1 if there is none.
-
-    The usual names go first: images cut into patches, or positions, may not have one entry a sample.
-    """
-    usual = [batch[name] for name in _PER_SAMPLE if name in batch] if isinstance(batch, Mapping) else []
-    for value in (*usual, *_values(batch)):
-        if isinstance(value, Tensor) and value.dim():
-            return len(value)
-    return 1
-
-
-def sample(batch: Any, n: int, size: int) -> Any:
-    """Return the n-th sample of a batch as a batch of one."""
-    return take(batch, slice(n, n + 1), size)
-
-
-def take(batch: Any, rows: slice, size: int) -> Any:
-    """Return some samples of a batch; what does not have one entry a sample is passed on whole."""
-
-    def cut(value: Any) -> Any:
-        has_rows = isinstance(value, Tensor | Sequence) and not isinstance(value, str) and len(value) == size
-        return value[rows] if has_rows and not (isinstance(value, Tensor) and value.dim() == 0) else value
-
-    if isinstance(batch, Tensor):
-        return batch[rows]
-    if isinstance(batch, Mapping):
-        return {key: cut(value) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return _like(batch, (cut(value) for value in batch))
-    raise InputError(
-        f"the samples of a batch of type {type(batch).__name__} cannot be taken apart; "
-        "let loss_fn return one loss for each sample, or give batches of one sample"
-    )
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with its tensors on a device and out of any graph."""
-    if isinstance(batch, Tensor):
-        # A tensor of inference mode can take no part in a graph.
-        return (batch.clone() if batch.is_inference() else batch.detach()).to(device)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return _like(batch, (to_device(value, device) for value in batch))
-    return batch
-
-
-def _like(batch: Any, values: Iterable[Any]) -> Any:
-    """Return values in a list, tuple or named tuple like that of a batch."""
-    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-
-
-def _values(batch: Any) -> Sequence[Any]:
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    return list(batch) if isinstance(batch, list | tuple) else [batch]
 
 
 class LabelSampler:

@@ -280,7 +280,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     cached = getattr(config, "use_cache", None)
     devices = sorted({p.device.index for p in trainable if p.device.type == "cuda"})
     try:
-        with torch.inference_mode(False), torch.random.fork_rng(devices=devices):
+        # Compiled modules run as they are written: hooks and losses are looked into.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, torch.inference_mode(False), torch.random.fork_rng(devices=devices):
             model.requires_grad_(False).eval()
             if cached:
                 # A cache of keys and values would only take memory.

@@ -14,9 +14,10 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
+from stiefel_lora._batches import batch_size, take, to_device
 from stiefel_lora._budget import count_of
 from stiefel_lora._gradnorms import GradientNorms
-from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses, batch_size, take, to_device
+from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses
 from stiefel_lora._models import (
     find_layers,
     find_linears,

@@ -7,7 +7,8 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora._losses import LossFn, batch_losses, to_device
+from stiefel_lora._batches import to_device
+from stiefel_lora._losses import LossFn, batch_losses
 from stiefel_lora._models import is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
 from stiefel_lora._precision import wide_dtype
 from stiefel_lora._sketches import GradientSketches
