@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from stiefel_lora.errors import InputError
+
+if sys.platform != "win32":
+    import fcntl
 
 # Of renameat2 in linux/fcntl.h and linux/fs.h: paths are relative to the working directory; swap the two.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -115,7 +119,30 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes have left behind in a folder."""
-    for path in folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"):
-        remove(path)
+def leftovers(folder: Path) -> list[Path]:
+    """Return the temporary files and folders that killed processes have left behind in a folder."""
+    return list(folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, until the context or the process ends.
+
+    Raises:
+        InputError: If another process is in it.
+    """
+    if sys.platform == "win32":  # has no such locks
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"another process is at work in {folder}; wait for it, or give another folder") from error
+    except OSError:  # a file system that has no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)

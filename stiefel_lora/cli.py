@@ -1,6 +1,7 @@
 """The command line: ``stiefel-lora finetune | select | generate | export | import | info``."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from stiefel_lora import __version__
-from stiefel_lora._files import read_json, remove, remove_leftovers, write_json
+from stiefel_lora._files import leftovers, locked, read_json, remove, write_json
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands
 from stiefel_lora.config import CHOICES, FinetuneConfig, check_seed
 from stiefel_lora.errors import InputError
@@ -60,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if getattr(args, "resume", False):
         args.given = vars(build_parser(_NONE).parse_args(argv))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
     try:
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
@@ -280,7 +283,9 @@ def run_finetune(args: argparse.Namespace) -> None:
         _take_folder(folder, content, resume=args.resume)
         args.started = True
 
-    with _made(folder):
+    with _made(folder), locked(folder):
+        if not args.resume:
+            _check_folder(folder, overwrite=args.overwrite)  # again: another run may have come in between
         metrics = finetune(
             config,
             folder,
@@ -331,7 +336,7 @@ def _check_folder(folder: Path, *, overwrite: bool) -> None:
     occupied = [name for name in OWN_FILES if (folder / name).exists()]
     if occupied and not overwrite:
         raise InputError(f"{folder} holds another run ({', '.join(occupied)}); use --overwrite, --resume or --output")
-    if folder.exists() and not occupied and any(folder.iterdir()):
+    if folder.exists() and not occupied and set(folder.iterdir()) - set(leftovers(folder)):
         raise InputError(f"{folder} is not empty and holds no run; give another folder as --output")
 
 
@@ -356,7 +361,8 @@ def _take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     """Put a run that is about to train in the place of what the folder holds of another, or of a killed one."""
     for name in () if resume else OWN_FILES:
         remove(folder / name)
-    remove_leftovers(folder)
+    for path in leftovers(folder):
+        remove(path)
     write_json(folder / RUN_FILE, config)
 
 
@@ -392,6 +398,11 @@ def run_select(args: argparse.Namespace) -> None:
     model, data, _ = load_inputs(config, find_device(getattr(args, "device", None)))
     scores = score_layers(model, data, config)
     selected = choose(scores, config)
+    # Before anything is printed, which nobody may want to read.
+    if hasattr(args, "output"):
+        scores.save(args.output)
+    if hasattr(args, "plot"):
+        scores.plot(args.plot, selected)
     print(scores.table(selected))
     by_layer = config.granularity == "layer"
     chosen = " ".join(map(str, selected)) if by_layer else describe(scores.names[i] for i in selected)
@@ -401,10 +412,6 @@ def run_select(args: argparse.Namespace) -> None:
     if not config.budget_is_parameters:
         summary += f"; at {scores.confidence:.0%} confidence the selection is {verdict}"
     print(f"\nselected: {chosen}\n{summary}")
-    if hasattr(args, "output"):
-        scores.save(args.output)
-    if hasattr(args, "plot"):
-        scores.plot(args.plot, selected)
 
 
 def _check_file(path: Path) -> None:
@@ -422,7 +429,7 @@ def run_generate(args: argparse.Namespace) -> None:
     from transformers import TextStreamer
 
     from stiefel_lora.checkpoint import load_adapter, read_adapter
-    from stiefel_lora.data import prompt_text
+    from stiefel_lora.data import prompt_ids, prompt_text
     from stiefel_lora.pretrained import find_device, load_pretrained, positions_of
 
     _check_generation(args)
@@ -440,8 +447,8 @@ def run_generate(args: argparse.Namespace) -> None:
     else:
         prompt = prompt_text(args.prompt) if args.format == "instruction" else args.prompt
     # A chat template has written the special tokens itself.
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=args.format != "chat").to(device)
-    length, positions = inputs["input_ids"].numel(), positions_of(model)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt, special=args.format != "chat")], device=device)
+    length, positions = ids.numel(), positions_of(model)
     if not length:
         raise InputError("the prompt is empty")
     room = args.max_new_tokens if positions is None else positions - length
@@ -450,7 +457,8 @@ def run_generate(args: argparse.Namespace) -> None:
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     torch.manual_seed(args.seed)
     model.generate(
-        **inputs,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         **sampling,
         max_new_tokens=min(args.max_new_tokens, room),
         pad_token_id=tokenizer.pad_token_id,

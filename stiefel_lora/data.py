@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stiefel_lora._losses import IGNORED
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, listed
 
 TEXT_ENDINGS = (".txt", ".md", ".py")
 # As much of the standard library as any default run needs; tokenised in two seconds.
@@ -87,14 +87,15 @@ def load_data(
 ) -> tuple[Dataset, Dataset]:
     """Read and tokenise data, and hold a part of it out.
 
-    Text is packed into blocks of ``seq_len`` tokens. It is held out by whole files where there are several, so that
-    no held-out block continues a training block. Instructions are one example each, with the loss on the answer. Of one
-    that is too long the prompt loses its beginning, up to half of ``seq_len``, and then the answer its end.
+    Text is packed into blocks of ``seq_len`` tokens. It is held out by whole files or records where there are several,
+    so that no held-out block continues or repeats a training block. Instructions are one example each, with the loss on
+    the answer. Of one that is too long the prompt loses its beginning, up to half of ``seq_len``, and then the answer
+    its end.
 
     Args:
-        source: A .txt, .md or .py file, a folder of them, or a .jsonl file whose lines have "text", or "instruction"
-            (perhaps "input" as well) and "output", or "prompt" and "completion", or "messages"; None for the standard
-            library's source.
+        source: A .txt, .md or .py file, a folder of them (in which hidden files and folders are left out), or a .jsonl
+            file whose lines have "text", or "instruction" (perhaps "input" as well) and "output", or "prompt" and
+            "completion", or "messages"; None for the standard library's source.
         tokenizer: A transformers tokenizer.
         seq_len: Longest example, in tokens; at least 2.
         held_out: Share of the data that is held out, in (0, 1).
@@ -113,9 +114,12 @@ def load_data(
     if source is None:
         return _from_texts(_standard_library(), tokenizer, seq_len, held_out, "the Python standard library's source")
     path = check_source(source)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return _from_records(path, tokenizer, seq_len, held_out)
-    return _from_texts(_read_texts(path), tokenizer, seq_len, held_out, str(path))
+    texts = _read_texts(path)
+    return _from_texts(
+        texts, tokenizer, seq_len, held_out, f"{path}, {len(texts)} files" if path.is_dir() else str(path)
+    )
 
 
 def check_source(source: str | Path) -> Path:
@@ -127,9 +131,14 @@ def check_source(source: str | Path) -> Path:
     path = Path(source)
     if not path.exists():
         raise InputError(f"there is no data at {path}")
-    if path.is_file() and path.suffix not in (*TEXT_ENDINGS, ".jsonl"):
+    if path.is_file() and path.suffix.lower() not in (*TEXT_ENDINGS, ".jsonl"):
         allowed = ", ".join((*TEXT_ENDINGS, ".jsonl"))
         raise InputError(f"{path} is of an unknown form {path.suffix!r}; allowed: {allowed}, or a folder of text files")
+    records = sorted(file.name for file in path.glob("*.jsonl")) if path.is_dir() else []
+    if records:
+        raise InputError(
+            f"of the folder {path} only texts would be read, and not {listed(records)}; give the file itself"
+        )
     return path
 
 
@@ -151,7 +160,7 @@ def _standard_library() -> list[str]:
 
 
 def _read_texts(path: Path) -> list[str]:
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in TEXT_ENDINGS and f.is_file())
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if _is_text(f, path)]
     if not files:
         raise InputError(f"the folder {path} has no {', '.join(TEXT_ENDINGS)} files")
     files.sort(key=lambda file: _hash(str(file.relative_to(path))))
@@ -159,6 +168,11 @@ def _read_texts(path: Path) -> list[str]:
     if not texts:
         raise InputError(f"{path} is empty")
     return texts
+
+
+def _is_text(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in TEXT_ENDINGS and not hidden and file.is_file()
 
 
 def _read(file: Path) -> str:
@@ -173,11 +187,19 @@ def _from_texts(
 ) -> tuple[Dataset, Dataset]:
     if not texts:
         raise InputError(f"{description} is empty")
-    streams = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    begin, plain = _special_begin(tokenizer), tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    streams = [begin + ids + [tokenizer.eos_token_id] for ids in plain]
     if len(streams) > 1:
-        sizes = [len(s) for s in streams]
+        # The same text is on one side, however often it is there.
+        copies: dict[str, list[list[int]]] = {}
+        for text, stream in zip(texts, streams, strict=True):
+            copies.setdefault(text, []).append(stream)
+        groups = list(copies.values())
+        if len(groups) < 2:
+            raise InputError(f"{description} is one text, {len(texts)} times; a training and a held-out one are needed")
+        sizes = [sum(map(len, group)) for group in groups]
         cut = _cut(sizes, held_out * sum(sizes))
-        parts = [_blocks(streams[cut:], seq_len), _blocks(streams[:cut], seq_len)]
+        parts = [_blocks(list(chain(*part)), seq_len) for part in (groups[cut:], groups[:cut])]
     else:
         blocks = _blocks(streams, seq_len)
         cut = max(1, round(len(blocks) * held_out))
@@ -213,7 +235,9 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
     if not records:
         raise InputError(f"{path} is empty")
     if all(_form(record) == "text" for record in records):
-        return _from_texts([r["text"] for r in records if r["text"].strip()], tokenizer, seq_len, held_out, str(path))
+        # Not the first ones, which may be of one topic or time.
+        texts = sorted((r["text"] for r in records if r["text"].strip()), key=_hash)
+        return _from_texts(texts, tokenizer, seq_len, held_out, str(path))
     examples = [e for r in records if (e := _example(r, tokenizer, seq_len)) is not None]
     # By a hash of the content: the same record is on the same side, wherever it stands and however often.
     examples.sort(key=lambda example: _hash(str(example.ids)))
@@ -297,14 +321,45 @@ def _example(record: dict[str, Any], tokenizer: Any, seq_len: int) -> _Example |
     special = not (form == "messages" and tokenizer.chat_template)
     ids: list[int] = []
     labels: list[int] = []
-    for text, learn in pieces:
-        tokens = tokenizer(text, add_special_tokens=special and not ids, verbose=False)["input_ids"]
+    context = ""
+    for learn, parts in groupby(pieces, key=lambda piece: piece[1]):
+        text = "".join(part for part, _ in parts)
+        tokens = _special_begin(tokenizer) if special and not ids else []
+        tokens += _continued(tokenizer, context, text)
+        context += text
         ids += tokens
         labels += tokens if learn else [IGNORED] * len(tokens)
     prompt = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
     dropped = max(0, min(len(ids) - seq_len, prompt - seq_len // 2))
     example = _Example(ids[dropped:][:seq_len], labels[dropped:][:seq_len], len(ids) > seq_len)
     return None if all(label == IGNORED for label in example.labels[1:]) else example
+
+
+def prompt_ids(tokenizer: Any, prompt: str, *, special: bool = True) -> list[int]:
+    """Return the tokens of what a model is to continue: as in training, with nothing that ends a text behind them."""
+    begin = _special_begin(tokenizer) if special else []
+    return begin + tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _special_begin(tokenizer: Any) -> list[int]:
+    """Return the special tokens that a tokenizer puts in front of a text, without those that it may put behind."""
+    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    begins = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[: next(begins, 0)]
+
+
+def _continued(tokenizer: Any, context: str, text: str) -> list[int]:
+    """Return the tokens of a text that continues another one, whose own tokens stay as they are without it.
+
+    By itself it might get the space that many tokenizers put in front.
+    """
+    if context and tokenizer.is_fast:
+        whole = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        border = len(context)
+        if not any(start < border < end for start, end in whole["offset_mapping"]):
+            pairs = zip(whole["input_ids"], whole["offset_mapping"], strict=True)
+            return [token for token, (start, _) in pairs if start >= border]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _asked(record: dict[str, Any], tokenizer: Any) -> str:
@@ -380,4 +435,5 @@ def _last_turn(messages: list[dict[str, str]], render: Callable[..., str]) -> li
 
 
 def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    # Names of files may be no UTF-8.
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import io
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -120,9 +121,22 @@ def load_inputs(config: FinetuneConfig, device: torch.device) -> tuple[Any, Data
     if positions is not None and positions < config.seq_len:
         raise InputError(f"seq_len must be at most {positions}, the positions of the model, got {config.seq_len}")
     train, held_out = load_data(config.data, tokenizer, seq_len=config.seq_len)
+    _check_tokens(model, tokenizer, train, held_out)
     adaptable(model, config)
     check_causal(model)
     return model, train, held_out
+
+
+def _check_tokens(model: Any, tokenizer: Any, *data: Dataset) -> None:
+    """Raise InputError if the data have a token that the model has no embedding of."""
+    largest = max(tokenizer.eos_token_id, *(int(ids.max()) for part in data for ids in part.input_ids))
+    rows = len(model.get_input_embeddings().weight)
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise InputError(
+            f"the tokenizer has the token {token!r} as number {largest}, of which the model, with {rows} embeddings, "
+            "knows nothing; take the tokenizer that it was trained with, or resize_token_embeddings and save the model"
+        )
 
 
 def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
@@ -311,6 +325,8 @@ class _Run:
 
     def save(self) -> None:
         """Write one file that holds everything; the one before stays until it is whole."""
+        # Not straight into the file: torch has an error of its own for a full disk.
+        content = io.BytesIO()
         with atomic_file(self.path) as file:
             torch.save(
                 {
@@ -327,8 +343,9 @@ class _Run:
                     "fisher": asdict(self.scores),
                     "before": self.before,
                 },
-                file,
+                content,
             )
+            file.write_bytes(content.getbuffer())
 
     def train(self, save_every: int) -> None:
         """Take the remaining steps."""

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stiefel_lora._files import locked
 from stiefel_lora.adapters import add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.cli import main
+from stiefel_lora.scores import FisherScores
 from tests.test_convert import adapted
 from tests.tiny import TEXT, save_tiny_model
 
@@ -399,3 +402,48 @@ def test_generate_stays_within_the_models_positions(
 def test_generate_refuses_what_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--adapter", str(tmp_path), "--prompt", "x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_two_runs_in_one_folder_are_refused(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / f".run.json.{'0a' * 16}.tmp").touch()  # of a killed process: no reason to refuse the folder
+    with locked(output):
+        assert main(finetune(base, output)) == 2
+        assert "another process is at work in" in capsys.readouterr().err
+    assert main(finetune(base, output, "--steps", "2")) == 0
+
+
+def test_a_full_disk_is_one_line(base: list[str], tmp_path: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    command = [*COMMAND, *finetune(base, tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)  # noqa: PLW1509
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("File too large"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_scores_are_kept_when_nobody_reads_them(base: list[str], tmp_path: Path) -> None:
+    words = [*COMMAND, "select", *base, "--calibration-samples", "4", "--output", str(tmp_path / "s.json")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert done.returncode == 141 and len(FisherScores.load(tmp_path / "s.json")) == 4
+    plain = subprocess.run(words, capture_output=True, text=True, env={**environment, "PYTHONIOENCODING": "ascii"})
+    assert plain.returncode == 0 and "selected: " in plain.stdout, plain.stderr
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<new>"})
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "text.py").write_text(TEXT)
+    assert main(["select", "--model", str(folder), "--data", str(tmp_path / "text.py"), "--seq-len", "32"]) == 2
+    error = capsys.readouterr().err
+    assert f"the token '<new>' as number {len(tokenizer) - 1}, of which the model, with " in error

@@ -1,6 +1,7 @@
 """Data of every form becomes the right tokens and labels, split without overlap; bad files are named."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data, spread
+from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data, prompt_ids, spread
 from stiefel_lora.errors import InputError
 from tests.tiny import TEXT, save_tiny_model, write_jsonl
 
@@ -196,9 +197,17 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tokenizer: Any, tmp_path:
 
 
 def test_text_records_are_packed(tokenizer: Any, tmp_path: Path) -> None:
-    file = write_jsonl(tmp_path / "d.jsonl", [{"text": "left right total " * 20}] * 6)
+    texts = [f"{word} right total " * 20 for word in ("left", "add", "return", "def")]
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in texts for _ in range(5)])
     train, held_out = load_data(file, tokenizer, seq_len=16)
     assert {len(x) for x in train.input_ids + held_out.input_ids} == {16}
+    seen = [
+        {word for word in ("left", "add", "return", "def") if word in tokenizer.decode(all_tokens(part))}
+        for part in (train, held_out)
+    ]
+    assert len(seen[0]) == 3 and len(seen[1]) == 1 and not seen[0] & seen[1], "no text on both sides"
+    with pytest.raises(InputError, match="is one text, 3 times"):
+        load_data(write_jsonl(file, [{"text": "left right " * 40}] * 3), tokenizer, seq_len=16)
 
 
 def test_batches_are_padded_on_the_right() -> None:
@@ -269,3 +278,72 @@ def test_spread_covers_the_whole_at_equal_distances() -> None:
     assert spread(10, 4) == [0, 2, 5, 7]
     assert spread(3, 8) == [0, 1, 2]
     assert spread(0, 8) == []
+
+
+def test_what_a_tokenizer_puts_behind_a_text_ends_no_prompt(tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    end = ("<eos>", tokenizer.eos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[end])
+    assert tokenizer.decode(tokenizer("left")["input_ids"]) == "left<eos>"
+    records = [{"instruction": f"left {i}?", "output": "right"} for i in range(3)]
+    train, _ = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    assert tokenizer.decode(train.input_ids[0]).endswith("?\n\nright<eos>")
+    assert tokenizer.decode(prompt_ids(tokenizer, "left")) == "left"
+    texts = write_jsonl(tmp_path / "t.jsonl", [{"text": "left " * i} for i in range(20, 30)])
+    assert tokenizer.decode(all_tokens(load_data(texts, tokenizer, seq_len=8)[0])).count("<eos><eos>") == 0
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("form", ["chat", "instruction"])
+def test_an_answer_is_learnt_behind_the_very_tokens_that_ask_for_it(form: str, tmp_path: Path) -> None:
+    """With a tokenizer like LLaMA 2's, which puts a space before each text by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace()
+    bare.train_from_iterator([TEXT, "<|user|>\n<|assistant|>\n\n"], trainers.BpeTrainer(special_tokens=["<eos>"]))
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<eos>", chat_template=ZEPHYR)  # noqa: S106
+    if form == "chat":
+        records: list[object] = [conversation("left", "right"), conversation("right", "left")]
+        asked = [
+            tokenizer.apply_chat_template(r["messages"][:1], tokenize=False, add_generation_prompt=True)
+            for r in records
+        ]  # type: ignore[index]
+        answers = [r["messages"][1]["content"] for r in records]  # type: ignore[index]
+    else:
+        records = [{"instruction": "left", "output": "right"}, {"instruction": "right", "output": "left"}]
+        asked, answers = [f"{r['instruction']}\n\n" for r in records], [r["output"] for r in records]  # type: ignore[index]
+    train, _ = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    ids, labels = train.input_ids[0].tolist(), train.labels[0].tolist()
+    first = next(i for i, label in enumerate(labels) if label != IGNORED)
+    which = next(i for i, answer in enumerate(answers) if answer[0] == tokenizer.decode(ids[first:]).strip()[0])
+    assert ids[:first] == prompt_ids(tokenizer, asked[which], special=form != "chat")
+    learnt = tokenizer.convert_ids_to_tokens([token for token in labels[first:] if token != IGNORED])
+    assert "".join(learnt).startswith(answers[which] + "<eos>"), "no space in front"
+
+
+def test_a_folder_of_texts_is_not_one_of_records(tokenizer: Any, tmp_path: Path) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.TXT").write_text(f"file number {i} " * 60)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "hidden.txt").write_text("hidden " * 600)
+    train, held_out = load_data(tmp_path, tokenizer, seq_len=16)
+    assert "hidden" not in tokenizer.decode(all_tokens(train) + all_tokens(held_out))
+    assert f"{tmp_path}, 5 files, " in train.description
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(InputError, match="only texts would be read, and not train.jsonl; give the file itself"):
+        load_data(tmp_path, tokenizer, seq_len=16)
+
+
+def test_a_file_name_that_is_no_text_does_no_harm(tokenizer: Any, tmp_path: Path) -> None:
+    for name in (b"\xff\xfe.txt", b"plain.txt"):
+        Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_text(f"left {len(name)} " * 60)
+    train, held_out = load_data(tmp_path, tokenizer, seq_len=16)
+    assert len(train) and len(held_out)
