@@ -135,8 +135,9 @@ def fisher_scores(
         max_samples: Stop after so many samples, on each rank.
         budget: What ``tol`` and the field ``stable`` refer to: the share or number of layers to be chosen.
         tol: Stop as soon as the chosen set is stable at the confidence 1 - tol: every chosen one leads every other by
-            more than the standard error of their paired difference allows (normal approximation, at least 8 samples,
-            Bonferroni over the pairs). None takes all samples; ``stable`` then is decided at 0.05.
+            more than the standard error of their paired difference allows (Student's t, at least 8 samples, Bonferroni
+            over the pairs and over the looks, of which there is one whenever the samples are half as many again). None
+            takes all samples; ``stable`` then is decided at 0.05.
         seed: Seed of the draws of ``labels="model"``.
         progress: Show a bar, on a terminal only.
 
@@ -198,6 +199,7 @@ def score(
     weight_norm = [sum(_square(list(linears.values())[i]) for i in members) for members in groups.values()]
     divisor = torch.tensor(divisors(normalize, parameters, weight_norm), dtype=torch.float64)
     rows: list[Tensor] = []
+    looks = _Looks(count, 0.05 if tol is None else tol)
     # Ranks must not draw the same numbers for their different samples.
     rank = torch.distributed.get_rank() if _distributed() else 0
     sampler = LabelSampler(model, seed + rank) if labels == "model" else None
@@ -209,7 +211,7 @@ def score(
                 squared = losses.measure(batch if sampler is None else sampler.draw(batch))
                 rows.append(torch.stack([squared[:, members].sum(1) for members in groups.values()], dim=1))
                 bar.update(len(squared))
-                if tol is not None and _is_stable(_finite(rows).cpu() / divisor, count, tol):
+                if tol is not None and looks.is_stable(_finite(rows).cpu() / divisor):
                     break
     samples, skipped = _gathered(rows)
     if norms.unused:
@@ -228,9 +230,9 @@ def score(
         n_samples=len(samples),
         n_skipped=skipped,
         seconds=perf_counter() - start,
-        stable=_is_stable(samples / divisor, count, 0.05 if tol is None else tol),
+        stable=looks.is_stable(samples / divisor, last=True),
         budget=budget,
-        confidence=1 - (0.05 if tol is None else tol),
+        confidence=1 - looks.tol,
     )
 
 
@@ -309,6 +311,34 @@ def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+class _Looks:
+    """Decides again and again, as samples come, whether a choice is stable, with all chances to be wrong within tol.
+
+    The k-th look takes its share tol / (k (k + 1)), and there is one whenever the samples are half as many again, as
+    each costs some certainty.
+
+    Args:
+        count: How many are chosen.
+        tol: The chance that all looks together call a choice stable which is not.
+    """
+
+    def __init__(self, count: int, tol: float) -> None:
+        self.tol = tol
+        self._count = count
+        self._taken = 0
+        self._seen = 0
+        self._found = False
+
+    def is_stable(self, samples: Tensor, *, last: bool = False) -> bool:
+        """Tell whether the highest means are told apart from the rest, by samples of shape (n, available)."""
+        n = len(samples)
+        if self._found or n < _FEWEST or n == self._seen or (n < 1.5 * self._seen and not last):
+            return self._found
+        self._taken, self._seen = self._taken + 1, n
+        self._found = _is_stable(samples, self._count, self.tol / (self._taken * (self._taken + 1)))
+        return self._found
+
+
 def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
     """Tell whether the ``count`` highest means are told apart from the rest at the confidence 1 - tol."""
     n, available = samples.shape
@@ -326,8 +356,22 @@ def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
     error = (spread.clamp_min(0) / n).sqrt()
     lead = means[chosen, None] - means[rest]
     pairs = count * (available - count)
-    quantile = -torch.special.ndtri(torch.tensor(tol / pairs, dtype=torch.float64))
-    return bool((lead > quantile * error).all())
+    return bool((_upper_tail(lead / error, n - 1) <= tol / pairs).all())
+
+
+def _upper_tail(t: Tensor, freedom: int) -> Tensor:
+    """Return P(T > t) of Student's t distribution (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    if freedom > 1000:  # the normal distribution to 3e-5
+        return torch.special.ndtr(-t)
+    angle = (t / math.sqrt(freedom)).atan()
+    odd = freedom % 2
+    term = angle.cos() if odd else torch.ones_like(t)
+    total = torch.zeros_like(t) if freedom == 1 else term
+    for power in range(2 + odd, freedom - 1, 2):
+        term = term * (power - 1) / power * angle.cos().square()
+        total = total + term
+    central = (angle + angle.sin() * total) * 2 / math.pi if odd else angle.sin() * total
+    return (1 - central) / 2
 
 
 def _shapes(linears: dict[str, nn.Module], members: list[int]) -> list[tuple[int, int]]:

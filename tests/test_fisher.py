@@ -1,12 +1,13 @@
 """Fisher scores against one-sample autograd gradients, on real model classes; selection; errors."""
 
 import copy
-import statistics
+import math
 from collections import namedtuple
 from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -15,7 +16,7 @@ from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import SampleLosses
 from stiefel_lora._models import find_linears, undisturbed
 from stiefel_lora.errors import InputError
-from stiefel_lora.fisher import _is_stable, fisher_scores, fisher_select
+from stiefel_lora.fisher import _is_stable, _Looks, _upper_tail, fisher_scores, fisher_select, score
 from tests.models import FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch
 from tests.reference import fisher as reference
 
@@ -672,9 +673,40 @@ def test_a_selection_is_stable_when_each_paired_difference_says_so(seed: int) ->
     leads = [(samples[:, i] - samples[:, j]).numpy() for i in range(2) for j in range(2, 6)]
     # Of 8 one-sided tests the worst decides.
     least = min(lead.mean() / (lead.std(ddof=1) / 30**0.5) for lead in leads)
-    tol = 8 * statistics.NormalDist().cdf(-least)
+    tol = 8 * stats.t.sf(least, 29)
     assert _is_stable(samples, 2, tol * 1.01)
     assert not _is_stable(samples, 2, tol * 0.99)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 7, 8, 63])
+def test_tails_of_students_distribution(freedom: int) -> None:
+    t = torch.tensor([-2.0, 0.0, 0.5, 3.3, 20.0, math.inf], dtype=torch.float64)
+    # Differences of numbers near one, in float64.
+    torch.testing.assert_close(_upper_tail(t, freedom), torch.tensor(stats.t.sf(t, freedom)), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("tol", [0.1, 0.02])
+def test_many_looks_together_are_wrong_no_more_often_than_tol(tol: float) -> None:
+    """Two layers that are alike: whatever is called stable is wrong half of the time, which is what tol bounds."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = 0
+    for _ in range(400):
+        samples = torch.randn(64, 2, dtype=torch.float64, generator=generator)
+        looks = _Looks(1, tol)
+        stop = next((n for n in range(4, 65, 4) if looks.is_stable(samples[:n])), None)
+        wrong += stop is not None and bool(samples[:stop, 1].mean() > samples[:stop, 0].mean())
+    # Three standard deviations above what is expected at most; without shares for the looks there are three times it.
+    assert wrong <= 400 * tol + 3 * (400 * tol * (1 - tol)) ** 0.5
+
+
+def test_a_verdict_is_on_the_scores_that_choose() -> None:
+    model, data = _clear_cut(10.0)
+    with torch.no_grad():
+        for layer, size in zip(model.layers, (10.0, 1.0, 1.0), strict=True):
+            layer.weight.copy_(size * torch.eye(4))
+    options: dict[str, Any] = {"layers": None, "loss_fn": None, "max_samples": None, "budget": 1, "progress": False}
+    assert score(model, data, **options).stable
+    assert not score(model, data, **options, normalize="weight").stable
 
 
 def test_early_stopping_is_rarely_wrong() -> None:
