@@ -4,8 +4,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
+
 from benchmarks import _harness
-from benchmarks._methods import ALLOCATED, FORA, METHODS, STARTED
+from benchmarks._methods import ALLOCATED, FORA, METHODS, SELECTED, STARTED
 
 Cell = dict[str, Any]
 
@@ -95,7 +97,10 @@ def gain(cells: list[Cell], task: str, a: str, b: str) -> list[float]:
 
 
 def verdict(text: str, gains: list[float]) -> str:
-    """Say in plain words whether a claim holds by more than the spread over seeds."""
+    """Say in plain words whether a claim holds by more than the spread over seeds.
+
+    Few seeds say little: p is that of a two-sided paired t test.
+    """
     if not gains:
         return f"{text}: not measured yet."
     lead = statistics.mean(gains)
@@ -103,7 +108,8 @@ def verdict(text: str, gains: list[float]) -> str:
         return f"{text}: {'yes' if lead > 0 else 'no'}, by one seed alone (loss lower by {lead:+.4f})."
     spread = statistics.stdev(gains)
     word = "yes" if lead > spread else "no" if lead < -spread else "not told apart"
-    return f"{text}: {word} (loss lower by {lead:+.4f}, spread {spread:.4f} over {len(gains)} seeds)."
+    p = float(scipy.stats.ttest_1samp(gains, 0.0).pvalue)
+    return f"{text}: {word} (loss lower by {lead:+.4f}, spread {spread:.4f} over {len(gains)} seeds, p = {p:.2g})."
 
 
 def claims(cells: list[Cell], task: str) -> list[str]:
@@ -148,6 +154,15 @@ def _task(results: dict[str, Any], task: str) -> str:
         *(f"{c['method']} at {c['lr']:g} diverged." for c in cells if c.get("diverged")),
         *(f"{c['method']} at {c['lr']:g} failed: {c['error']}." for c in cells if "error" in c),
     ]
+    places: dict[str, int] = {}
+    for cell in cells:
+        place = cell.get("processor", "a machine that was not kept")
+        places[place] = places.get(place, 0) + 1
+    notes.append("Cells were measured on " + ", ".join(f"{name} ({n})" for name, n in places.items()) + ".")
+    if results.get("missing"):
+        notes.append(
+            f"**{results['missing']} of the cells that the command below plans are not measured yet**; it goes on."
+        )
     if timing["base"]:
         notes.append(
             f"The time of a step is {timing['base']}'s and multiples of it, measured in turn in one run; end to end "
@@ -188,8 +203,8 @@ def _time(timed: dict[str, float], is_base: bool) -> str:
 
 
 def _end_to_end(method: str, timing: dict[str, Any], steps: int) -> float:
-    timed, selects = timing["rows"][method], "FoRA" in method or "Fisher" in method
-    return timed["start_s"] + steps * timed["median_s"] + selects * timing["selection_s"]
+    timed = timing["rows"][method]
+    return timed["start_s"] + steps * timed["median_s"] + (method in SELECTED) * timing["selection_s"]
 
 
 def _percent(share: float | None) -> str:

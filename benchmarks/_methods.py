@@ -14,6 +14,7 @@ from benchmarks._peers import NotInstalledError
 from stiefel_lora import add_adapters, allocate_ranks, gradient_init, stiefel
 from stiefel_lora._types import SecondMoment
 from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.factors import folded
 from stiefel_lora.optim import RiemannianAdam
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -132,10 +133,8 @@ def _allocated(model: Any, setting: Setting, share: float) -> dict[str, Any]:
 
 def _our_updates(model: Any) -> Iterable[tuple[Tensor, Tensor]]:
     for layer in adapter_layers(model).values():
-        factors = {key: f.detach().as_subclass(Tensor) for key, f in layer.factors().items()}
-        middle = factors.get("lora_S", torch.eye(layer.rank))
-        middle = middle.diag() if middle.dim() == 1 else middle
-        yield factors["lora_B"] @ middle, factors["lora_A"].mT
+        a, b = folded({key: f.detach().as_subclass(Tensor) for key, f in layer.factors().items()})
+        yield b, a.mT
 
 
 # -- PEFT's ------------------------------------------------------------------------------------------------------------
@@ -278,6 +277,9 @@ METHODS: dict[str, Build] = {
     "AdaLoRA": adalora,
     "full fine-tuning, Fisher half": full,
 }
+
+# Rows that Fisher scores choose the places of.
+SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in name) - {ALLOCATED}
 
 
 def effective_rank_share(updates: Iterable[tuple[Tensor, Tensor]]) -> float | None:

@@ -142,8 +142,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             cell = _in_a_process(run_cell, frame, key, results["selection"][key[0]], args.threads)
         except Exception as error:  # one method that fails, say in a peer's code, must not cost the table
             cell = _failed(key, error)
-        results["cells"].append({**cell, "revision": _harness.environment()["revision"]})
+        here = _harness.environment()
+        place = {"revision": here["revision"], "processor": here["machine"]["processor"]}
+        results["cells"].append({**cell, **place})
         args.save(results)
+    have = {_key(cell) for cell in results["cells"]}
+    # As far as is known yet: more seeds of a row come with its best rate.
+    results["missing"] = sum(key not in have for key in _plan(args, results["cells"]))
     if args.time:
         for task in args.tasks:
             arguments = frame, task, results["selection"][task], args.methods, args.rounds, args.threads

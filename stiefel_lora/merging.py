@@ -48,7 +48,7 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
         check_no_others(bare, "merge with keep=True")
     fresh = [layer for layer in layers.values() if not layer.merged]
     try:
-        errors = {name: layer.merge() for name, layer in layers.items()}
+        errors = {name: layer.merge() for name, layer in layers.items() if not layer.merged}
     except BaseException:
         for layer in fresh:
             layer.unmerge()
