@@ -4,7 +4,9 @@ from stiefel_lora.errors import InputError
 
 
 def count_of(budget: float | int, available: int, what: str | None = None) -> int:
-    """Return how many of the available layers a budget allows; ``what`` says in errors what it counts.
+    """Return how many of the available layers a budget allows, rounded half up and at least one.
+
+    ``what`` says in errors what it counts.
 
     Raises:
         InputError: If a float is outside (0, 1] or an int outside [1, available].

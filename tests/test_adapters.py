@@ -689,3 +689,11 @@ def test_a_head_that_was_resized_meanwhile_is_named_and_nothing_is_changed(tmp_p
     model.resize_token_embeddings(size)
     remove_adapters(model)
     assert torch.equal(logits(model), logits(LLAMA.build()))
+
+
+def test_nothing_is_frozen_by_adapters_that_failed() -> None:
+    model = LLAMA.build()
+    names = [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]
+    with pytest.raises(InputError, match="k_proj: rank must be"):
+        insert_adapters(model, {names[0]: {"rank": 2}, names[1]: {"rank": 10**6}})
+    assert all(p.requires_grad for p in model.parameters()) and not adapter_layers(model)

@@ -1,6 +1,7 @@
 """Saved adapters come back bit for bit; anything else is refused and leaves the model as it was."""
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -385,3 +386,13 @@ def test_another_shape_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="model.layers.2.mlp.up_proj is 32 -> 57, not 32 -> 56"):
         load_adapter(model, folder)
     assert not adapter_layers(model)
+
+
+def test_an_infinite_factor_is_named_and_not_factored_again(tmp_path: Path) -> None:
+    model = trained()
+    name, layer = next(iter(adapter_layers(model).items()))
+    with torch.no_grad():
+        layer.lora_A[0, 0] = math.inf
+    with pytest.raises(InputError, match=f"not saved: {name}.lora_A has NaN or infinite entries"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

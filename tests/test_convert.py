@@ -604,3 +604,14 @@ def test_a_scale_that_was_changed_in_memory_counts(rslora: bool) -> None:
     torch.testing.assert_close(logits(back), wanted, **SAME)
     assert {layer.alpha for name, layer in adapter_layers(back).items() if "q_proj" in name} == {6.0}
     torch.testing.assert_close(logits(from_peft(model)), wanted, **SAME)
+
+
+def test_layers_come_back_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(12)]
+    tensors = {}
+    for name in names:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, 8)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(8, 2)
+    save_file(tensors, tmp_path / PEFT_WEIGHTS_FILE)
+    (tmp_path / PEFT_CONFIG_FILE).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    assert list(read_peft(tmp_path).modules) == names

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stiefel_lora.data import IGNORED, Dataset, batch_indices, load_data, prompt_ids, spread
+from stiefel_lora.data import IGNORED, Dataset, _from_texts, _hash, batch_indices, load_data, prompt_ids, spread
 from stiefel_lora.errors import InputError
 from tests.tiny import TEXT, save_tiny_model, write_jsonl
 
@@ -347,3 +347,11 @@ def test_a_file_name_that_is_no_text_does_no_harm(tokenizer: Any, tmp_path: Path
         Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))).write_text(f"left {len(name)} " * 60)
     train, held_out = load_data(tmp_path, tokenizer, seq_len=16)
     assert len(train) and len(held_out)
+
+
+def test_a_largest_text_at_the_end_of_the_order_leaves_something_to_train_on(tokenizer: Any, tmp_path: Path) -> None:
+    texts = sorted((f"left {i} right " * 30 for i in range(2)), key=_hash)
+    texts[1] *= 50
+    for order in (texts, texts[::-1]):
+        train, held_out = _from_texts(order, tokenizer, 16, 0.1, "two texts")
+        assert len(train) and len(held_out)

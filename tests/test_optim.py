@@ -12,6 +12,7 @@ from torch import Tensor
 from stiefel_lora import stiefel
 from stiefel_lora.errors import InputError, ManifoldError
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD, _batch
+from stiefel_lora.optim._batch import Workspace
 from tests.reference import optim as reference
 
 METHODS = tuple(stiefel.RETRACTIONS)
@@ -132,12 +133,25 @@ def test_momentum_is_tangent_from_the_first_step_on(kind: str, metric: str, retr
         assert float((x.T @ m + m.T @ x).norm()) < 1e-12
 
 
-def test_sgd_momentum_starts_as_the_riemannian_gradient() -> None:
-    p = parameter(12, 4)
-    start, g = p.detach().clone(), torch.randn(12, 4, dtype=torch.float64)
-    optimizer = RiemannianSGD([p], lr=0.0, momentum=0.9, dampening=0.5)
-    run(optimizer, [p], [[g]])
-    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], stiefel.project(start, g), atol=1e-13, rtol=0)
+@pytest.mark.parametrize("count", [1, 2])
+def test_sgd_momentum_starts_as_the_riemannian_gradient(count: int) -> None:
+    points = [parameter(12, 4) for _ in range(count)]
+    starts = [p.detach().clone() for p in points]
+    grads = [torch.randn(12, 4, dtype=torch.float64) for _ in points]
+    optimizer = RiemannianSGD(points, lr=0.0, momentum=0.9, dampening=0.5)
+    run(optimizer, points, [grads])
+    for p, start, g in zip(points, starts, grads, strict=True):
+        buffer = optimizer.state[p]["momentum_buffer"]
+        torch.testing.assert_close(buffer, stiefel.project(start, g), atol=1e-13, rtol=0)
+
+
+def test_scratch_memory_that_has_grown_is_one_block() -> None:
+    space = Workspace()
+    (small,) = space.take(1, (4, 2), torch.float32, torch.device("cpu"))
+    space.take(2, (4, 2), torch.float32, torch.device("cpu"))
+    (again,) = space.take(1, (4, 2), torch.float32, torch.device("cpu"))
+    assert space.nbytes == 64 and again.untyped_storage().nbytes() == 64
+    assert again.data_ptr() != small.data_ptr(), "the memory of before is given back"
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from stiefel_lora._budget import count_of
 from stiefel_lora.errors import InputError
 from stiefel_lora.report import plot_loss
 from stiefel_lora.scores import FisherScores
@@ -143,3 +144,7 @@ def test_file_round_trip_and_its_errors(tmp_path: Path) -> None:
         FisherScores.load(path)
     with pytest.raises(InputError, match="cannot read"):
         FisherScores.load(tmp_path / "none.json")
+
+
+def test_a_share_is_rounded_half_up() -> None:
+    assert [count_of(share, 5) for share in (0.01, 0.3, 0.5, 0.7, 1.0)] == [1, 2, 3, 4, 5]
