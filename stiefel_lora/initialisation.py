@@ -100,7 +100,7 @@ def allocate_ranks(
         model: The bare base model; it comes back as it was.
         batches: As for `gradient_init`.
         rank: The rank that the budget is counted at.
-        budget: Share, in (0, 1], of the parameters that adapters of this rank on all the targets have.
+        budget: Share, a float in (0, 1], of the parameters that adapters of this rank on all the targets have.
         max_rank: Highest rank of one linear map (default: four times ``rank``).
         layers: As for `add_adapters`; None for all.
         target_modules: As for `add_adapters`.
@@ -121,8 +121,8 @@ def allocate_ranks(
     most = 4 * rank if max_rank is None else max_rank
     shapes = {name: linear_shape(model.get_submodule(name)) for name in targets}
     module_ranks(model, targets, rank)
-    if isinstance(budget, bool) or not 0 < budget <= 1:
-        raise InputError(f"budget must be a share of the adapters' parameters in (0, 1], got {budget}")
+    if not isinstance(budget, float) or not 0 < budget <= 1:
+        raise InputError(f"budget must be a share of the adapters' parameters, a float in (0, 1], got {budget!r}")
     if most < 1:
         raise InputError(f"max_rank must be at least 1, got {most}")
     vectors, spectra = {}, {}

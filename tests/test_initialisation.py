@@ -122,6 +122,7 @@ def test_bad_input_for_allocated_ranks() -> None:
     for options, error, message in (
         ({"budget": 0.0}, InputError, r"\(0, 1\], got 0.0"),
         ({"budget": True}, InputError, r"\(0, 1\], got True"),
+        ({"budget": 1}, InputError, r"a float in \(0, 1\], got 1"),
         ({"budget": 1e-4}, InputError, "too small for one direction"),
         ({"max_rank": 0}, InputError, "max_rank must be at least 1, got 0"),
         ({"rank": 17}, InputError, r"k_proj: rank must be in \[1, 16\]"),

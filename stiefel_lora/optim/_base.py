@@ -105,7 +105,10 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         **own_options: Any,
     ) -> None:
         # torch's own constructor checks the options that it knows.
-        self._ordinary = self._ordinary_class([_placeholder()], **ordinary_options)
+        try:
+            self._ordinary = self._ordinary_class([_placeholder()], **ordinary_options)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"{error} (what torch.optim.{self._ordinary_class.__name__} allows)") from error
         self._forget()
         defaults = {
             **self._ordinary.defaults,
