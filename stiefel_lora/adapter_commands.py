@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, get_args
 
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._types import Orthonormal
+from stiefel_lora.config import ADAPTER_FOLDER
 from stiefel_lora.errors import InputError
 
 # Loads a model by folder, hub name or .gguf file, its class if that is known, and the names of parameters that it may
@@ -46,7 +47,7 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model
 
 def adapter_folder(path: Path) -> Path:
     """Return the folder of an adapter, given it or the folder of its run."""
-    return path / "adapter" if (path / "adapter").is_dir() else path
+    return path / ADAPTER_FOLDER if (path / ADAPTER_FOLDER).is_dir() else path
 
 
 def _export(args: argparse.Namespace, load_model: LoadModel) -> None:

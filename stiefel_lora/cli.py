@@ -18,11 +18,18 @@ from typing import Any, NoReturn
 from stiefel_lora import __version__
 from stiefel_lora._files import leftovers, locked, read_json, remove, write_json
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands
-from stiefel_lora.config import CHOICES, FinetuneConfig, check_seed
+from stiefel_lora.config import (
+    ADAPTER_FOLDER,
+    CHECKPOINT_FILE,
+    CHOICES,
+    METRICS_FILE,
+    OWN_FILES,
+    RUN_FILE,
+    FinetuneConfig,
+    check_seed,
+)
 from stiefel_lora.errors import InputError
 
-RUN_FILE = "run.json"
-OWN_FILES = (RUN_FILE, "metrics.json", "fisher.png", "loss.png", "checkpoint.pt", "adapter")
 # Defaults that leave an option out unless it is given.
 _NONE = SimpleNamespace(**{field.name: argparse.SUPPRESS for field in fields(FinetuneConfig)})
 # What to try with a fine-tuned model, by the format of its data.
@@ -264,7 +271,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     from stiefel_lora import report
     from stiefel_lora.data import check_source
     from stiefel_lora.pretrained import find_device, find_source
-    from stiefel_lora.training import CHECKPOINT_FILE, finetune
+    from stiefel_lora.training import finetune
 
     config = _config_of_run(args.output, args.given) if args.resume else _config(args)
     if args.save_every < 1:
@@ -297,7 +304,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     files = report.write_run(folder, metrics)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     print(report.table(metrics))
-    print(f"\nadapter     {folder / 'adapter'}\n" + "\n".join(f"{file.suffix[1:]:11} {file}" for file in files))
+    print(f"\nadapter     {folder / ADAPTER_FOLDER}\n" + "\n".join(f"{file.suffix[1:]:11} {file}" for file in files))
     if len(files) == 1:
         print("no plots: pip install 'stiefel-lora[demo]' brings matplotlib")
     trial = TRIALS[metrics["data"]["format"]]
@@ -314,7 +321,7 @@ def _config_of_run(folder: Path, given: dict[str, Any]) -> FinetuneConfig:
     run_file = folder / RUN_FILE
     if not run_file.is_file():
         raise InputError(f"there is no run to resume in {folder}")
-    if (folder / "metrics.json").is_file():
+    if (folder / METRICS_FILE).is_file():
         raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
     try:
         config = FinetuneConfig(**read_json(run_file))
@@ -369,7 +376,7 @@ def _take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
 def _how_to_go_on(args: argparse.Namespace) -> str:
     # Before it has started, what a run is to overwrite is still there.
     started = getattr(args, "started", args.resume)
-    if not started or not (args.output / "checkpoint.pt").is_file():
+    if not started or not (args.output / CHECKPOINT_FILE).is_file():
         return "; nothing is saved yet, start again"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
     return f"; go on with: {shlex.join(['stiefel-lora', *words, '--resume'])}"

@@ -1,4 +1,4 @@
-"""What decides the numbers of a fine-tuning run."""
+"""What decides the numbers of a fine-tuning run, and the names of its files."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,11 @@ from typing import Literal, TypeAlias, get_args
 from stiefel_lora._budget import count_of
 from stiefel_lora._types import Granularity, Orthonormal, Retraction
 from stiefel_lora.errors import InputError, check_choice
+
+# What a run puts into its folder.
+RUN_FILE, METRICS_FILE, CHECKPOINT_FILE = "run.json", "metrics.json", "checkpoint.pt"
+SCORES_PICTURE, LOSS_PICTURE, ADAPTER_FOLDER = "fisher.png", "loss.png", "adapter"
+OWN_FILES = (RUN_FILE, METRICS_FILE, SCORES_PICTURE, LOSS_PICTURE, CHECKPOINT_FILE, ADAPTER_FOLDER)
 
 Optimizer: TypeAlias = Literal["adam", "sgd"]
 Start: TypeAlias = Literal["random", "svd", "gradient"]

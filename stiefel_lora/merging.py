@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 from torch import nn
 
 from stiefel_lora._models import is_plain, named_linears, unwrap
 from stiefel_lora.adapters import (
+    Model,
     adapter_layers,
     check_no_others,
     forget_adapters,
@@ -19,8 +19,6 @@ from stiefel_lora.adapters import (
 from stiefel_lora.layer import StiefelLoRALinear
 
 logger = logging.getLogger("stiefel_lora")
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge_adapters(model: Model, *, keep: bool = False) -> Model:

@@ -5,19 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stiefel_lora._files import write_json
+from stiefel_lora._files import atomic_file, write_json
 from stiefel_lora._targets import describe, ranges
+from stiefel_lora.config import LOSS_PICTURE, METRICS_FILE, SCORES_PICTURE
 from stiefel_lora.errors import InputError
 from stiefel_lora.scores import FisherScores
-
-METRICS_FILE = "metrics.json"
 
 
 def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     """Write the metrics and the pictures of a run; returns the files. Without matplotlib there are no pictures."""
     pictures = []
     if importlib.util.find_spec("matplotlib"):
-        pictures = [folder / "fisher.png", folder / "loss.png"]
+        pictures = [folder / SCORES_PICTURE, folder / LOSS_PICTURE]
         FisherScores(**metrics["fisher"]).plot(pictures[0], metrics["selected"])
         plot_loss(metrics, pictures[1])
     # Last: where there are metrics, the run is finished.
@@ -58,7 +57,8 @@ def plot_loss(metrics: Mapping[str, Any], path: Path) -> None:
     axes.legend()
     axes.margins(x=0.06, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _smooth(values: list[float], width: int = 10) -> list[float]:

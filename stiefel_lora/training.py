@@ -24,7 +24,7 @@ from stiefel_lora._progress import progress
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora.adapters import adapter_factors, adapter_layers, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
-from stiefel_lora.config import FinetuneConfig
+from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data, spread
 from stiefel_lora.errors import InputError
 from stiefel_lora.factors import adapter_size
@@ -37,7 +37,6 @@ from stiefel_lora.scores import FisherScores
 from stiefel_lora.stiefel import orthogonality_error
 
 VERSIONED = ("torch", "geoopt", "transformers", "numpy")
-CHECKPOINT_FILE = "checkpoint.pt"
 _REMEDY = "a lower learning rate or a wider dtype may help"
 
 
@@ -106,7 +105,7 @@ def finetune(
     run.train(save_every)
     with clock.time("evaluation"):
         after = evaluate(model, held_out, config, "after")
-    save_adapter(model, folder / "adapter")
+    save_adapter(model, folder / ADAPTER_FOLDER)
     return run.metrics(selected, names, before, after)
 
 

@@ -12,7 +12,7 @@ import torch
 from stiefel_lora import report, training
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.checkpoint import load_adapter, read_adapter
-from stiefel_lora.config import FinetuneConfig
+from stiefel_lora.config import CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import load_data
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import load_pretrained
@@ -96,7 +96,7 @@ def test_a_run_goes_on_with_its_own_data_and_base_alone(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training._Run, "train", stopped)
         finetune(config, tmp_path)
-    saved = (tmp_path / training.CHECKPOINT_FILE).read_bytes()
+    saved = (tmp_path / CHECKPOINT_FILE).read_bytes()
     weights = (model / "model.safetensors").read_bytes()
     data.write_text(TEXT.replace("total = left + right + 7", "total = left + right + 8"))
     with pytest.raises(InputError, match="cannot resume: the data changed since it began"):
@@ -106,7 +106,7 @@ def test_a_run_goes_on_with_its_own_data_and_base_alone(
     network.save_pretrained(model)
     with pytest.raises(InputError, match="cannot resume: the base model and the data changed since it began"):
         finetune(config, tmp_path)
-    assert (tmp_path / training.CHECKPOINT_FILE).read_bytes() == saved
+    assert (tmp_path / CHECKPOINT_FILE).read_bytes() == saved
     data.write_text(TEXT)
     (model / "model.safetensors").write_bytes(weights)
     assert len(finetune(config, tmp_path)["loss_curve"]) == config.steps
@@ -120,7 +120,7 @@ def test_a_base_is_known_again_in_another_precision(config: FinetuneConfig) -> N
 
 @pytest.mark.parametrize("content", [[], {"step": 3}, "half", b"", b"\x80\x02garbage", b"{"])
 def test_a_damaged_checkpoint_is_named(config: FinetuneConfig, content: Any, tmp_path: Path) -> None:
-    path = tmp_path / training.CHECKPOINT_FILE
+    path = tmp_path / CHECKPOINT_FILE
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content == "half":
