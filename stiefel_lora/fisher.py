@@ -134,10 +134,10 @@ def fisher_scores(
         granularity: "layer", or "module" for a score of each linear map.
         max_samples: Stop after so many samples, on each rank.
         budget: What ``tol`` and the field ``stable`` refer to: the share or number of layers to be chosen.
-        tol: Stop as soon as the chosen set is stable at the confidence 1 - tol: every chosen one leads every other by
-            more than the standard error of their paired difference allows (Student's t, at least 8 samples, Bonferroni
-            over the pairs and over the looks, of which there is one whenever the samples are half as many again). None
-            takes all samples; ``stable`` then is decided at 0.05.
+        tol: Stop as soon as the chosen set is stable at the confidence 1 - tol: the chances that a chosen one is behind
+            another, of all such pairs, add up to no more than this look's share of tol (Student's t of the paired
+            differences, at least 8 samples; there is a look whenever the samples are half as many again, and the k-th
+            has the share tol / (k (k + 1))). None takes all samples; ``stable`` then is decided at 0.05.
         seed: Seed of the draws of ``labels="model"``.
         progress: Show a bar, on a terminal only.
 
@@ -355,8 +355,8 @@ def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
     spread = variance[chosen, None] + variance[rest] - 2 * covariance[chosen[:, None], rest]
     error = (spread.clamp_min(0) / n).sqrt()
     lead = means[chosen, None] - means[rest]
-    pairs = count * (available - count)
-    return bool((_upper_tail(lead / error, n - 1) <= tol / pairs).all())
+    # The chance that any pair is the other way round is at most the sum over all, most of which are next to zero.
+    return bool(_upper_tail(lead / error, n - 1).sum() <= tol)
 
 
 def _upper_tail(t: Tensor, freedom: int) -> Tensor:
