@@ -196,6 +196,8 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
     parser.add_argument("--grad-accum", type=int, default=defaults.grad_accum, help="forward passes of a step")
     parser.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
+    ratio = "rate of the orthonormal factors, as a multiple of --lr"
+    parser.add_argument("--lr-ratio", type=float, default=defaults.lr_ratio, help=ratio)
     parser.add_argument(
         "--warmup",
         type=int,

@@ -48,6 +48,7 @@ class FinetuneConfig:
         seq_len: Longest sample in tokens.
         grad_accum: Forward passes of a step.
         lr: Highest learning rate.
+        lr_ratio: What the rate of the orthonormal factors is a multiple of it by.
         warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
             afterwards.
         optimizer: "adam" or "sgd" (with momentum 0.9).
@@ -75,6 +76,7 @@ class FinetuneConfig:
     seq_len: int = 128
     grad_accum: int = 1
     lr: float = 2e-3
+    lr_ratio: float = 1.0
     warmup: int | None = None
     optimizer: Optimizer = "adam"
     retraction: Retraction = "qr"
@@ -106,8 +108,9 @@ class FinetuneConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_seed(self.seed)
-        if not 0 < self.lr < math.inf:
-            raise InputError(f"lr must be positive and finite, got {self.lr}")
+        for name in ("lr", "lr_ratio"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise InputError(f"warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
         if self.alpha is not None and not 0 < self.alpha < math.inf:

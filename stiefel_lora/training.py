@@ -303,9 +303,9 @@ class _Run:
         self.factors = adapter_factors(self.model)
         options: dict[str, Any] = {"lr": self.config.lr, "retraction": self.config.retraction}
         self.optimizer = (
-            RiemannianAdam(self.factors.items(), **options)
+            RiemannianAdam(self._groups(), **options)
             if self.config.optimizer == "adam"
-            else RiemannianSGD(self.factors.items(), momentum=0.9, **options)
+            else RiemannianSGD(self._groups(), momentum=0.9, **options)
         )
         if saved is None:
             self.save()
@@ -321,6 +321,15 @@ class _Run:
         self.orthogonality = saved["orthogonality"]
         for what, seconds in saved["seconds"].items():
             self.clock.seconds[what] = self.clock.seconds.get(what, 0.0) + seconds
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the factors as groups of the optimizer: those on the manifold, with their ratio, and the others."""
+        points = {id(p) for layer in adapter_layers(self.model).values() for p in layer.manifold_parameters().values()}
+        free, constrained = (
+            [(name, factor) for name, factor in self.factors.items() if (id(factor) in points) is on_manifold]
+            for on_manifold in (False, True)
+        )
+        return [{"params": constrained, "ratio": self.config.lr_ratio}, {"params": free, "ratio": 1.0}]
 
     def save(self) -> None:
         """Write one file that holds everything; the one before stays until it is whole."""
@@ -378,7 +387,7 @@ class _Run:
             raise InputError(f"the loss at step {self.step + 1} is {loss}; {_REMEDY}")
         with self.clock.time("optimizer"):
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(config, self.step)
+                group["lr"] = group["ratio"] * learning_rate(config, self.step)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.losses.append(loss)

@@ -51,12 +51,17 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"optimizer": "adam"}, {"optimizer": "sgd"}, {"init": "gradient"}, {"init": "gradient", "granularity": "module"}],
+    [
+        {"optimizer": "adam"},
+        {"optimizer": "sgd"},
+        {"init": "gradient"},
+        {"init": "gradient", "granularity": "module", "lr_ratio": 4.0},
+    ],
 )
 def test_a_run_that_broke_off_ends_with_the_same_bits(
-    config: FinetuneConfig, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: FinetuneConfig, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(config, **options)  # type: ignore[arg-type]
+    config = replace(config, **options)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
@@ -197,6 +202,23 @@ def test_the_saved_adapter_gives_the_reported_loss(config: FinetuneConfig, tmp_p
     assert metrics["trainable_parameters"] == sum(parameters)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_orthonormal_factors_have_a_rate_of_their_own(config: FinetuneConfig, optimizer: Any, tmp_path: Path) -> None:
+    """In the first step B = 0 and A stays; in the second both have the same gradients, whatever the ratio is."""
+    config = replace(config, optimizer=optimizer, steps=2, warmup=0, lr=1e-3 if optimizer == "adam" else 1.0)
+    a, b = {}, {}
+    for ratio in (1e-6, 1.0, 3.0):
+        (tmp_path / str(ratio)).mkdir()
+        finetune(replace(config, lr_ratio=ratio), tmp_path / str(ratio))
+        found = adapters(tmp_path / str(ratio))
+        a[ratio] = torch.cat([t.flatten() for name, t in found.items() if name.endswith("lora_A")])
+        b[ratio] = torch.cat([t.flatten() for name, t in found.items() if name.endswith("lora_B")])
+    assert torch.equal(b[1.0], b[3.0])
+    moved = (a[3.0] - a[1e-6]).norm() / (a[1.0] - a[1e-6]).norm()
+    # A retraction is straight to first order; float32 has three digits of so short a step.
+    assert float(moved) == pytest.approx(3, rel=0.05)
+
+
 def test_accumulated_batches_are_one_large_batch(config: FinetuneConfig, tmp_path: Path) -> None:
     """Also with unequal numbers of label tokens, where a mean of means would be another loss."""
     records = [{"instruction": f"add {i}", "output": "total " * (1 + 3 * (i % 3))} for i in range(24)]
@@ -245,6 +267,7 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"budget": 1.5}, r"share of the layers must be in \(0, 1\], got 1.5"),
         ({"budget": 1.5, "granularity": "module"}, r"share of the adapters' parameters must be in \(0, 1\], got 1.5"),
         ({"alpha": -1.0}, "alpha must be positive"),
+        ({"lr_ratio": 0.0}, "lr_ratio must be positive and finite, got 0.0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
         ({"retraction": "svd"}, "retraction must be one of"),
