@@ -238,7 +238,8 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
         # Not the first ones, which may be of one topic or time.
         texts = sorted((r["text"] for r in records if r["text"].strip()), key=_hash)
         return _from_texts(texts, tokenizer, seq_len, held_out, str(path))
-    examples = [e for r in records if (e := _example(r, tokenizer, seq_len)) is not None]
+    begin = _special_begin(tokenizer)
+    examples = [e for r in records if (e := _example(r, tokenizer, seq_len, begin)) is not None]
     # By a hash of the content: the same record is on the same side, wherever it stands and however often.
     examples.sort(key=lambda example: _hash(str(example.ids)))
     groups = [list(group) for _, group in groupby(examples, key=lambda example: example.ids)]
@@ -307,8 +308,11 @@ class _Example:
     is_cut: bool
 
 
-def _example(record: dict[str, Any], tokenizer: Any, seq_len: int) -> _Example | None:
-    """Tokenise one record, with labels on what the model is to answer; None if nothing of that is left."""
+def _example(record: dict[str, Any], tokenizer: Any, seq_len: int, begin: list[int]) -> _Example | None:
+    """Tokenise one record, with labels on what the model is to answer; None if nothing of that is left.
+
+    ``begin`` is what the tokenizer puts in front of a text.
+    """
     form = _form(record)
     pieces: list[tuple[str, bool]]
     if form == "messages":
@@ -318,14 +322,12 @@ def _example(record: dict[str, Any], tokenizer: Any, seq_len: int) -> _Example |
     else:
         pieces = [(prompt_of(record), False), (record[form[1]] + tokenizer.eos_token, True)]  # type: ignore[index]
     # A chat template writes the special tokens itself.
-    special = not (form == "messages" and tokenizer.chat_template)
-    ids: list[int] = []
-    labels: list[int] = []
+    ids = [] if form == "messages" and tokenizer.chat_template else list(begin)
+    labels = [IGNORED] * len(ids)
     context = ""
     for learn, parts in groupby(pieces, key=lambda piece: piece[1]):
         text = "".join(part for part, _ in parts)
-        tokens = _special_begin(tokenizer) if special and not ids else []
-        tokens += _continued(tokenizer, context, text)
+        tokens = _continued(tokenizer, context, text)
         context += text
         ids += tokens
         labels += tokens if learn else [IGNORED] * len(tokens)

@@ -37,6 +37,8 @@ from stiefel_lora.scores import FisherScores, Normalize, check_budget_rank, divi
 
 # Fewer samples than this tell nothing about a standard error.
 _FEWEST = 8
+# What ``stable`` is decided at, where nothing was stopped by it.
+_TOL = 0.05
 
 
 def fisher_select(
@@ -199,7 +201,7 @@ def score(
     weight_norm = [sum(_square(list(linears.values())[i]) for i in members) for members in groups.values()]
     divisor = torch.tensor(divisors(normalize, parameters, weight_norm), dtype=torch.float64)
     rows: list[Tensor] = []
-    looks = _Looks(count, 0.05 if tol is None else tol)
+    looks = None if tol is None else _Looks(count, tol)
     # Ranks must not draw the same numbers for their different samples.
     rank = torch.distributed.get_rank() if _distributed() else 0
     sampler = LabelSampler(model, seed + rank) if labels == "model" else None
@@ -211,9 +213,10 @@ def score(
                 squared = losses.measure(batch if sampler is None else sampler.draw(batch))
                 rows.append(torch.stack([squared[:, members].sum(1) for members in groups.values()], dim=1))
                 bar.update(len(squared))
-                if tol is not None and looks.is_stable(_finite(rows).cpu() / divisor):
+                if looks is not None and looks.is_stable(_finite(rows).cpu() / divisor):
                     break
     samples, skipped = _gathered(rows)
+    chosen_by = samples / divisor
     if norms.unused:
         warn(f"never called, so their score is zero: {listed(norms.unused)}; modules= leaves them out", stacklevel=3)
     if sketches is not None and _distributed():
@@ -230,9 +233,9 @@ def score(
         n_samples=len(samples),
         n_skipped=skipped,
         seconds=perf_counter() - start,
-        stable=looks.is_stable(samples / divisor, last=True),
+        stable=_is_stable(chosen_by, count, _TOL) if looks is None else looks.is_stable(chosen_by, last=True),
         budget=budget,
-        confidence=1 - looks.tol,
+        confidence=1 - (_TOL if tol is None else tol),
     )
 
 
@@ -323,8 +326,7 @@ class _Looks:
     """
 
     def __init__(self, count: int, tol: float) -> None:
-        self.tol = tol
-        self._count = count
+        self._count, self._tol = count, tol
         self._taken = 0
         self._seen = 0
         self._found = False
@@ -335,7 +337,7 @@ class _Looks:
         if self._found or n < _FEWEST or n == self._seen or (n < 1.5 * self._seen and not last):
             return self._found
         self._taken, self._seen = self._taken + 1, n
-        self._found = _is_stable(samples, self._count, self.tol / (self._taken * (self._taken + 1)))
+        self._found = _is_stable(samples, self._count, self._tol / (self._taken * (self._taken + 1)))
         return self._found
 
 
