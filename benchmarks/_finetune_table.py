@@ -7,7 +7,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks import _harness
-from benchmarks._methods import ALLOCATED, FORA, METHODS, SELECTED, STARTED
+from benchmarks._methods import ALLOCATED, FASTER, FORA, METHODS, SELECTED, STARTED
 
 Cell = dict[str, Any]
 
@@ -64,6 +64,10 @@ CLAIMS = (
         "Stiefel A, half the rank, gradient start",
     ),
     ("The constraint helps with ranks by the gradient's singular values", ALLOCATED, "LoRA, ranks by gradient"),
+    ("Ranks by the gradient and a faster A, at half the parameters, beat LoRA", FASTER, "LoRA"),
+    ("Ranks by the gradient and a faster A, at half the parameters, beat DoRA", FASTER, "DoRA"),
+    ("Ranks by the gradient and a faster A beat rsLoRA at half the rank", FASTER, "rsLoRA, half the rank"),
+    ("A faster A helps with ranks by the gradient", FASTER, ALLOCATED),
 )
 
 

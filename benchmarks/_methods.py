@@ -244,6 +244,7 @@ def _peft() -> Any:
 FORA = "FoRA (A)"
 STARTED = "FoRA (A), gradient start"
 ALLOCATED = "FoRA (A), ranks by gradient"
+FASTER = "FoRA (A), ranks by gradient, A at 4 times the rate"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
@@ -257,6 +258,7 @@ METHODS: dict[str, Build] = {
     "FoRA (A), second moment of each element": ours(_selected, second_moment="element"),
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
     ALLOCATED: ours(allocate=True, share=0.5),
+    FASTER: ours(allocate=True, share=0.5, rate_on_manifold=4.0),
     "LoRA, ranks by gradient": lora(allocate=True, share=0.5),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
@@ -279,7 +281,7 @@ METHODS: dict[str, Build] = {
 }
 
 # Rows that Fisher scores choose the places of.
-SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in name) - {ALLOCATED}
+SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in name) - {ALLOCATED, FASTER}
 
 
 def effective_rank_share(updates: Iterable[tuple[Tensor, Tensor]]) -> float | None:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
-from benchmarks._methods import ALLOCATED, FORA, METHODS, STARTED, TARGETS, Setting, Tuned
+from benchmarks._methods import ALLOCATED, FASTER, FORA, METHODS, STARTED, TARGETS, Setting, Tuned
 from benchmarks._peers import NotInstalledError
 from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.errors import InputError
@@ -41,7 +41,7 @@ MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA
         "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers", "FoRA (A), modules, gradient start",
         "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
         "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
-        "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient")  # fmt: skip
+        "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER)  # fmt: skip
 CALIBRATION = 32
 
 
