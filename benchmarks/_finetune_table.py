@@ -248,7 +248,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 color="#555555",
             )
         axes.set_yticks(range(len(rows)), [method for _, method, _ in rows], fontsize=8)
-        axes.margins(y=0.12)
+        axes.set_ylim(-0.8, len(rows) - 0.2)
         axes.set_xlabel("held-out loss (nats per token); trainable parameters on the right")
         axes.set_title(f"{task}: before {results['selection'][task]['before']['test_loss']:.3f}", fontsize=10)
         axes.grid(axis="y", color="#eeeeee")
