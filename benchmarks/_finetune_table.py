@@ -1,6 +1,7 @@
 """What the cells of the fine-tuning comparison say: a table, and a verdict on each claim of the paper."""
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,7 @@ def _task(results: dict[str, Any], task: str) -> str:
         *(f"{c['method']} at {c['lr']:g} diverged." for c in cells if c.get("diverged")),
         *(f"{c['method']} at {c['lr']:g} failed: {c['error']}." for c in cells if "error" in c),
     ]
-    places: dict[str, int] = {}
-    for cell in cells:
-        place = cell.get("processor", "a machine that was not kept")
-        places[place] = places.get(place, 0) + 1
+    places = Counter(cell.get("processor", "a machine that was not kept") for cell in cells)
     notes.append("Cells were measured on " + ", ".join(f"{name} ({n})" for name, n in places.items()) + ".")
     if results.get("missing"):
         notes.append(

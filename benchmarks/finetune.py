@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if task not in results["selection"]:
             results["selection"][task] = _in_a_process(select, frame, task, args.threads)
             args.save(results)
-    while (key := _next(args, results["cells"])) is not None:
+    while (key := next(_missing(args, results["cells"]), None)) is not None:
         if time.monotonic() - begin > 60 * args.minutes:
             print("out of time; the same command goes on with the missing cells", file=sys.stderr)
             break
@@ -146,9 +146,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         place = {"revision": here["revision"], "processor": here["machine"]["processor"]}
         results["cells"].append({**cell, **place})
         args.save(results)
-    have = {_key(cell) for cell in results["cells"]}
     # As far as is known yet: more seeds of a row come with its best rate.
-    results["missing"] = sum(key not in have for key in _plan(args, results["cells"]))
+    results["missing"] = sum(1 for _ in _missing(args, results["cells"]))
     if args.time:
         for task in args.tasks:
             arguments = frame, task, results["selection"][task], args.methods, args.rounds, args.threads
@@ -187,8 +186,9 @@ def _in_a_process(function: Any, *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def _next(args: argparse.Namespace, cells: list[Cell]) -> Key | None:
-    return next((key for key in _plan(args, cells) if key not in {_key(cell) for cell in cells}), None)
+def _missing(args: argparse.Namespace, cells: list[Cell]) -> Iterator[Key]:
+    have = {_key(cell) for cell in cells}
+    return (key for key in _plan(args, cells) if key not in have)
 
 
 def _plan(args: argparse.Namespace, cells: list[Cell]) -> Iterator[Key]:

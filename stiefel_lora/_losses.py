@@ -226,6 +226,16 @@ def _may_be_labels(value: Any, size: int) -> bool:
     return is_whole and value.shape[:1] == (size,)
 
 
+def _may_be_weights(value: Any, size: int) -> bool:
+    is_real = isinstance(value, Tensor) and value.numel() > 0 and value.is_floating_point()
+    return (
+        is_real
+        and value.shape[:1] == (size,)
+        and value.dim() <= 2
+        and bool((value >= 0).all() & value.isfinite().all())
+    )
+
+
 def _aligned(labels: Tensor, length: int) -> Iterator[Tensor]:
     """Yield labels of shape (batch, T) in place, and the next ones with and without a place for the last."""
     following = labels[:, 1:]
@@ -277,16 +287,13 @@ def _reductions(batch: Any, size: int) -> dict[str, Tensor]:
     """Return the weights of a batch's samples in its loss under each usual reduction."""
     found = {"mean": torch.full((size,), 1 / size, dtype=torch.float64), "sum": torch.ones(size, dtype=torch.float64)}
     for place, value in enumerate(values(batch)):
-        if not _may_be_labels(value, size):
-            continue
-        value = value.reshape(size, -1)
-        # Whatever may be labels or a mask of what counts, in place or at the next position.
-        for name, counts in (("labels", value != IGNORED), ("mask", (value == 1) & (value.amax() <= 1))):
-            found.update(_shares(f"mean over {name} {place}", counts))
-    for place, value in enumerate(values(batch)):
-        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:1] == (size,) and value.dim() <= 2:
-            if value.numel() and bool((value >= 0).all() & value.isfinite().all()):
-                found.update(_shares(f"mean with the weights {place}", value.reshape(size, -1)))
+        # Whatever may be labels, a mask of what counts or weights, in place or at the next position.
+        if _may_be_labels(value, size):
+            value = value.reshape(size, -1)
+            found.update(_shares(f"mean over labels {place}", value != IGNORED))
+            found.update(_shares(f"mean over mask {place}", (value == 1) & (value.amax() <= 1)))
+        elif _may_be_weights(value, size):
+            found.update(_shares(f"mean with the weights {place}", value.reshape(size, -1)))
     return found
 
 

@@ -202,7 +202,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def check_enabled(model: nn.Module) -> None:
     """Raise InputError within `disable_adapters`, where the model's parameters are not those of its adapters."""
-    if any(registry.disabled for _, registry in _registries(model)):
+    if any(_registry(part).disabled for part in _homes(model).values()):
         raise InputError("leave disable_adapters before you add, switch, remove, save or load adapters")
 
 
@@ -246,15 +246,15 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     Raises:
         InputError: If one of these has another shape now, as after ``resize_token_embeddings``.
     """
-    registries = _registries(model)
-    for part, registry in registries:
-        _check_shapes(part, registry.base)
+    parts = list(_homes(model).values())
+    for part in parts:
+        _check_shapes(part, _registry(part).base)
     with _original_weights(model), ExitStack() as stack:
         for layer in adapter_layers(model).values():
             stack.callback(setattr, layer, "enabled", layer.enabled)
             layer.enabled = False
-        for part, registry in registries:
-            parameters = base_parameters(part)
+        for part in parts:
+            registry, parameters = _registry(part), base_parameters(part)
             for name, value in registry.base.items():
                 stack.callback(setattr, parameters[name], "data", parameters[name].data)
                 parameters[name].data = value.to(parameters[name], copy=True)
@@ -419,14 +419,14 @@ def _registry(model: nn.Module) -> _Registry:
     return getattr(unwrap(model), "_stiefel_adapters", None) or _Registry()
 
 
-def _registries(model: nn.Module) -> list[tuple[nn.Module, _Registry]]:
-    """Return the modules that adapters were put into, the model itself or parts of it, with their registries."""
-    return [(m, vars(m)["_stiefel_adapters"]) for m in unwrap(model).modules() if "_stiefel_adapters" in vars(m)]
+def _homes(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that adapters were put into by name: the model itself, as "", or parts of it."""
+    return {name: m for name, m in unwrap(model).named_modules() if "_stiefel_adapters" in vars(m)}
 
 
 def _check_no_part(model: nn.Module) -> None:
     """Raise InputError if it is a part of the model that knows about its adapters, and not the model itself."""
-    parts = [name for name, module in model.named_modules() if name and "_stiefel_adapters" in vars(module)]
+    parts = [name for name in _homes(model) if name]
     if parts:
         raise InputError(
             f"the adapters were put into {listed(parts)}, a part of {type(model).__name__}; give that part of the model"

@@ -26,7 +26,7 @@ from stiefel_lora.adapters import (
     set_parameters,
 )
 from stiefel_lora.errors import InputError, ManifoldError, listed
-from stiefel_lora.factors import CONSTRAINED, factor_shapes, folded, orthonormal_factors
+from stiefel_lora.factors import CONSTRAINED, factor_shapes, folded, manifold_error, orthonormal_factors
 from stiefel_lora.layer import OFF_MANIFOLD, StiefelLoRALinear, check_options
 from stiefel_lora.stiefel import orthogonality_error
 
@@ -126,7 +126,7 @@ def _orthonormal_factors(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, d
     found, errors = {}, {}
     for name, layer in layers.items():
         factors = found[name] = {key: factor.detach() for key, factor in layer.factors().items()}
-        error = max(float(orthogonality_error(factors[key])) for key in CONSTRAINED[layer.orthonormal])
+        error = manifold_error(factors, layer.orthonormal)
         if OFF_MANIFOLD < error < math.inf:
             errors[name] = error
             found[name] = orthonormal_factors(*folded(factors), layer.orthonormal)

@@ -4,18 +4,20 @@ import hashlib
 import json
 import random
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from stiefel_lora._losses import IGNORED
 from stiefel_lora.errors import InputError, listed
+
+_Item = TypeVar("_Item")
 
 TEXT_ENDINGS = (".txt", ".md", ".py")
 # As much of the standard library as any default run needs; tokenised in two seconds.
@@ -191,10 +193,7 @@ def _from_texts(
     streams = [begin + ids + [tokenizer.eos_token_id] for ids in plain]
     if len(streams) > 1:
         # The same text is on one side, however often it is there.
-        copies: dict[str, list[list[int]]] = {}
-        for text, stream in zip(texts, streams, strict=True):
-            copies.setdefault(text, []).append(stream)
-        groups = list(copies.values())
+        groups = _alike(streams, texts)
         if len(groups) < 2:
             raise InputError(f"{description} is one text, {len(texts)} times; a training and a held-out one are needed")
         sizes = [sum(map(len, group)) for group in groups]
@@ -210,6 +209,14 @@ def _from_texts(
             f"{description} is too short: its {total} tokens do not make a training and a held-out block of {seq_len}"
         )
     return tuple(Dataset(p, p, f"{description}, {len(p)} blocks of {seq_len} tokens") for p in parts)  # type: ignore[return-value]
+
+
+def _alike(items: Sequence[_Item], keys: Sequence[Hashable]) -> list[list[_Item]]:
+    """Return the items in groups of one key, in the order of the first of each."""
+    groups: dict[Hashable, list[_Item]] = {}
+    for item, key in zip(items, keys, strict=True):
+        groups.setdefault(key, []).append(item)
+    return list(groups.values())
 
 
 def _cut(sizes: Sequence[int], wanted: float) -> int:
@@ -242,7 +249,7 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
     examples = [e for r in records if (e := _example(r, tokenizer, seq_len, begin)) is not None]
     # By a hash of the content: the same record is on the same side, wherever it stands and however often.
     examples.sort(key=lambda example: _hash(str(example.ids)))
-    groups = [list(group) for _, group in groupby(examples, key=lambda example: example.ids)]
+    groups = _alike(examples, [tuple(example.ids) for example in examples])
     if len(groups) < 2:
         raise InputError(
             f"{path} has {len(groups)} usable example(s) without repetitions; a training and a held-out one are needed"

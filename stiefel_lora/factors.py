@@ -100,6 +100,11 @@ def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") ->
     return {name: factor.to(wide_dtype(a.dtype)).contiguous() for name, factor in factors.items()}
 
 
+def manifold_error(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> float:
+    """Return the greatest |X^T X - I|_F of the constrained factors of one update."""
+    return max(float(orthogonality_error(factors[name])) for name in CONSTRAINED[orthonormal])
+
+
 def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> dict[str, float]:
     """Measure the factors of one update.
 
@@ -108,10 +113,9 @@ def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> d
         orthonormal: Which of them are constrained.
 
     Returns:
-        "orthogonality_error": the greatest |X^T X - I|_F of the constrained factors; "effective_rank": that of the
-        update, which is that of its free factor (0 while it is zero).
+        "orthogonality_error": as `manifold_error`; "effective_rank": that of the update, which is that of its free
+        factor (0 while it is zero).
     """
-    names = CONSTRAINED[orthonormal]
     free = "lora_S" if orthonormal == "both" else "lora_B" if orthonormal == "A" else "lora_A"
-    error = max(float(orthogonality_error(factors[name])) for name in names)
-    return {"orthogonality_error": error, "effective_rank": float(effective_rank(factors[free]))}
+    error, rank = manifold_error(factors, orthonormal), float(effective_rank(factors[free]))
+    return {"orthogonality_error": error, "effective_rank": rank}

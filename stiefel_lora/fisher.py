@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from warnings import warn
 
 import torch
+from scipy.special import stdtr
 from torch import Tensor, nn
 
 from stiefel_lora._batches import batch_size, take, to_device
@@ -362,18 +363,8 @@ def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
 
 
 def _upper_tail(t: Tensor, freedom: int) -> Tensor:
-    """Return P(T > t) of Student's t distribution (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    if freedom > 1000:  # the normal distribution to 3e-5
-        return torch.special.ndtr(-t)
-    angle = (t / math.sqrt(freedom)).atan()
-    odd = freedom % 2
-    term = angle.cos() if odd else torch.ones_like(t)
-    total = torch.zeros_like(t) if freedom == 1 else term
-    for power in range(2 + odd, freedom - 1, 2):
-        term = term * (power - 1) / power * angle.cos().square()
-        total = total + term
-    central = (angle + angle.sin() * total) * 2 / math.pi if odd else angle.sin() * total
-    return (1 - central) / 2
+    """Return P(T > t) of Student's t distribution."""
+    return torch.from_numpy(stdtr(freedom, -t.numpy()))
 
 
 def _shapes(linears: dict[str, nn.Module], members: list[int]) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ from stiefel_lora.factors import (
     factor_shapes,
     folded,
     leading_singular_vectors,
+    manifold_error,
     orthonormal_factors,
     scaling,
 )
@@ -255,7 +256,7 @@ class StiefelLoRALinear(nn.Module):
         factors = self.factors()
         if any(factor.is_meta for factor in factors.values()):
             return
-        error = max(float(orthogonality_error(point)) for point in self.manifold_parameters().values())
+        error = manifold_error(factors, self.orthonormal)
         if tolerance < error < math.inf:
             warn(
                 "a loaded state has factors off the manifold, as after another optimizer or an average; the same "

@@ -44,11 +44,11 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
     layers = required_layers(bare)
     if not keep:
         check_no_others(bare, "merge with keep=True")
-    fresh = [layer for layer in layers.values() if not layer.merged]
+    fresh = {name: layer for name, layer in layers.items() if not layer.merged}
     try:
-        errors = {name: layer.merge() for name, layer in layers.items() if not layer.merged}
+        errors = {name: layer.merge() for name, layer in fresh.items()}
     except BaseException:
-        for layer in fresh:
+        for layer in fresh.values():
             layer.unmerge()
         raise
     _log_rounding(errors, layers)

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from stiefel_lora import __version__
@@ -22,7 +23,7 @@ from stiefel_lora._losses import IGNORED
 from stiefel_lora._models import linear_shape
 from stiefel_lora._progress import progress
 from stiefel_lora._targets import find_targets, module_ranks
-from stiefel_lora.adapters import adapter_factors, adapter_layers, adapter_metrics, add_adapters
+from stiefel_lora.adapters import adapter_factors, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data, spread
@@ -301,6 +302,7 @@ class _Run:
         """Make the optimizer; take over a saved state, or save the first one, so that scoring is not done twice."""
         self.scores, self.before = scores, before
         self.factors = adapter_factors(self.model)
+        self.points = {name: f for name, f in self.factors.items() if isinstance(f, ManifoldParameter)}
         options: dict[str, Any] = {"lr": self.config.lr, "retraction": self.config.retraction}
         self.optimizer = (
             RiemannianAdam(self._groups(), **options)
@@ -324,12 +326,8 @@ class _Run:
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the factors as groups of the optimizer: those on the manifold, with their ratio, and the others."""
-        points = {id(p) for layer in adapter_layers(self.model).values() for p in layer.manifold_parameters().values()}
-        free, constrained = (
-            [(name, factor) for name, factor in self.factors.items() if (id(factor) in points) is on_manifold]
-            for on_manifold in (False, True)
-        )
-        return [{"params": constrained, "ratio": self.config.lr_ratio}, {"params": free, "ratio": 1.0}]
+        free = [(name, factor) for name, factor in self.factors.items() if name not in self.points]
+        return [{"params": list(self.points.items()), "ratio": self.config.lr_ratio}, {"params": free, "ratio": 1.0}]
 
     def save(self) -> None:
         """Write one file that holds everything; the one before stays until it is whole."""
@@ -394,8 +392,7 @@ class _Run:
         self.step += 1
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         self.tokens += tokens
-        points = [p for layer in adapter_layers(self.model).values() for p in layer.manifold_parameters().values()]
-        self.orthogonality = max(self.orthogonality, *(float(orthogonality_error(p)) for p in points))
+        self.orthogonality = max(self.orthogonality, *(float(orthogonality_error(p)) for p in self.points.values()))
         return tokens
 
     def metrics(
