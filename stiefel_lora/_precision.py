@@ -17,6 +17,13 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_like(model: torch.nn.Module) -> torch.autocast:
+    """Compute the adapters of a low-precision model in its precision on CUDA; elsewhere leave all as it is."""
+    first = next(model.parameters())
+    low = first.device.type == "cuda" and first.dtype != torch.float32
+    return torch.autocast(first.device.type, dtype=first.dtype if low else None, enabled=low)
+
+
 def reads_at_no_cost(x: torch.Tensor) -> bool:
     """Tell whether looking at a value does not wait for a device."""
     return x.device.type == "cpu"

@@ -7,28 +7,20 @@ import math
 import os
 import shlex
 import sys
-import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from stiefel_lora import __version__
-from stiefel_lora._files import leftovers, locked, read_json, remove, write_json
+from stiefel_lora._files import locked
+from stiefel_lora._types import Granularity
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands
-from stiefel_lora.config import (
-    ADAPTER_FOLDER,
-    CHECKPOINT_FILE,
-    CHOICES,
-    METRICS_FILE,
-    OWN_FILES,
-    RUN_FILE,
-    FinetuneConfig,
-    check_seed,
-)
+from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, CHOICES, FinetuneConfig, check_seed
 from stiefel_lora.errors import InputError
+from stiefel_lora.run_folder import check_folder, config_of_run, made, take_folder
 
 # Defaults that leave an option out unless it is given.
 _NONE = SimpleNamespace(**{field.name: argparse.SUPPRESS for field in fields(FinetuneConfig)})
@@ -144,13 +136,6 @@ def _add_selection(parser: Any, defaults: Any) -> None:
         default=defaults.budget,
         help="layers to adapt: a share such as 0.5, or a number such as 8",
     )
-    parser.add_argument(
-        "--granularity",
-        choices=CHOICES["granularity"],
-        default=defaults.granularity,
-        help="choose whole layers, or single linear maps by score per parameter; the budget then is a share of the "
-        "adapters' parameters, or a number of linear maps",
-    )
     parser.add_argument("--rank", type=int, default=defaults.rank, help="rank of the adapters")
     parser.add_argument(
         "--calibration-samples", type=int, default=defaults.calibration_samples, help="samples the layers are scored on"
@@ -175,6 +160,14 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
     _add_model(parser)
     _add_selection(parser, defaults)
     parser.add_argument(
+        "--granularity",
+        choices=CHOICES["granularity"],
+        default=defaults.granularity,
+        help="choose whole layers, single linear maps by score per parameter, or single directions of their gradients, "
+        "which gives each linear map a rank of its own; not with layers, the budget is a share of the adapters' "
+        "parameters, or with module a number of linear maps",
+    )
+    parser.add_argument(
         "--alpha",
         type=float,
         default=argparse.SUPPRESS,
@@ -195,7 +188,12 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
     parser.add_argument("--dropout", type=float, default=defaults.dropout, help="dropout of the adapters' input")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
     parser.add_argument("--grad-accum", type=int, default=defaults.grad_accum, help="forward passes of a step")
-    parser.add_argument("--lr", type=float, default=defaults.lr, help="highest learning rate")
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="highest learning rate (default: 2e-3, or 5e-4 with a start from the gradient)",
+    )
     ratio = "rate of the orthonormal factors, as a multiple of --lr"
     parser.add_argument("--lr-ratio", type=float, default=defaults.lr_ratio, help=ratio)
     parser.add_argument(
@@ -216,9 +214,9 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
     parser.add_argument(
         "--init",
         choices=CHOICES["init"],
-        default=defaults.init,
+        default=argparse.SUPPRESS,
         help="start of the orthonormal factors: random, or the leading directions of the weight or of the gradient on "
-        "the calibration samples, which wants a lower --lr, such as 5e-4",
+        "the calibration samples (default: random; gradient where directions are chosen)",
     )
     parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder for the results")
@@ -234,6 +232,13 @@ def _add_select(commands: Any) -> None:
     parser = _add_command(commands, "select", run_select, "Score the layers and print their ranking; train nothing.")
     _add_model(parser)
     _add_selection(parser, FinetuneConfig())
+    parser.add_argument(
+        "--granularity",
+        choices=get_args(Granularity),
+        default="layer",
+        help="score whole layers, or single linear maps, and rank these by score per parameter; the budget then is a "
+        "share of the adapters' parameters, or a number of linear maps",
+    )
     parser.add_argument(
         "--output", type=Path, default=argparse.SUPPRESS, help="also write the scores to this JSON file"
     )
@@ -275,7 +280,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     from stiefel_lora.pretrained import find_device, find_source
     from stiefel_lora.training import finetune
 
-    config = _config_of_run(args.output, args.given) if args.resume else _config(args)
+    config = config_of_run(args.output, args.given) if args.resume else _config(args)
     if args.save_every < 1:
         raise InputError(f"save-every must be at least 1, got {args.save_every}")
     # All that can be found out before the slow work.
@@ -286,15 +291,15 @@ def run_finetune(args: argparse.Namespace) -> None:
     folder: Path = args.output
     content = json.loads(json.dumps(asdict(config), allow_nan=False))
     if not args.resume:
-        _check_folder(folder, overwrite=args.overwrite)
+        check_folder(folder, overwrite=args.overwrite)
 
     def start() -> None:
-        _take_folder(folder, content, resume=args.resume)
+        take_folder(folder, content, resume=args.resume)
         args.started = True
 
-    with _made(folder), locked(folder):
+    with made(folder), locked(folder):
         if not args.resume:
-            _check_folder(folder, overwrite=args.overwrite)  # again: another run may have come in between
+            check_folder(folder, overwrite=args.overwrite)  # again: another run may have come in between
         metrics = finetune(
             config,
             folder,
@@ -315,64 +320,7 @@ def run_finetune(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> FinetuneConfig:
     given = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig) if hasattr(args, field.name)}
-    return FinetuneConfig(**given)
-
-
-def _config_of_run(folder: Path, given: dict[str, Any]) -> FinetuneConfig:
-    """Return the configuration of the run in a folder, or raise InputError if it cannot go on as the options say."""
-    run_file = folder / RUN_FILE
-    if not run_file.is_file():
-        raise InputError(f"there is no run to resume in {folder}")
-    if (folder / METRICS_FILE).is_file():
-        raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
-    try:
-        config = FinetuneConfig(**read_json(run_file))
-    except (InputError, TypeError) as error:
-        raise InputError(f"{run_file} is damaged; --overwrite starts the run anew") from error
-    own = asdict(config)
-    now = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in own}
-    changed = sorted(key for key, value in now.items() if value != own[key])
-    if changed:
-        differences = ", ".join(f"{key} was {own[key]!r}, now {now[key]!r}" for key in changed)
-        raise InputError(f"cannot resume with another configuration: {differences}")
-    return config
-
-
-def _check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Raise InputError unless a new run may go into the folder; change nothing."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder as --output")
-    occupied = [name for name in OWN_FILES if (folder / name).exists()]
-    if occupied and not overwrite:
-        raise InputError(f"{folder} holds another run ({', '.join(occupied)}); use --overwrite, --resume or --output")
-    if folder.exists() and not occupied and set(folder.iterdir()) - set(leftovers(folder)):
-        raise InputError(f"{folder} is not empty and holds no run; give another folder as --output")
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Make a folder that is writable, and leave no trace of it if nothing comes of it."""
-    fresh = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        if fresh and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
-    """Put a run that is about to train in the place of what the folder holds of another, or of a killed one."""
-    for name in () if resume else OWN_FILES:
-        remove(folder / name)
-    for path in leftovers(folder):
-        remove(path)
-    write_json(folder / RUN_FILE, config)
+    return FinetuneConfig(**given).resolved()
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
@@ -393,7 +341,8 @@ def run_select(args: argparse.Namespace) -> None:
     from stiefel_lora.data import check_source
     from stiefel_lora.pretrained import find_device
     from stiefel_lora.report import check_picture
-    from stiefel_lora.training import choose, load_inputs, score_layers
+    from stiefel_lora.selection import choose, score_layers
+    from stiefel_lora.training import load_inputs
 
     config = _config(args)
     # All that can be found out before the slow work.
@@ -405,7 +354,7 @@ def run_select(args: argparse.Namespace) -> None:
     if config.data is not None:
         check_source(config.data)
     model, data, _ = load_inputs(config, find_device(getattr(args, "device", None)))
-    scores = score_layers(model, data, config)
+    scores = score_layers(model, data, config, args.granularity)
     selected = choose(scores, config)
     # Before anything is printed, which nobody may want to read.
     if hasattr(args, "output"):

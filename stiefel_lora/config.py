@@ -1,24 +1,26 @@
 """What decides the numbers of a fine-tuning run, and the names of its files."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
 from stiefel_lora._budget import count_of
-from stiefel_lora._types import Granularity, Orthonormal, Retraction
+from stiefel_lora._types import Orthonormal, Retraction
 from stiefel_lora.errors import InputError, check_choice
 
 # What a run puts into its folder.
 RUN_FILE, METRICS_FILE, CHECKPOINT_FILE = "run.json", "metrics.json", "checkpoint.pt"
-SCORES_PICTURE, LOSS_PICTURE, ADAPTER_FOLDER = "fisher.png", "loss.png", "adapter"
-OWN_FILES = (RUN_FILE, METRICS_FILE, SCORES_PICTURE, LOSS_PICTURE, CHECKPOINT_FILE, ADAPTER_FOLDER)
+SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE, ADAPTER_FOLDER = "fisher.png", "ranks.png", "loss.png", "adapter"
+OWN_FILES = (RUN_FILE, METRICS_FILE, SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE, CHECKPOINT_FILE, ADAPTER_FOLDER)
 
+# What is chosen: whole layers, single linear maps, or single directions, which gives each linear map its own rank.
+Chosen: TypeAlias = Literal["layer", "module", "direction"]
 Optimizer: TypeAlias = Literal["adam", "sgd"]
 Start: TypeAlias = Literal["random", "svd", "gradient"]
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 # The options that are one word out of several.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "granularity": get_args(Granularity),
+    "granularity": get_args(Chosen),
     "optimizer": get_args(Optimizer),
     "retraction": get_args(Retraction),
     "orthonormal": get_args(Orthonormal),
@@ -39,16 +41,17 @@ class FinetuneConfig:
         data: File or folder; None for the standard library's source.
         rank: Rank of the adapters.
         alpha: Numerator of their scaling; None for twice the rank.
-        budget: Share of the layers to adapt in (0, 1], or their number. With granularity "module": share of the
-            parameters that adapters on all linear maps would have, filled by score per parameter, or number of maps.
-        granularity: "layer" or "module": what is scored and chosen, whole layers or single linear maps.
+        budget: Share of the layers to adapt in (0, 1], or their number. With another granularity: share of the
+            parameters that adapters on all linear maps would have; with "module" also a number of linear maps.
+        granularity: What is chosen: whole layers ("layer") or, by score per parameter, single linear maps ("module") or
+            single directions of their gradients ("direction"; `allocate_ranks`).
         calibration_samples: Samples that the layers are scored on.
         steps: Optimizer steps.
         batch_size: Samples of a forward pass.
         seq_len: Longest sample in tokens.
         grad_accum: Forward passes of a step.
-        lr: Highest learning rate.
-        lr_ratio: What the rate of the orthonormal factors is a multiple of it by.
+        lr: Highest learning rate; None for 2e-3, or 5e-4 with a start from the gradient.
+        lr_ratio: Learning rate of the orthonormal factors, as a multiple of ``lr``.
         warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
             afterwards.
         optimizer: "adam" or "sgd" (with momentum 0.9).
@@ -56,7 +59,7 @@ class FinetuneConfig:
         rslora: Scale the updates by alpha / sqrt(rank) instead of alpha / rank.
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
         init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
-            gradient on the calibration samples).
+            gradient on the calibration samples); None for "gradient" where directions are chosen, else "random".
         target_modules: Names of the linear maps to adapt and score; None for the architecture's default.
         dropout: Dropout of the adapters' input.
         eval_samples: Held-out samples that are evaluated.
@@ -69,20 +72,20 @@ class FinetuneConfig:
     rank: int = 16
     alpha: float | None = None
     budget: float | int = 0.5
-    granularity: Granularity = "layer"
+    granularity: Chosen = "layer"
     calibration_samples: int = 32
     steps: int = 50
     batch_size: int = 4
     seq_len: int = 128
     grad_accum: int = 1
-    lr: float = 2e-3
+    lr: float | None = None
     lr_ratio: float = 1.0
     warmup: int | None = None
     optimizer: Optimizer = "adam"
     retraction: Retraction = "qr"
     rslora: bool = False
     orthonormal: Orthonormal = "A"
-    init: Start = "random"
+    init: Start | None = None
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
     eval_samples: int = 48
@@ -92,12 +95,26 @@ class FinetuneConfig:
     @property
     def budget_is_parameters(self) -> bool:
         """Whether the budget is a share of parameters, not of what is scored, nor a number of it."""
-        return self.granularity == "module" and isinstance(self.budget, float)
+        return self.granularity != "layer" and isinstance(self.budget, float)
+
+    @property
+    def start(self) -> Start:
+        """Start of the orthonormal factors, given or by default."""
+        return self.init or ("gradient" if self.granularity == "direction" else "random")
+
+    @property
+    def highest_lr(self) -> float:
+        """Highest learning rate, given or by default."""
+        return self.lr or (5e-4 if self.start == "gradient" else 2e-3)
 
     @property
     def warmup_steps(self) -> int:
         """Steps of warm-up, given or by default."""
         return min(5, self.steps // 10) if self.warmup is None else self.warmup
+
+    def resolved(self) -> "FinetuneConfig":
+        """Return the configuration with those defaults filled in that depend on other options."""
+        return replace(self, lr=self.highest_lr, warmup=self.warmup_steps, init=self.start)
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):
@@ -108,20 +125,21 @@ class FinetuneConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         check_seed(self.seed)
-        for name in ("lr", "lr_ratio"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        optional = {field.name for field in fields(self) if field.default is None}
+        given = {name: value for name, value in vars(self).items() if value is not None or name not in optional}
+        for name, value in given.items():
+            if name in ("lr", "lr_ratio", "alpha") and not 0 < value < math.inf:
+                raise InputError(f"{name} must be positive and finite, got {value}")
+            if name in CHOICES:
+                check_choice(name, value, CHOICES[name])
         if not 0 <= self.warmup_steps <= self.steps:
             raise InputError(f"warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise InputError(f"alpha must be positive and finite, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.granularity == "direction" and not isinstance(self.budget, float):
+            raise InputError(f"budget must be a share of the adapters' parameters such as 0.5, got {self.budget}")
         if isinstance(self.budget, float):
             count_of(self.budget, 1, "the adapters' parameters" if self.budget_is_parameters else "the layers")
-        for name, allowed in CHOICES.items():
-            if name != "dtype" or self.dtype is not None:
-                check_choice(name, getattr(self, name), allowed)
 
 
 def check_seed(seed: int) -> None:

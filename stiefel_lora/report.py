@@ -3,21 +3,27 @@
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from stiefel_lora._files import atomic_file, write_json
+from stiefel_lora._models import split_at_layer
 from stiefel_lora._targets import describe, ranges
-from stiefel_lora.config import LOSS_PICTURE, METRICS_FILE, SCORES_PICTURE
+from stiefel_lora.config import LOSS_PICTURE, METRICS_FILE, RANKS_PICTURE, SCORES_PICTURE
 from stiefel_lora.errors import InputError
-from stiefel_lora.scores import FisherScores
+from stiefel_lora.scores import FisherScores, draw_grid
 
 
 def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     """Write the metrics and the pictures of a run; returns the files. Without matplotlib there are no pictures."""
     pictures = []
     if importlib.util.find_spec("matplotlib"):
-        pictures = [folder / SCORES_PICTURE, folder / LOSS_PICTURE]
-        FisherScores(**metrics["fisher"]).plot(pictures[0], metrics["selected"])
+        by_score = metrics["fisher"] is not None
+        pictures = [folder / (SCORES_PICTURE if by_score else RANKS_PICTURE), folder / LOSS_PICTURE]
+        if by_score:
+            FisherScores(**metrics["fisher"]).plot(pictures[0], metrics["selected"])
+        else:
+            plot_ranks(metrics["ranks"], pictures[0])
         plot_loss(metrics, pictures[1])
     # Last: where there are metrics, the run is finished.
     write_json(folder / METRICS_FILE, metrics)
@@ -33,6 +39,26 @@ def check_picture(path: Path) -> None:
     forms = sorted(FigureCanvasAgg.get_supported_filetypes())
     if path.suffix[1:] not in forms:
         raise InputError(f"{path} is no picture; its ending must be one of {', '.join(forms)}")
+
+
+def plot_ranks(ranks: Mapping[str, int], path: Path) -> None:
+    """Draw the rank of each adapted linear map, its kind against its layer."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    layers = [split_at_layer(name)[1] for name in ranks]
+    figure = Figure(figsize=(max(6.0, 0.22 * len(set(layers))), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image, _ = draw_grid(axes, list(ranks), layers, list(ranks.values()), norm=LogNorm(vmin=1))
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("decoder layer (empty: not adapted)")
+    axes.set_title(f"{sum(ranks.values())} directions of the gradients")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.colorbar(image, label="rank of the adapter")
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def plot_loss(metrics: Mapping[str, Any], path: Path) -> None:
@@ -70,19 +96,17 @@ def table(metrics: Mapping[str, Any]) -> str:
     """Return the short table that ends a run."""
     before, after = metrics["held_out"]["before"], metrics["held_out"]["after"]
     seconds = metrics["seconds"]
-    selected = metrics["selected"]
-    count = f"{len(selected)} of {len(metrics['fisher']['scores'])}"
-    by_layer = metrics["config"]["granularity"] == "layer"
+    ranks = metrics["ranks"]
     rows = [
-        ("layers adapted", f"{count}: {ranges(selected)}") if by_layer else ("linear maps adapted", count),
-        ("linears adapted", describe(metrics["adapted_modules"])),
+        _chosen(metrics),
+        ("linears adapted", describe(ranks)),
         ("trainable parameters", f"{metrics['trainable_parameters']:,} ({metrics['trainable_share']:.2%})"),
         ("held-out loss", f"{before['loss']:.4f} -> {after['loss']:.4f}"),
         (
             "held-out perplexity",
             f"{before['perplexity']:.2f} -> {after['perplexity']:.2f} ({metrics['perplexity_change']:+.1%})",
         ),
-        ("effective rank", f"{metrics['mean_effective_rank']:.1f} of {metrics['config']['rank']}"),
+        ("effective rank", f"{metrics['mean_effective_rank']:.1f} of {mean(ranks.values()):.3g}"),
         ("orthogonality error", f"{metrics['greatest_orthogonality_error']:.1e}"),
         ("training speed", f"{metrics['tokens_per_second']:.0f} tokens/s"),
         (
@@ -94,3 +118,16 @@ def table(metrics: Mapping[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _chosen(metrics: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the row that says how much of what there was to choose from was chosen."""
+    ranks, selected = metrics["ranks"], metrics["selected"]
+    granularity = metrics["config"]["granularity"]
+    if granularity == "direction":
+        between = f"{min(ranks.values())} to {max(ranks.values())}"
+        return "directions", f"{sum(ranks.values())} in {len(ranks)} linear maps, {between} in each"
+    count = f"{len(selected)} of {len(metrics['fisher']['scores'])}"
+    return (
+        ("layers adapted", f"{count}: {ranges(selected)}") if granularity == "layer" else ("linear maps adapted", count)
+    )

@@ -162,15 +162,9 @@ class FisherScores:
         """Draw a field for each linear map, darker for a higher score, with a dot in the chosen ones."""
         from matplotlib.colors import LogNorm
 
-        kinds = [split_at_layer(name)[2] or name for name in self.names]
-        rows = {kind: row for row, kind in enumerate(dict.fromkeys(kinds))}
-        values = np.full((len(rows), max(self.layers) + 1), np.nan)
-        for layer, kind, score in zip(self.layers, kinds, self.scores, strict=True):
-            values[rows[kind], layer] = score or np.nan
-        mesh = axes.imshow(values, norm=LogNorm(), cmap="Blues", aspect="auto")
-        dots = [(self.layers[i], rows[kinds[i]]) for i in sorted(chosen)]
+        mesh, rows = draw_grid(axes, self.names, self.layers, self.scores, norm=LogNorm())
+        dots = [(self.layers[i], rows[i]) for i in sorted(chosen)]
         axes.plot(*zip(*dots, strict=True), "o", color="#d62728", markersize=4)
-        axes.set_yticks(range(len(rows)), rows)
         axes.set_xlabel("decoder layer (dots: selected)")
         axes.figure.colorbar(mesh, label="Fisher score")
 
@@ -189,6 +183,24 @@ class FisherScores:
             return cls(**read_json(Path(path)))
         except TypeError as error:
             raise InputError(f"{path} does not hold Fisher scores: {error}") from error
+
+
+def draw_grid(
+    axes: Any, names: Sequence[str], layers: Sequence[int], values: Sequence[float], **options: Any
+) -> tuple[Any, list[int]]:
+    """Draw a field for each linear map, its kind against its layer, darker for a higher value and empty for 0.
+
+    Returns:
+        The image, and the row of each linear map; its column is its layer.
+    """
+    kinds = [split_at_layer(name)[2] or name for name in names]
+    labels = list(dict.fromkeys(kinds))
+    rows = [labels.index(kind) for kind in kinds]
+    grid = np.full((len(labels), max(layers) + 1), np.nan)
+    grid[rows, layers] = [value or np.nan for value in values]
+    image = axes.imshow(grid, cmap="Blues", aspect="auto", **options)
+    axes.set_yticks(range(len(labels)), labels)
+    return image, rows
 
 
 def divisors(normalize: Normalize, parameters: Sequence[int], weight_norm: Sequence[float]) -> Sequence[float]:

@@ -5,10 +5,11 @@ import importlib.metadata
 import io
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from time import perf_counter
 from typing import Any
 
@@ -17,24 +18,19 @@ from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from stiefel_lora import __version__
-from stiefel_lora._budget import count_of
 from stiefel_lora._files import atomic_file
 from stiefel_lora._losses import IGNORED
-from stiefel_lora._models import linear_shape
+from stiefel_lora._models import split_at_layer
+from stiefel_lora._precision import autocast_like
 from stiefel_lora._progress import progress
-from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora.adapters import adapter_factors, adapter_metrics, add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data, spread
 from stiefel_lora.errors import InputError
-from stiefel_lora.factors import adapter_size
-from stiefel_lora.fisher import fisher_scores
-from stiefel_lora.initialisation import gradient_init
-from stiefel_lora.layer import Init
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.pretrained import check_causal, find_device, load_pretrained, positions_of
-from stiefel_lora.scores import FisherScores
+from stiefel_lora.selection import Selection, adaptable, select
 from stiefel_lora.stiefel import orthogonality_error
 
 VERSIONED = ("torch", "geoopt", "transformers", "numpy")
@@ -77,24 +73,19 @@ def finetune(
     saved = run.load() if resume else None
     if saved is None:
         with clock.time("selection"):
-            scores = score_layers(model, train, config)
-        selected = choose(scores, config)
+            selection, init = select(model, train, config)
         with clock.time("evaluation"):
             before = evaluate(model, held_out, config, "before")
     else:
-        scores = FisherScores(**saved["fisher"])
-        selected, before = choose(scores, config), saved["before"]
-    where = _places(scores, selected, config)
-    init: Any = config.init
-    if init == "gradient":
-        # The checkpoint of a run that goes on has the factors.
-        with clock.time("selection"):
-            init = "random" if saved is not None else gradient_start(model, train, config, where)
+        # The checkpoint has the factors.
+        selection, init, before = Selection.of(saved["selection"]), "random", saved["before"]
     torch.manual_seed(config.seed)
-    names = add_adapters(
+    add_adapters(
         model,
-        **where,
+        layers=None,
+        target_modules=list(selection.ranks),
         rank=config.rank,
+        rank_pattern=selection.ranks,
         alpha=config.alpha,
         dropout=config.dropout,
         rslora=config.rslora,
@@ -102,12 +93,12 @@ def finetune(
         init=init,
     )
     on_start()
-    run.start(saved, scores, before)
+    run.start(saved, selection, before)
     run.train(save_every)
     with clock.time("evaluation"):
         after = evaluate(model, held_out, config, "after")
     save_adapter(model, folder / ADAPTER_FOLDER)
-    return run.metrics(selected, names, before, after)
+    return run.metrics(after)
 
 
 def load_inputs(config: FinetuneConfig, device: torch.device) -> tuple[Any, Dataset, Dataset]:
@@ -139,75 +130,6 @@ def _check_tokens(model: Any, tokenizer: Any, *data: Dataset) -> None:
         )
 
 
-def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
-    """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
-    return list(module_ranks(model, find_targets(model, None, config.target_modules, None), config.rank))
-
-
-def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig) -> FisherScores:
-    """Score the layers, or the single linear maps, by the linear maps that would be adapted, on training data.
-
-    Raises:
-        InputError: If the budget is larger than their number, or too small for one.
-    """
-    modules = adaptable(model, config)
-    if config.granularity == "module":
-        _check_budget(model, modules, config)
-    samples = min(config.calibration_samples, len(train))
-    with _autocast(model):
-        return fisher_scores(
-            model,
-            _calibration(train, config),
-            modules=modules,
-            granularity=config.granularity,
-            max_samples=samples,
-            budget=config.budget,
-        )
-
-
-def _check_budget(model: nn.Module, modules: Sequence[str], config: FinetuneConfig) -> None:
-    """Raise InputError unless the budget allows a linear map, and not more of them than there are."""
-    if not config.budget_is_parameters:
-        count_of(config.budget, len(modules), "linear maps")
-        return
-    sizes = [adapter_size(*linear_shape(model.get_submodule(name)), config.rank) for name in modules]
-    if round(config.budget * sum(sizes)) < min(sizes):
-        least = math.ceil(1e4 * min(sizes) / sum(sizes)) / 1e4
-        raise InputError(
-            f"budget as a share of the adapters' parameters must be at least {least}, for one linear map; "
-            f"got {config.budget}"
-        )
-
-
-def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
-    """Return what the budget allows: indices as `FisherScores.select` returns them."""
-    if not config.budget_is_parameters:
-        return scores.select(config.budget)
-    size = config.rank * sum(scores.adapter_size)
-    return scores.select(budget_params=round(config.budget * size), rank=config.rank)
-
-
-def _places(scores: FisherScores, selected: Sequence[int], config: FinetuneConfig) -> dict[str, Any]:
-    """Return the arguments of `add_adapters` that say where."""
-    if config.granularity == "layer":
-        return {"layers": selected, "target_modules": config.target_modules}
-    return {"layers": None, "target_modules": [scores.names[i] for i in selected]}
-
-
-def gradient_start(model: nn.Module, train: Dataset, config: FinetuneConfig, where: dict[str, Any]) -> dict[str, Init]:
-    """Return starts for the adapters of some layers, from the gradient on the calibration samples."""
-    batches = progress(_calibration(train, config), label="gradient start")
-    with _autocast(model):
-        return gradient_init(model, batches, **where, rank=config.rank, orthonormal=config.orthonormal)
-
-
-def _calibration(train: Dataset, config: FinetuneConfig) -> list[dict[str, Tensor]]:
-    samples = min(config.calibration_samples, len(train))
-    return [
-        train.shuffled_batch(config.batch_size, i, config.seed) for i in range(math.ceil(samples / config.batch_size))
-    ]
-
-
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str) -> dict[str, float]:
     """Return the mean loss per token, in nats, and the perplexity, on samples from all over the held-out data."""
@@ -217,7 +139,7 @@ def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str
     for start in progress(range(0, len(chosen), config.batch_size), label=f"held-out loss {label}"):
         batch = _onto(model, data.batch(chosen[start : start + config.batch_size]))
         n = _label_count(batch)
-        with _autocast(model):
+        with autocast_like(model):
             total += float(model(**batch).loss) * n
         tokens += n
     loss = total / max(tokens, 1)
@@ -228,11 +150,11 @@ def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str
 
 def learning_rate(config: FinetuneConfig, step: int) -> float:
     """Return the rate of a step: linear warm-up, then half a cosine down to zero."""
-    warmup = config.warmup_steps
+    warmup, highest = config.warmup_steps, config.highest_lr
     if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
+        return highest * (step + 1) / (warmup + 1)
     share = (step - warmup) / max(1, config.steps - warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+    return highest * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def fingerprints(model: nn.Module, *data: Dataset) -> dict[str, str]:
@@ -298,12 +220,12 @@ class _Run:
             )
         return saved
 
-    def start(self, saved: dict[str, Any] | None, scores: FisherScores, before: dict[str, float]) -> None:
+    def start(self, saved: dict[str, Any] | None, selection: Selection, before: dict[str, float]) -> None:
         """Make the optimizer; take over a saved state, or save the first one, so that scoring is not done twice."""
-        self.scores, self.before = scores, before
+        self.selection, self.before = selection, before
         self.factors = adapter_factors(self.model)
         self.points = {name: f for name, f in self.factors.items() if isinstance(f, ManifoldParameter)}
-        options: dict[str, Any] = {"lr": self.config.lr, "retraction": self.config.retraction}
+        options: dict[str, Any] = {"lr": self.config.highest_lr, "retraction": self.config.retraction}
         self.optimizer = (
             RiemannianAdam(self._groups(), **options)
             if self.config.optimizer == "adam"
@@ -346,7 +268,7 @@ class _Run:
                     "tokens": self.tokens,
                     "orthogonality": self.orthogonality,
                     "seconds": dict(self.clock.seconds),
-                    "fisher": asdict(self.scores),
+                    "selection": asdict(self.selection),
                     "before": self.before,
                 },
                 content,
@@ -376,7 +298,7 @@ class _Run:
         counts = [_label_count(batch) for batch in batches]
         loss = 0.0
         for batch, count in zip(batches, counts, strict=True):
-            with _autocast(self.model):
+            with autocast_like(self.model):
                 # Each token of the step counts the same, in whichever batch it is.
                 part = self.model(**batch).loss * (count / sum(counts))
             part.backward()
@@ -395,14 +317,12 @@ class _Run:
         self.orthogonality = max(self.orthogonality, *(float(orthogonality_error(p)) for p in self.points.values()))
         return tokens
 
-    def metrics(
-        self, selected: list[int], names: list[str], before: dict[str, float], after: dict[str, float]
-    ) -> dict[str, Any]:
-        """Return what the run was and what came out of it."""
-        by_layer = self.config.granularity == "layer"
+    def metrics(self, after: dict[str, float]) -> dict[str, Any]:
+        """Return what the run was and what came out of it, with the held-out loss after it."""
+        chosen, before = self.selection, self.before
         trainable = sum(factor.numel() for factor in self.factors.values())
         base = sum(p.numel() for p in self.model.parameters()) - trainable
-        ranks = [measured["effective_rank"] for measured in adapter_metrics(self.model).values()]
+        effective = {name: found["effective_rank"] for name, found in adapter_metrics(self.model).items()}
         seconds = self.clock.seconds
         return {
             "versions": {
@@ -410,7 +330,7 @@ class _Run:
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in VERSIONED},
             },
-            "config": asdict(self.config),
+            "config": asdict(self.config.resolved()),
             "model": self.model.config._name_or_path,
             "data": {
                 "training": self.data.description,
@@ -418,10 +338,10 @@ class _Run:
                 "format": self.data.format,
             },
             "device": str(next(self.model.parameters()).device),
-            "fisher": asdict(self.scores),
-            "selected": selected,
-            "selected_layers": selected if by_layer else sorted({self.scores.layers[i] for i in selected}),
-            "adapted_modules": names,
+            "fisher": chosen.scores and asdict(chosen.scores),
+            "selected": chosen.selected,
+            "selected_layers": sorted({split_at_layer(name)[1] for name in chosen.ranks}),
+            "ranks": chosen.ranks,
             "trainable_parameters": trainable,
             "trainable_share": trainable / (base + trainable),
             "loss_curve": self.losses,
@@ -430,8 +350,8 @@ class _Run:
             "tokens_per_second": self.tokens / seconds["training"],
             "seconds": {**seconds, "total": sum(v for k, v in seconds.items() if k != "optimizer")},
             "greatest_orthogonality_error": self.orthogonality,
-            "mean_effective_rank": sum(ranks) / len(ranks),
-            "effective_rank_share": sum(ranks) / len(ranks) / self.config.rank,
+            "mean_effective_rank": mean(effective.values()),
+            "effective_rank_share": mean(value / chosen.ranks[name] for name, value in effective.items()),
             "skipped_updates": self.optimizer.skipped_updates,
         }
 
@@ -444,10 +364,3 @@ def _onto(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def _label_count(batch: dict[str, Tensor]) -> int:
     # A causal model predicts the next token, so the first has no loss.
     return int((batch["labels"][:, 1:] != IGNORED).sum())
-
-
-def _autocast(model: nn.Module) -> Any:
-    """Compute the adapters of a low-precision model in its precision on CUDA; elsewhere leave all as it is."""
-    first = next(model.parameters())
-    low = first.device.type == "cuda" and first.dtype != torch.float32
-    return torch.autocast(first.device.type, dtype=first.dtype if low else None, enabled=low)

@@ -296,7 +296,7 @@ def test_what_an_interrupted_run_recommends_is_its_own(
     assert main(words) == 130
     assert "go on with" in capsys.readouterr().err
     # Another run that is to overwrite it, stopped before and after it has done so.
-    monkeypatch.setattr("stiefel_lora.training.score_layers", interrupted)
+    monkeypatch.setattr("stiefel_lora.training.select", interrupted)
     assert main([*words, "--rank", "2", "--overwrite"]) == 130
     assert "nothing is saved yet, start again" in capsys.readouterr().err
     monkeypatch.setattr("stiefel_lora.training.load_inputs", interrupted)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "stiefel_lora"
 # A module may import from its own level's row only what is named after the colon, and anything of a lower level.
 LEVELS: list[dict[str, set[str]]] = [
     {"_types": set(), "_precision": set(), "errors": set(), "_progress": set()},
-    {"_batches": set(), "_budget": set(), "_files": set(), "config": {"_budget"}},
+    {"_batches": set(), "_budget": set(), "_files": set(), "config": {"_budget"}, "run_folder": {"_files", "config"}},
     {"stiefel": set(), "_models": set()},
     {
         "optim": set(),
@@ -41,7 +41,8 @@ LEVELS: list[dict[str, set[str]]] = [
     {
         "data": set(),
         "pretrained": set(),
-        "training": {"data", "pretrained"},
+        "selection": {"data"},
+        "training": {"data", "pretrained", "selection"},
         "trainer": set(),
     },
     {"report": set(), "adapter_commands": set(), "cli": {"report", "adapter_commands"}, "__main__": {"cli"}},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stiefel_lora import report, training
+from stiefel_lora import allocate_ranks, report, training
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.checkpoint import load_adapter, read_adapter
 from stiefel_lora.config import CHECKPOINT_FILE, FinetuneConfig
@@ -46,7 +46,7 @@ def adapters(folder: Path) -> dict[str, torch.Tensor]:
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in metrics.items() if k not in ("seconds", "tokens_per_second")}
-    return {**kept, "fisher": {k: v for k, v in metrics["fisher"].items() if k != "seconds"}}
+    return {**kept, "fisher": {k: v for k, v in (metrics["fisher"] or {}).items() if k != "seconds"}}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,7 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
         {"optimizer": "sgd"},
         {"init": "gradient"},
         {"init": "gradient", "granularity": "module", "lr_ratio": 4.0},
+        {"granularity": "direction"},
     ],
 )
 def test_a_run_that_broke_off_ends_with_the_same_bits(
@@ -79,8 +80,7 @@ def test_a_run_that_broke_off_ends_with_the_same_bits(
     with pytest.raises(RuntimeError, match="power cut"):
         finetune(config, broken, save_every=2)
     # Scoring is in the checkpoint.
-    monkeypatch.setattr(training, "score_layers", lambda *_: pytest.fail("scored twice"))
-    monkeypatch.setattr(training, "gradient_start", lambda *_: pytest.fail("started twice"))
+    monkeypatch.setattr(training, "select", lambda *_: pytest.fail("selected twice"))
     resumed = finetune(config, broken, save_every=2)
     assert calls == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     assert without_times(resumed) == without_times(expected)
@@ -147,7 +147,8 @@ def test_training_lowers_the_loss_and_stays_on_the_manifold(config: FinetuneConf
     assert 1 <= metrics["mean_effective_rank"] <= 4
     assert metrics["selected_layers"] == sorted(metrics["selected_layers"])
     assert len(metrics["selected_layers"]) == 2
-    assert len(metrics["adapted_modules"]) == 10
+    assert metrics["ranks"] == dict.fromkeys(metrics["ranks"], 4)
+    assert len(metrics["ranks"]) == 10
     assert metrics["seconds"].keys() >= {"loading", "selection", "training", "optimizer", "evaluation", "total"}
     json.dumps(metrics, allow_nan=False)
 
@@ -157,7 +158,7 @@ def test_single_linear_maps_fill_the_share_of_the_parameters_by_score_per_parame
 ) -> None:
     metrics = finetune(replace(config, granularity="module", steps=2, warmup=0), tmp_path)
     scores, selected = metrics["fisher"], metrics["selected"]
-    assert metrics["adapted_modules"] == [scores["names"][i] for i in selected]
+    assert list(metrics["ranks"]) == [scores["names"][i] for i in selected]
     assert metrics["selected_layers"] == sorted({scores["layers"][i] for i in selected})
     cost = [config.rank * size for size in scores["adapter_size"]]
     worth = [score / size for score, size in zip(scores["scores"], scores["adapter_size"], strict=True)]
@@ -172,6 +173,51 @@ def test_single_linear_maps_fill_the_share_of_the_parameters_by_score_per_parame
     assert f"linear maps adapted   {len(selected)} of {len(cost)}" in table
 
 
+def test_single_directions_are_those_of_allocate_ranks(config: FinetuneConfig, tmp_path: Path) -> None:
+    # At such a rate nothing moves, so the adapter that is saved is the one of the start.
+    config = replace(config, granularity="direction", lr=1e-12, steps=1, warmup=0)
+    metrics = finetune(config, tmp_path)
+    model, tokenizer = load_pretrained(config.model)
+    train, _ = load_data(config.data, tokenizer, seq_len=config.seq_len)
+    batches = [train.shuffled_batch(2, i, config.seed) for i in range(3)]
+    ranks, starts = allocate_ranks(model, batches, rank=4, budget=0.5)
+    assert metrics["ranks"] == ranks
+    assert len(set(ranks.values())) > 1
+    assert metrics["config"]["init"] == "gradient"
+    assert metrics["fisher"] is None
+    assert metrics["selected_layers"] == [0, 1, 2, 3]
+    saved = adapters(tmp_path)
+    for name, start in starts.items():
+        torch.testing.assert_close(saved[f"{name}.lora_A"], start, rtol=0, atol=1e-6)
+    table = report.table(metrics)
+    assert f"directions            {sum(ranks.values())} in {len(ranks)} linear maps, " in table
+    assert f"of {sum(ranks.values()) / len(ranks):.3g}\n" in table
+    files = report.write_run(tmp_path, metrics)
+    assert [file.name for file in files] == ["metrics.json", "ranks.png", "loss.png"]
+
+
+def test_single_directions_may_start_elsewhere(config: FinetuneConfig, tmp_path: Path) -> None:
+    metrics = finetune(replace(config, granularity="direction", init="svd", steps=1, warmup=0, lr=1e-12), tmp_path)
+    model, _ = load_pretrained(config.model)
+    name, rank = next(iter(metrics["ranks"].items()))
+    leading = torch.linalg.svd(model.get_submodule(name).weight).Vh[:rank]
+    cosines = torch.linalg.svdvals(leading @ adapters(tmp_path)[f"{name}.lora_A"])
+    torch.testing.assert_close(cosines, torch.ones(rank), rtol=0, atol=1e-4)
+
+
+def test_rate_and_start_by_default(config: FinetuneConfig) -> None:
+    for options, lr, start in (
+        ({}, 2e-3, "random"),
+        ({"init": "gradient"}, 5e-4, "gradient"),
+        ({"granularity": "direction"}, 5e-4, "gradient"),
+        ({"granularity": "direction", "init": "random"}, 2e-3, "random"),
+        ({"init": "gradient", "lr": 1e-3}, 1e-3, "gradient"),
+    ):
+        known = FinetuneConfig(**options).resolved()
+        assert (known.lr, known.init) == (lr, start)
+        assert learning_rate(known, known.warmup_steps) == lr
+
+
 def test_a_gradient_start_spans_the_leading_directions_of_the_calibration_gradient(
     config: FinetuneConfig, tmp_path: Path
 ) -> None:
@@ -183,7 +229,7 @@ def test_a_gradient_start_spans_the_leading_directions_of_the_calibration_gradie
     model.requires_grad_(True)
     for start in range(3):
         model(**train.shuffled_batch(2, start, config.seed)).loss.backward()
-    for name in metrics["adapted_modules"]:
+    for name in metrics["ranks"]:
         gradient = model.get_submodule(name).weight.grad.double()
         start = adapters(tmp_path)[f"{name}.lora_A"].double()
         captured = (gradient @ start).square().sum()
@@ -247,7 +293,7 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
     for steps, warmup in ((3, 0), (20, 2), (50, 5), (500, 5)):
         config = FinetuneConfig(steps=steps)
         assert config.warmup_steps == warmup
-        assert learning_rate(config, warmup) == config.lr
+        assert learning_rate(config, warmup) == config.highest_lr
     with pytest.raises(InputError, match=r"warmup must be in \[0, 3\], the number of steps, got 5"):
         FinetuneConfig(steps=3, warmup=5)
 
@@ -273,6 +319,8 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"retraction": "svd"}, "retraction must be one of"),
         ({"init": "zeros"}, "init must be one of 'random', 'svd', 'gradient'"),
         ({"retraction": None}, "retraction must be one of"),
+        ({"granularity": None}, "granularity must be one of 'layer', 'module', 'direction', got None"),
+        ({"granularity": "direction", "budget": 8}, "budget must be a share of the adapters' parameters .*, got 8"),
         ({"dtype": "int8"}, "dtype must be one of 'float32', 'bfloat16', 'float16'"),
         ({"target_modules": "q_proj"}, "target_modules must be a list of names, got the string 'q_proj'"),
     ],
@@ -293,6 +341,7 @@ def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change
             {"budget": 0.001, "granularity": "module"},
             "share of the adapters' parameters must be at least 0.0375, for one",
         ),
+        ({"budget": 1e-4, "granularity": "direction"}, "too small for one direction of a gradient"),
         ({"seq_len": 129}, "seq_len must be at most 128, the positions of the model, got 129"),
     ],
 )

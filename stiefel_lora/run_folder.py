@@ -1,0 +1,69 @@
+"""The folder of a run: who may write into it, and how one that is there goes on."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stiefel_lora._files import leftovers, read_json, remove, write_json
+from stiefel_lora.config import METRICS_FILE, OWN_FILES, RUN_FILE, FinetuneConfig
+from stiefel_lora.errors import InputError
+
+
+def config_of_run(folder: Path, given: dict[str, Any]) -> FinetuneConfig:
+    """Return the configuration of the run in a folder, or raise InputError if it cannot go on as the options say."""
+    run_file = folder / RUN_FILE
+    if not run_file.is_file():
+        raise InputError(f"there is no run to resume in {folder}")
+    if (folder / METRICS_FILE).is_file():
+        raise InputError(f"the run in {folder} is finished; --overwrite starts it anew")
+    try:
+        config = FinetuneConfig(**read_json(run_file))
+    except (InputError, TypeError) as error:
+        raise InputError(f"{run_file} is damaged; --overwrite starts the run anew") from error
+    own = asdict(config)
+    now = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in own}
+    changed = sorted(key for key, value in now.items() if value != own[key])
+    if changed:
+        differences = ", ".join(f"{key} was {own[key]!r}, now {now[key]!r}" for key in changed)
+        raise InputError(f"cannot resume with another configuration: {differences}")
+    return config
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise InputError unless a new run may go into the folder; change nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder as --output")
+    occupied = [name for name in OWN_FILES if (folder / name).exists()]
+    if occupied and not overwrite:
+        raise InputError(f"{folder} holds another run ({', '.join(occupied)}); use --overwrite, --resume or --output")
+    if folder.exists() and not occupied and set(folder.iterdir()) - set(leftovers(folder)):
+        raise InputError(f"{folder} is not empty and holds no run; give another folder as --output")
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder that is writable, and leave no trace of it if nothing comes of it."""
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        if fresh and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Put a run that is about to train in the place of what the folder holds of another, or of a killed one."""
+    for name in () if resume else OWN_FILES:
+        remove(folder / name)
+    for path in leftovers(folder):
+        remove(path)
+    write_json(folder / RUN_FILE, config)

@@ -1,0 +1,146 @@
+"""Choose on calibration samples what a run adapts: layers, single linear maps, or single directions of gradients."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from stiefel_lora._budget import count_of
+from stiefel_lora._models import linear_shape
+from stiefel_lora._precision import autocast_like
+from stiefel_lora._progress import progress
+from stiefel_lora._targets import find_targets, module_ranks
+from stiefel_lora._types import Granularity
+from stiefel_lora.config import FinetuneConfig
+from stiefel_lora.data import Dataset
+from stiefel_lora.errors import InputError
+from stiefel_lora.factors import adapter_size
+from stiefel_lora.fisher import fisher_scores
+from stiefel_lora.initialisation import allocate_ranks, gradient_init
+from stiefel_lora.layer import Init
+from stiefel_lora.scores import FisherScores
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a run adapts.
+
+    Attributes:
+        ranks: Rank of each linear map to adapt, by qualified name in the model's order.
+        scores: What it was chosen by; None for single directions, which singular values choose.
+        selected: What was chosen of it: indices as `FisherScores.select` returns them.
+    """
+
+    ranks: dict[str, int]
+    scores: FisherScores | None = None
+    selected: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> "Selection":
+        """Return what `asdict` made a mapping of."""
+        return cls(**{**saved, "scores": saved["scores"] and FisherScores(**saved["scores"])})
+
+
+def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Selection, Any]:
+    """Return what to adapt, and ``init`` of `add_adapters`.
+
+    Raises:
+        InputError: If the budget is larger than what there is to choose from, or too small for one.
+    """
+    if config.granularity == "direction":
+        return _select_directions(model, train, config)
+    scores = score_layers(model, train, config, config.granularity)
+    selected = choose(scores, config)
+    if config.granularity == "layer":
+        targets = find_targets(model, selected, config.target_modules, None)
+    else:
+        targets = [scores.names[i] for i in selected]
+    ranks = module_ranks(model, targets, config.rank)
+    init = _gradient_start(model, train, config, targets) if config.start == "gradient" else config.start
+    return Selection(ranks, scores, selected), init
+
+
+def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
+    """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
+    return list(module_ranks(model, find_targets(model, None, config.target_modules, None), config.rank))
+
+
+def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig, granularity: Granularity) -> FisherScores:
+    """Score the layers, or the single linear maps, by the linear maps that would be adapted, on training data.
+
+    Raises:
+        InputError: If the budget is larger than their number, or too small for one.
+    """
+    modules = adaptable(model, config)
+    if granularity == "module":
+        _check_budget(model, modules, config)
+    with autocast_like(model):
+        return fisher_scores(
+            model,
+            _calibration(train, config),
+            modules=modules,
+            granularity=granularity,
+            max_samples=min(config.calibration_samples, len(train)),
+            budget=config.budget,
+        )
+
+
+def _check_budget(model: nn.Module, modules: Sequence[str], config: FinetuneConfig) -> None:
+    """Raise InputError unless the budget allows a linear map, and not more of them than there are."""
+    if not config.budget_is_parameters:
+        count_of(config.budget, len(modules), "linear maps")
+        return
+    sizes = [adapter_size(*linear_shape(model.get_submodule(name)), config.rank) for name in modules]
+    if round(config.budget * sum(sizes)) < min(sizes):
+        least = math.ceil(1e4 * min(sizes) / sum(sizes)) / 1e4
+        raise InputError(
+            f"budget as a share of the adapters' parameters must be at least {least}, for one linear map; "
+            f"got {config.budget}"
+        )
+
+
+def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
+    """Return what the budget allows: indices as `FisherScores.select` returns them."""
+    if not config.budget_is_parameters:
+        return scores.select(config.budget)
+    size = config.rank * sum(scores.adapter_size)
+    return scores.select(budget_params=round(config.budget * size), rank=config.rank)
+
+
+def _gradient_start(
+    model: nn.Module, train: Dataset, config: FinetuneConfig, targets: Sequence[str]
+) -> dict[str, Init]:
+    """Return starts for the adapters of the targets, from the gradient on the calibration samples."""
+    batches = progress(_calibration(train, config), label="gradient start")
+    with autocast_like(model):
+        return gradient_init(
+            model,
+            batches,
+            layers=None,
+            rank=config.rank,
+            target_modules=targets,
+            orthonormal=config.orthonormal,
+        )
+
+
+def _select_directions(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Selection, Any]:
+    batches = progress(_calibration(train, config), label="directions")
+    with autocast_like(model):
+        ranks, starts = allocate_ranks(
+            model,
+            batches,
+            rank=config.rank,
+            budget=config.budget,
+            target_modules=config.target_modules,
+            orthonormal=config.orthonormal,
+        )
+    return Selection(ranks), starts if config.start == "gradient" else config.start
+
+
+def _calibration(train: Dataset, config: FinetuneConfig) -> list[dict[str, Tensor]]:
+    samples = min(config.calibration_samples, len(train))
+    return [
+        train.shuffled_batch(config.batch_size, i, config.seed) for i in range(math.ceil(samples / config.batch_size))
+    ]
