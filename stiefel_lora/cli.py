@@ -194,8 +194,8 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         default=argparse.SUPPRESS,
         help="highest learning rate (default: 2e-3, or 5e-4 with a start from the gradient)",
     )
-    ratio = "rate of the orthonormal factors, as a multiple of --lr"
-    parser.add_argument("--lr-ratio", type=float, default=defaults.lr_ratio, help=ratio)
+    ratio = "rate of the orthonormal factors, as a multiple of --lr (default: 1, or 4 with a start from the gradient)"
+    parser.add_argument("--lr-ratio", type=float, default=argparse.SUPPRESS, help=ratio)
     parser.add_argument(
         "--warmup",
         type=int,

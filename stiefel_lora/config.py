@@ -51,7 +51,8 @@ class FinetuneConfig:
         seq_len: Longest sample in tokens.
         grad_accum: Forward passes of a step.
         lr: Highest learning rate; None for 2e-3, or 5e-4 with a start from the gradient.
-        lr_ratio: Learning rate of the orthonormal factors, as a multiple of ``lr``.
+        lr_ratio: Learning rate of the orthonormal factors, as a multiple of ``lr``; None for 1, or 4 with a start from
+            the gradient.
         warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
             afterwards.
         optimizer: "adam" or "sgd" (with momentum 0.9).
@@ -79,7 +80,7 @@ class FinetuneConfig:
     seq_len: int = 128
     grad_accum: int = 1
     lr: float | None = None
-    lr_ratio: float = 1.0
+    lr_ratio: float | None = None
     warmup: int | None = None
     optimizer: Optimizer = "adam"
     retraction: Retraction = "qr"
@@ -108,13 +109,18 @@ class FinetuneConfig:
         return self.lr or (5e-4 if self.start == "gradient" else 2e-3)
 
     @property
+    def ratio(self) -> float:
+        """Learning rate of the orthonormal factors as a multiple of the others', given or by default."""
+        return self.lr_ratio or (4.0 if self.start == "gradient" else 1.0)
+
+    @property
     def warmup_steps(self) -> int:
         """Steps of warm-up, given or by default."""
         return min(5, self.steps // 10) if self.warmup is None else self.warmup
 
     def resolved(self) -> "FinetuneConfig":
         """Return the configuration with those defaults filled in that depend on other options."""
-        return replace(self, lr=self.highest_lr, warmup=self.warmup_steps, init=self.start)
+        return replace(self, lr=self.highest_lr, lr_ratio=self.ratio, warmup=self.warmup_steps, init=self.start)
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):

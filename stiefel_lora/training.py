@@ -249,7 +249,7 @@ class _Run:
     def _groups(self) -> list[dict[str, Any]]:
         """Return the factors as groups of the optimizer: those on the manifold, with their ratio, and the others."""
         free = [(name, factor) for name, factor in self.factors.items() if name not in self.points]
-        return [{"params": list(self.points.items()), "ratio": self.config.lr_ratio}, {"params": free, "ratio": 1.0}]
+        return [{"params": list(self.points.items()), "ratio": self.config.ratio}, {"params": free, "ratio": 1.0}]
 
     def save(self) -> None:
         """Write one file that holds everything; the one before stays until it is whole."""

@@ -55,7 +55,7 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
         {"optimizer": "adam"},
         {"optimizer": "sgd"},
         {"init": "gradient"},
-        {"init": "gradient", "granularity": "module", "lr_ratio": 4.0},
+        {"init": "gradient", "granularity": "module", "lr_ratio": 2.0},
         {"granularity": "direction"},
     ],
 )
@@ -206,15 +206,15 @@ def test_single_directions_may_start_elsewhere(config: FinetuneConfig, tmp_path:
 
 
 def test_rate_and_start_by_default(config: FinetuneConfig) -> None:
-    for options, lr, start in (
-        ({}, 2e-3, "random"),
-        ({"init": "gradient"}, 5e-4, "gradient"),
-        ({"granularity": "direction"}, 5e-4, "gradient"),
-        ({"granularity": "direction", "init": "random"}, 2e-3, "random"),
-        ({"init": "gradient", "lr": 1e-3}, 1e-3, "gradient"),
+    for options, lr, ratio, start in (
+        ({}, 2e-3, 1.0, "random"),
+        ({"init": "gradient"}, 5e-4, 4.0, "gradient"),
+        ({"granularity": "direction"}, 5e-4, 4.0, "gradient"),
+        ({"granularity": "direction", "init": "random"}, 2e-3, 1.0, "random"),
+        ({"init": "gradient", "lr": 1e-3, "lr_ratio": 2.0}, 1e-3, 2.0, "gradient"),
     ):
         known = FinetuneConfig(**options).resolved()
-        assert (known.lr, known.init) == (lr, start)
+        assert (known.lr, known.lr_ratio, known.init) == (lr, ratio, start)
         assert learning_rate(known, known.warmup_steps) == lr
 
 
