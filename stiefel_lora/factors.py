@@ -23,8 +23,11 @@ def factor_shapes(n_in: int, n_out: int, rank: int, orthonormal: str) -> dict[st
 
 def folded(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return A and B of the update B A^T, with S, if there is one, folded into B."""
-    b = factors["lora_B"]
-    return factors["lora_A"], b @ factors["lora_S"] if "lora_S" in factors else b
+    a, b = factors["lora_A"], factors["lora_B"]
+    if "lora_S" not in factors:
+        return a, b
+    with exact_products([b.device.type]):
+        return a, b @ factors["lora_S"]
 
 
 def adapter_size(n_in: int, n_out: int, rank: int, orthonormal: str = "A") -> int:
@@ -66,10 +69,12 @@ def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor,
     wide = wide / size
     with exact_products([wide.device.type]):
         right = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(-1)[:, :rank]
-        # W v = s u. QR normalises, keeps the order, and completes the basis where s is zero.
-        left, upper = torch.linalg.qr(wide @ right)
-    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(left)
-    return right.contiguous(), left * signs, size * upper.diagonal().abs()
+        # The squares have lost the directions of values below the root of the rounding. An iteration with W itself, as
+        # W v = s u and W^T u = s v, finds them; QR completes the bases where s is zero.
+        left = torch.linalg.qr(wide @ right).Q
+        right, core = torch.linalg.qr(wide.T @ left)
+        inner = torch.linalg.svd(core.T)
+        return right @ inner.Vh.T, left @ inner.U, size * inner.S
 
 
 def orthonormal_factors(a: Tensor, b: Tensor, orthonormal: Orthonormal = "A") -> dict[str, Tensor]:

@@ -251,7 +251,7 @@ def select_and_start(
     starts: dict[str, Init] = {}
     for name, vectors in found.items():
         if vectors is None:
-            right, left = (random_point(n, ranks[name], generator=generator) for n in shapes[name])
+            right, left = (random_point(n, ranks[name], device="cpu", generator=generator) for n in shapes[name])
             vectors = right, left
         starts[name] = _start(*vectors, orthonormal)
     return layers, starts

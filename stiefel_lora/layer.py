@@ -246,7 +246,7 @@ class StiefelLoRALinear(nn.Module):
         # A state has the base's own weight, and an update that is not merged into it any more.
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if all(prefix + name in state_dict for name in self.factors()):
+        if any(prefix + name in state_dict for name in self.factors()):
             self._refactor(_INIT_TOLERANCE if narrow else OFF_MANIFOLD)
         self._keep_manifold(polish=narrow)
 
@@ -264,7 +264,8 @@ class StiefelLoRALinear(nn.Module):
                 stacklevel=2,
             )
             for name, factor in orthonormal_factors(*folded(factors), self.orthonormal).items():
-                factors[name].copy_(factor)
+                # Not into the memory that it has, which with ``assign=True`` is the caller's.
+                factors[name].data = factor.to(factors[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StiefelLoRALinear":
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -352,8 +353,9 @@ def _initial_factors(layer: StiefelLoRALinear, init: Init, generator: torch.Gene
         if example.is_meta:
             return {name: torch.empty(sizes[name], layer.rank, device="meta") for name in names}
         if init == "random":
-            dtype = wide_dtype(example.dtype)
-            return {name: random_point(sizes[name], layer.rank, dtype=dtype, generator=generator) for name in names}
+            # On the CPU, whatever torch's default device is.
+            options: dict[str, Any] = {"dtype": wide_dtype(example.dtype), "device": "cpu", "generator": generator}
+            return {name: random_point(sizes[name], layer.rank, **options) for name in names}
         weight = plain_weight(layer.base)
         right, left, _ = leading_singular_vectors(weight.T if is_conv1d(layer.base) else weight, layer.rank)
         return {name: vectors for name, vectors in (("lora_A", right), ("lora_B", left)) if name in names}
@@ -402,4 +404,4 @@ def _converted_in_place() -> Iterator[None]:
 
 
 def _is_wide(tensor: Tensor) -> bool:
-    return torch.finfo(tensor.dtype).bits >= 32
+    return tensor.dtype.itemsize >= 4

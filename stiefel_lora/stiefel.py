@@ -346,23 +346,35 @@ def effective_rank(x: Tensor) -> Tensor:
         Effective ranks, shape x.shape[:-2].
 
     Raises:
-        InputError: If ``x`` has fewer than two dimensions.
+        InputError: If ``x`` has fewer than two dimensions, or is complex.
 
     Reference: [RV].
     """
     if x.dim() < 2:
         raise InputError(f"matrices have a shape (..., m, n), got {tuple(x.shape)}")
+    _check_real(x)
     wide = x.detach().to(wide_dtype(x.dtype))
     finite = wide.isfinite().all(-1).all(-1)
-    s = torch.linalg.svdvals(torch.where(finite[..., None, None], wide, 0))
+    wide = torch.where(finite[..., None, None], wide, 0)
+    if wide.numel():
+        # The sum of the values must not overflow.
+        largest = wide.abs().amax((-2, -1), keepdim=True)
+        wide = wide / torch.where(largest > 0, largest, 1)
+    s = torch.linalg.svdvals(wide)
     total = s.sum(-1, keepdim=True)
     p = s / torch.where(total > 0, total, 1)
     rank = torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)
     return rank.masked_fill(~finite, torch.nan)
 
 
+def _check_real(x: Tensor) -> None:
+    if x.is_complex():
+        raise InputError(f"a matrix must be real, got {x.dtype}")
+
+
 def check_tall(x: Tensor) -> None:
-    """Raise InputError unless the last two dimensions (n, r) of ``x`` have n >= r >= 1."""
+    """Raise InputError unless ``x`` is real and its last two dimensions (n, r) have n >= r >= 1."""
+    _check_real(x)
     if x.dim() < 2 or not 1 <= x.shape[-1] <= x.shape[-2]:
         raise InputError(
             f"a point of the Stiefel manifold is tall, shape (..., n, r) with n >= r >= 1, got {tuple(x.shape)}"

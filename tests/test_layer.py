@@ -378,6 +378,25 @@ def test_leading_singular_vectors_of_a_rank_deficient_matrix() -> None:
         leading_singular_vectors(torch.full((4, 3), torch.nan), 2)
 
 
+def test_singular_vectors_of_values_far_below_the_largest() -> None:
+    """The Gram matrix has the squares, 1e-8 of the largest here, which is float32 rounding."""
+    left, right = random_point(40, 3, dtype=torch.float64), random_point(30, 3, dtype=torch.float64)
+    sizes = torch.tensor([1.0, 1e-3, 1e-4], dtype=torch.float64)
+    found = leading_singular_vectors(((left * sizes) @ right.T).float(), 3)
+    torch.testing.assert_close(found[2].double(), sizes, rtol=1e-2, atol=0)
+    for vectors, exact in zip(found, (right, left), strict=False):
+        # An SVD in float32 has the third to eps * 1e4, 1e-3.
+        torch.testing.assert_close((vectors.double() * exact).sum(0).abs(), torch.ones_like(sizes), rtol=0, atol=1e-4)
+
+
+def test_a_random_start_is_drawn_on_the_cpu_whatever_the_default_device_is() -> None:
+    base = make_base()
+    expected = StiefelLoRALinear(base, 2, generator=torch.Generator().manual_seed(0)).lora_A
+    with torch.device("meta"):
+        layer = StiefelLoRALinear(base, 2, generator=torch.Generator("cpu").manual_seed(0))
+    assert torch.equal(layer.lora_A, expected)
+
+
 def test_initialisation_by_tensors() -> None:
     a, b = random_point(12, 4), random_point(9, 4)
     layer = StiefelLoRALinear(nn.Linear(12, 9), 4, init=a)
@@ -499,6 +518,32 @@ def test_a_loaded_state_off_the_manifold_keeps_its_update(orthonormal: Any) -> N
     with pytest.warns(UserWarning, match="off the manifold"):
         layer.load_state_dict(state)
     assert all(float(orthogonality_error(p)) < 1e-12 for p in layer.manifold_parameters().values())
+    torch.testing.assert_close(layer.delta_weight(), layer.scaling * b @ a.T)
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_a_state_off_the_manifold_is_the_callers_and_keeps_its_digits_under_autocast(orthonormal: Any) -> None:
+    layer = StiefelLoRALinear(make_base(dtype=torch.float32), 4, orthonormal=orthonormal)
+    state = {n: torch.randn_like(v) if "lora" in n else v for n, v in layer.state_dict().items()}
+    before = copy.deepcopy(state)
+    expected = copy.deepcopy(layer)
+    with pytest.warns(UserWarning, match="off the manifold"):
+        expected.load_state_dict(state)
+    with pytest.warns(UserWarning, match="off the manifold"), torch.autocast("cpu", torch.bfloat16):
+        layer.load_state_dict(state, assign=True)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, before[name]), name
+    torch.testing.assert_close(layer.delta_weight(), expected.delta_weight(), rtol=0, atol=0)
+
+
+def test_one_factor_loaded_off_the_manifold_is_put_on_it() -> None:
+    layer = StiefelLoRALinear(make_base(), 4)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    a, b = torch.randn_like(layer.lora_A), layer.lora_B.detach().clone()
+    with pytest.warns(UserWarning, match="off the manifold"):
+        layer.load_state_dict({"lora_A": a}, strict=False)
+    assert float(orthogonality_error(layer.lora_A)) < 1e-12
     torch.testing.assert_close(layer.delta_weight(), layer.scaling * b @ a.T)
 
 

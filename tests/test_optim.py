@@ -36,6 +36,23 @@ def run(optimizer: torch.optim.Optimizer, params: list[Tensor], grads: list[list
         optimizer.step()
 
 
+@pytest.mark.parametrize("second_moment", ["mean", "norm", "element"])
+@pytest.mark.parametrize("beta2", [0.0, 1e-3])
+def test_a_gradient_that_shrinks_is_not_lost_in_the_rounding_of_the_one_before(
+    second_moment: Any, beta2: float
+) -> None:
+    p, q = parameter(4, 12, 4, dtype=torch.float32), parameter(4, 12, 4)
+    with torch.no_grad():
+        p.copy_(q)
+    generator = torch.Generator().manual_seed(0)
+    grads = [size * torch.randn(4, 12, 4, generator=generator) for size in (1e3, 1e-1)]
+    for x in (p, q):
+        optimizer = RiemannianAdam([x], lr=1e-3, betas=(0.0, beta2), second_moment=second_moment)
+        run(optimizer, [x], [[g.to(x.dtype)] for g in grads])
+    # Steps of 1e-3 an entry in float32, of which the second was 0.27 long.
+    torch.testing.assert_close(p.detach().double(), q.detach(), rtol=0, atol=1e-5)
+
+
 def gram_error(x: Tensor) -> float:
     return float(stiefel.orthogonality_error(x).max())
 

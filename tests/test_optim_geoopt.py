@@ -50,6 +50,19 @@ def test_adam_moves_other_manifolds_as_geoopt_does(name: str, options: dict[str,
     torch.testing.assert_close(p.detach().as_subclass(Tensor), q.detach().as_subclass(Tensor), atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["Sphere", "PoincareBall"])
+def test_dampening_is_for_all_but_the_first_gradient_that_is_used(name: str) -> None:
+    p = point_on(name)
+    q = copy.deepcopy(p)
+    options = {"lr": 0.05, "momentum": 0.9, "dampening": 0.5}
+    optimizers = [RiemannianSGD([x], **options) for x in (p, q)]
+    p.grad = torch.full_like(p, torch.nan)
+    optimizers[0].step()
+    for x, optimizer in zip((p, q), optimizers, strict=True):
+        run(optimizer, x, 3)
+    assert torch.equal(p.detach(), q.detach())
+
+
 @pytest.mark.parametrize("name", MANIFOLDS)
 def test_plain_sgd_moves_other_manifolds_as_geoopt_does(name: str) -> None:
     """Without momentum; with it geoopt's first step is (momentum + 1 - dampening) times torch's."""

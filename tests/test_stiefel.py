@@ -247,6 +247,11 @@ def test_effective_rank() -> None:
     assert float(stiefel.effective_rank(torch.eye(5))) == pytest.approx(5)
     assert float(stiefel.effective_rank(torch.ones(4, 3))) == pytest.approx(1, abs=1e-4)
     assert float(stiefel.effective_rank(torch.zeros(4, 3))) == 0
+    assert float(stiefel.effective_rank(torch.full((10, 10), 1e38))) == pytest.approx(1, abs=1e-4)
+    with pytest.raises(InputError, match="must be real, got torch.complex64"):
+        stiefel.effective_rank(torch.eye(3, dtype=torch.complex64))
+    with pytest.raises(InputError, match="must be real, got torch.complex64"):
+        stiefel.orthogonality_error(torch.eye(3, dtype=torch.complex64))
     broken = torch.stack([torch.eye(3), torch.full((3, 3), torch.nan), torch.full((3, 3), torch.inf)])
     ranks = stiefel.effective_rank(broken)
     assert ranks[0] == pytest.approx(3)

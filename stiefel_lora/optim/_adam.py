@@ -55,7 +55,8 @@ class RiemannianAdam(RiemannianOptimizer):
             parameters do not drift and need none.
         project: Move a Stiefel parameter that is off its manifold to the nearest point instead of refusing it.
         error_if_nonfinite: Raise if a manifold parameter's gradient has a NaN or infinity; this waits for the device.
-            By default such a matrix keeps its value and state for that step, and ``skipped_updates`` counts it.
+            By default such a matrix, like one whose gradient has a norm that overflows, keeps its value and state for
+            that step, and ``skipped_updates`` counts it.
 
     Raises:
         InputError: For an option that is not allowed, a wide matrix, or a point off the manifold.
@@ -259,7 +260,8 @@ def adam_numbers(
     """
     beta1, beta2 = betas
     t = step + 1
-    exp_avg_sq = exp_avg_sq + (1 - beta2) * (square - exp_avg_sq)
+    # Not as a difference, of which beta2 = 0 would leave rounding where the gradients shrink.
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * square
     kept = [t, exp_avg_sq]
     if max_exp_avg_sq is not None:
         exp_avg_sq = _maximum(exp_avg_sq, max_exp_avg_sq)

@@ -218,9 +218,20 @@ class Bucket:
         _stack(params, point)
         _stack(grads, grad)
         if master is not None:
-            # Where someone else has written to a parameter since the last step, its value wins over the master's.
-            torch.where(master.to(first.dtype) == point, master, point, out=point)
+            current(point, master, first.dtype, out=point)
         return Piece(params, point, grad, grad, spare, state, master)
+
+
+def current(point: Tensor, master: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Return master copies, or where someone else has written to the parameters since the last step, their values.
+
+    Args:
+        point: The parameters' values in the dtype of ``master``.
+        master: Their master copies as of the last step.
+        dtype: The parameters' own dtype.
+        out: Where to.
+    """
+    return torch.where(master.to(dtype) == point, master, point, out=out)
 
 
 def _stack(tensors: list[Tensor], out: Tensor) -> None:

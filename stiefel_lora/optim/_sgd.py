@@ -1,6 +1,6 @@
 """Riemannian stochastic gradient descent."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from geoopt import ManifoldTensor
@@ -90,6 +90,13 @@ class RiemannianSGD(RiemannianOptimizer):
             return {"step": None, "momentum_buffer": None}
         return {"step": COUNT, "momentum_buffer": MATRIX}
 
+    def _finish_loading(self, state_dict: dict[str, Any], groups_before: list[Group]) -> None:
+        super()._finish_loading(state_dict, groups_before)
+        for state in self.state.values():
+            # torch and geoopt count no steps, but a momentum has been begun.
+            if isinstance(buffer := state.get("momentum_buffer"), Tensor) and "step" not in state:
+                state["step"] = torch.ones((), device=buffer.device)
+
     def _momentum(self, state: dict[str, Tensor]) -> Tensor | None:
         return state.get("momentum_buffer")
 
@@ -117,10 +124,12 @@ class RiemannianSGD(RiemannianOptimizer):
         return direction, bounded_scale(direction, size)
 
     def _geoopt_step(self, p: ManifoldTensor, rgrad: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
-        momentum, buffer = group["momentum"], self.state[p].get("momentum_buffer")
+        momentum, state = group["momentum"], self.state[p]
         if momentum == 0:
             return p.manifold.retr(p, -group["lr"] * rgrad), {}
-        buffer = rgrad if buffer is None else momentum * buffer + (1 - group["dampening"]) * rgrad
+        step = state.get("step", torch.zeros((), device=p.device))
+        fresh = 1 - group["dampening"] * (step > 0).to(p.dtype.to_real())
+        buffer = momentum * state.get("momentum_buffer", torch.zeros_like(p)) + fresh * rgrad
         direction = rgrad + momentum * buffer if group["nesterov"] else buffer
         new, buffer = p.manifold.retr_transp(p, -group["lr"] * direction, buffer)
-        return new, {"momentum_buffer": buffer}
+        return new, {"momentum_buffer": buffer, "step": step + 1}
