@@ -1,4 +1,4 @@
-"""``python -m benchmarks list | all [--quick] | report [FOLDER] | STUDY [options]``: the one entry to all studies."""
+"""``python -m benchmarks list | all [--quick] | report [FOLDER] | STUDY [options]``: the entry to all studies."""
 
 import argparse
 import importlib
@@ -16,8 +16,7 @@ def studies() -> dict[str, str]:
         if path.stem.startswith("_"):
             continue
         module = importlib.import_module(f"benchmarks.{path.stem}")
-        if hasattr(module, "run"):
-            found[path.stem] = (module.__doc__ or "").strip().splitlines()[0]
+        found[path.stem] = (module.__doc__ or "").strip().splitlines()[0]
     return found
 
 

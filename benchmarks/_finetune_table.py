@@ -1,4 +1,4 @@
-"""What the cells of the fine-tuning comparison say: a table, and a verdict on each claim of the paper."""
+"""What the cells of the fine-tuning comparison say: a table, and a verdict on each comparison of two rows."""
 
 import statistics
 from collections import Counter
@@ -12,7 +12,8 @@ from benchmarks._methods import ALLOCATED, FASTER, FORA, METHODS, SELECTED, STAR
 
 Cell = dict[str, Any]
 
-CLAIMS = (
+# The paper's claims, and this project's own questions.
+COMPARISONS = (
     ("FoRA at half the parameters beats LoRA", FORA, "LoRA"),
     ("FoRA at half the parameters beats DoRA", FORA, "DoRA"),
     ("FoRA with a gradient start at half the parameters beats LoRA", STARTED, "LoRA"),
@@ -72,6 +73,10 @@ CLAIMS = (
 )
 
 
+# Of one comparison by itself: with so many, one in twenty is to be expected below it by chance.
+SIGNIFICANT = 0.05
+
+
 def best_rate(cells: list[Cell], task: str, method: str) -> float | None:
     """Return the learning rate with the lowest validation loss over the cells of the first seed."""
     rows = [c for c in cells if (c["task"], c["method"]) == (task, method) and "validation_loss" in c]
@@ -102,9 +107,9 @@ def gain(cells: list[Cell], task: str, a: str, b: str) -> list[float]:
 
 
 def verdict(text: str, gains: list[float]) -> str:
-    """Say in plain words whether a claim holds by more than the spread over seeds.
+    """Say in plain words whether a claim holds: "yes" and "no" with p < 0.05, in a two-sided paired t test.
 
-    Few seeds say little: p is that of a two-sided paired t test.
+    Few seeds say little: a lead of more than the spread over them is only a leaning.
     """
     if not gains:
         return f"{text}: not measured yet."
@@ -112,14 +117,16 @@ def verdict(text: str, gains: list[float]) -> str:
     if len(gains) == 1:
         return f"{text}: {'yes' if lead > 0 else 'no'}, by one seed alone (loss lower by {lead:+.4f})."
     spread = statistics.stdev(gains)
-    word = "yes" if lead > spread else "no" if lead < -spread else "not told apart"
     p = float(scipy.stats.ttest_1samp(gains, 0.0).pvalue)
+    word = "yes" if lead > 0 else "no"
+    if p >= SIGNIFICANT:
+        word = f"leans to {word}" if abs(lead) > spread else "not told apart"
     return f"{text}: {word} (loss lower by {lead:+.4f}, spread {spread:.4f} over {len(gains)} seeds, p = {p:.2g})."
 
 
 def claims(cells: list[Cell], task: str) -> list[str]:
-    """Return a verdict on each claim of the paper, as far as it has been measured."""
-    lines = [verdict(text, gain(cells, task, a, b)) for text, a, b in CLAIMS]
+    """Return a verdict on each comparison, as far as it has been measured."""
+    lines = [verdict(text, gain(cells, task, a, b)) for text, a, b in COMPARISONS]
     parts = [gain(cells, task, m, "LoRA, random half") for m in ("LoRA, Fisher half", "Stiefel A, random half", FORA)]
     if not all(parts):
         return [*lines, "The two parts combine super-additively: not measured yet."]
@@ -176,7 +183,12 @@ def _task(results: dict[str, Any], task: str) -> str:
         epochs = frame["steps"] * frame["batch_size"] / frame["train_samples"]
         title += f", {epochs:.3g} times through {frame['train_samples']} samples"
     verdicts = "\n".join(f"- {line}" for line in claims(cells, task))
-    return f"### {title}\n\n{_harness.markdown(list(_HEADER), rows)}\n\n{' '.join(notes)}\n\n{verdicts}"
+    how = (
+        f"Yes and no have p < {SIGNIFICANT} in a paired t test of that comparison alone (with so many, some are to be "
+        "expected by chance); what leans to one leads by more than the spread over seeds:"
+    )
+    table = _harness.markdown(list(_HEADER), rows)
+    return f"### {title}\n\n{table}\n\n{' '.join(notes)}\n\n{how}\n\n{verdicts}"
 
 
 def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[str, Any], steps: int) -> list[object]:

@@ -1,7 +1,10 @@
 """What every study shares: the command line, interleaved timing, the JSON envelope around a result.
 
 A study is a module of this folder with ``add_arguments(parser)``, ``run(args) -> dict`` (its numbers, JSON-ready) and
-``report(results) -> str`` (a Markdown table made from such numbers alone).
+``report(results) -> str`` (a Markdown table made from such numbers alone). It may have ``plot(results, path)``, a
+picture of them for the page, and ``THREADS``, its default number of threads. Besides its own options, ``args`` has
+those of every study, ``save(results)`` to keep what there is so far, ``previous`` (the results that are in the output)
+and ``interrupted`` (the same if that run was stopped and had the same conditions), None where there are none.
 """
 
 import argparse

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import _harness, _peers
-from benchmarks.shapes import MODELS
+from benchmarks._shapes import MODELS
 from stiefel_lora import stiefel
 from stiefel_lora.optim import RiemannianAdam
 from stiefel_lora.optim._kinds import is_stiefel

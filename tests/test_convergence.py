@@ -57,7 +57,6 @@ def test_reaches_the_optimum(kind: str, retraction: str, problem: str, metric: s
     if problem == "procrustes":
         # O(r) has two components and no path between them: start in that of the optimum, which has the better cost.
         flipped = start * torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)
-        gaps = []
     starts = [start, flipped] if problem == "procrustes" else [start]
     gaps = []
     for x0 in starts:

@@ -61,7 +61,8 @@ class RiemannianAdam(RiemannianOptimizer):
     Raises:
         InputError: For an option that is not allowed, a wide matrix, or a point off the manifold.
 
-    Reference: Kingma, Ba (2015); Becigneul, Ganea (2019) for Adam on manifolds; Loshchilov, Hutter (2019) for AdamW.
+    Reference: Kingma, Ba, arXiv:1412.6980; Becigneul, Ganea, arXiv:1810.00760, for Adam on manifolds; Loshchilov,
+    Hutter, arXiv:1711.05101, for AdamW.
     """
 
     _ordinary_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW

@@ -41,7 +41,8 @@ class RiemannianSGD(RiemannianOptimizer):
     Raises:
         InputError: For an option that is not allowed, a wide matrix, or a point off the manifold.
 
-    Reference: Bonnabel (2013) for SGD on manifolds; Absil, Mahony, Sepulchre (2008), section 8.1.2 for the transport.
+    Reference: Bonnabel, arXiv:1111.5280, for SGD on manifolds; Absil, Mahony, Sepulchre, "Optimization Algorithms on
+    Matrix Manifolds" (2008), section 8.1.3, for the transport by projection.
     """
 
     _ordinary_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
@@ -54,7 +55,7 @@ class RiemannianSGD(RiemannianOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        stabilize: int | None = None,
+        stabilize: int | None = None,  # at geoopt's place
         *,
         retraction: Retraction = "qr",
         metric: Metric = "euclidean",

@@ -1,4 +1,4 @@
-"""Layer shapes of real models: (out_features, in_features) of each adapted linear of one decoder layer."""
+"""Shapes of the factors of LoRA on real models."""
 
 from dataclasses import dataclass
 
