@@ -8,7 +8,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks import _harness
-from benchmarks._methods import ALLOCATED, FASTER, FORA, METHODS, SELECTED, STARTED
+from benchmarks._methods import ALLOCATED, CALIBRATED, FASTER, FORA, METHODS, SELECTED, STARTED
 
 Cell = dict[str, Any]
 
@@ -70,6 +70,10 @@ COMPARISONS = (
     ("Ranks by the gradient and a faster A, at half the parameters, beat DoRA", FASTER, "DoRA"),
     ("Ranks by the gradient and a faster A beat rsLoRA at half the rank", FASTER, "rsLoRA, half the rank"),
     ("A faster A helps with ranks by the gradient", FASTER, ALLOCATED),
+    ("The same with the gradient of 128 samples, at half the parameters, beats LoRA", CALIBRATED, "LoRA"),
+    ("The same with the gradient of 128 samples, at half the parameters, beats DoRA", CALIBRATED, "DoRA"),
+    ("The same with the gradient of 128 samples, at half the parameters, beats rsLoRA", CALIBRATED, "rsLoRA"),
+    ("The gradient of 128 samples is better than that of 32", CALIBRATED, FASTER),
 )
 
 

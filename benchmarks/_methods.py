@@ -21,6 +21,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
+# Samples that layers are scored on and gradients taken of, and those of the paper.
+SAMPLES, SAMPLES_OF_THE_PAPER = 32, 128
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a method may know when it is put into a model.
@@ -30,7 +34,7 @@ class Setting:
         depth: Number of decoder layers.
         selected: The half of the layers with the highest Fisher scores.
         modules: Linear maps chosen one by one by Fisher score per parameter, at the parameters of ``selected``.
-        calibration: The batches that were scored.
+        calibration: Batches of `SAMPLES_OF_THE_PAPER` training samples, the first of which were scored.
         seed: Seed of what is random.
         steps: Length of the training.
         lr: Learning rate.
@@ -44,6 +48,10 @@ class Setting:
     seed: int
     steps: int
     lr: float
+
+    def calibrate(self, samples: int) -> Sequence[Mapping[str, Tensor]]:
+        """Return the batches of the first so many calibration samples."""
+        return self.calibration[: samples // len(self.calibration[0]["input_ids"])]
 
 
 @dataclass
@@ -92,25 +100,27 @@ def ours(
     allocate: bool = False,
     rate_on_manifold: float = 1.0,
     second_moment: SecondMoment = "mean",
+    samples: int = SAMPLES,
     **options: Any,
 ) -> Build:
     """Put our adapters at ``share`` of the rank on some layers, or on the linear maps chosen one by one.
 
     With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient, and
-    with ``allocate`` the ranks follow its singular values as well, at ``share`` of the parameters. Its learning rate
-    is ``rate_on_manifold`` times that of the other factor; ``options`` go to ``add_adapters``.
+    with ``allocate`` the ranks follow its singular values as well, at ``share`` of the parameters; the gradient is that
+    of ``samples``. Its learning rate is ``rate_on_manifold`` times that of the other factor; ``options`` go to
+    ``add_adapters``.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
         begin = time.perf_counter()
         if allocate:
-            where = _allocated(model, setting, share)
+            where = _allocated(model, setting, share, samples)
         else:
             chosen = None if layers is None else layers(setting)
             where = {"layers": chosen, "target_modules": setting.modules if chosen is None else TARGETS}
             where["rank"] = round(share * setting.rank)
         if gradient_start:
-            where["init"] = gradient_init(model, setting.calibration, **where)
+            where["init"] = gradient_init(model, setting.calibrate(samples), **where)
         names = add_adapters(model, **where, **options)
         extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -124,10 +134,11 @@ def ours(
     return build
 
 
-def _allocated(model: Any, setting: Setting, share: float) -> dict[str, Any]:
+def _allocated(model: Any, setting: Setting, share: float, samples: int = SAMPLES) -> dict[str, Any]:
     """Return which linear maps get which ranks and starts at a share of the parameters."""
     rank = setting.rank
-    ranks, starts = allocate_ranks(model, setting.calibration, rank=rank, budget=share, target_modules=TARGETS)
+    batches = setting.calibrate(samples)
+    ranks, starts = allocate_ranks(model, batches, rank=rank, budget=share, target_modules=TARGETS)
     return {"layers": None, "target_modules": list(ranks), "rank": rank, "rank_pattern": ranks, "init": starts}
 
 
@@ -163,7 +174,7 @@ def lora(
         where = _allocated(model, setting, share) if allocate else alike
         starts, ranks = where.get("init", {}), where.get("rank_pattern", {})
         if gradient_start:
-            starts = gradient_init(model, setting.calibration, **where)
+            starts = gradient_init(model, setting.calibrate(SAMPLES), **where)
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
@@ -245,6 +256,7 @@ FORA = "FoRA (A)"
 STARTED = "FoRA (A), gradient start"
 ALLOCATED = "FoRA (A), ranks by gradient"
 FASTER = "FoRA (A), ranks by gradient, A at 4 times the rate"
+CALIBRATED = "FoRA (A), ranks by gradient of 128 samples, A at 4 times the rate"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
@@ -259,6 +271,7 @@ METHODS: dict[str, Build] = {
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
     ALLOCATED: ours(allocate=True, share=0.5),
     FASTER: ours(allocate=True, share=0.5, rate_on_manifold=4.0),
+    CALIBRATED: ours(allocate=True, share=0.5, rate_on_manifold=4.0, samples=SAMPLES_OF_THE_PAPER),
     "LoRA, ranks by gradient": lora(allocate=True, share=0.5),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
@@ -281,7 +294,7 @@ METHODS: dict[str, Build] = {
 }
 
 # Rows that Fisher scores choose the places of.
-SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in name) - {ALLOCATED, FASTER}
+SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in name) - {ALLOCATED, FASTER, CALIBRATED}
 
 
 def effective_rank_share(updates: Iterable[tuple[Tensor, Tensor]]) -> float | None:

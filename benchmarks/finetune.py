@@ -28,7 +28,19 @@ from tqdm import tqdm
 
 from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
-from benchmarks._methods import ALLOCATED, FASTER, FORA, METHODS, STARTED, TARGETS, Setting, Tuned
+from benchmarks._methods import (
+    ALLOCATED,
+    CALIBRATED,
+    FASTER,
+    FORA,
+    METHODS,
+    SAMPLES,
+    SAMPLES_OF_THE_PAPER,
+    STARTED,
+    TARGETS,
+    Setting,
+    Tuned,
+)
 from benchmarks._peers import NotInstalledError
 from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.errors import InputError
@@ -41,8 +53,7 @@ MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA
         "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers", "FoRA (A), modules, gradient start",
         "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
         "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
-        "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER)  # fmt: skip
-CALIBRATION = 32
+        "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -253,8 +264,8 @@ def _select(model: Any, task: _tasks.Task, frame: Frame) -> dict[str, Any]:
     }
 
 
-def _calibration(task: _tasks.Task, frame: Frame) -> list[dict[str, torch.Tensor]]:
-    steps = range(CALIBRATION // frame.batch_size)
+def _calibration(task: _tasks.Task, frame: Frame, samples: int = SAMPLES) -> list[dict[str, torch.Tensor]]:
+    steps = range(samples // frame.batch_size)
     return [task.train.shuffled_batch(frame.batch_size, step, 0) for step in steps]
 
 
@@ -332,7 +343,7 @@ def _setting(frame: Frame, task: _tasks.Task, selection: dict[str, Any], *, seed
         depth=selection["depth"],
         selected=tuple(selection["layers"]),
         modules=tuple(selection["modules"]),
-        calibration=tuple(_calibration(task, frame)),
+        calibration=tuple(_calibration(task, frame, SAMPLES_OF_THE_PAPER)),
         seed=seed,
         steps=frame.steps,
         lr=lr,
