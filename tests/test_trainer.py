@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from geoopt import ManifoldParameter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -216,6 +217,26 @@ def test_a_new_optimizer_has_the_new_learning_rate(tmp_path: Path) -> None:
     for rate in (1e-2, 1e-3):
         trainer.args.learning_rate, trainer.optimizer = rate, None
         assert trainer.create_optimizer().param_groups[0]["lr"] == rate
+
+
+def test_the_orthonormal_factors_may_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    trainer = StiefelTrainer(adapted(dropout=0.0), args, train_dataset=EXAMPLES, lr_ratio=4.0)
+    trainer.train()
+    rates: dict[bool, set[float]] = {True: set(), False: set()}
+    for group in trainer.optimizer.param_groups:
+        for p in group["params"]:
+            rates[isinstance(p, ManifoldParameter)].add(group["initial_lr"])
+    assert rates == {True: {4e-2}, False: {1e-2}}
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1  # of B
+    again = StiefelTrainer(adapted(dropout=0.0), args, train_dataset=EXAMPLES, lr_ratio=4.0)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(factors(again.model), factors(trainer.model))
+    plain = StiefelTrainer(adapted(dropout=0.0), args, train_dataset=EXAMPLES)
+    plain.train()
+    assert not same(factors(plain.model), factors(trainer.model))
+    with pytest.raises(InputError, match="lr_ratio must be positive and finite, got 0"):
+        StiefelTrainer(adapted(), args, train_dataset=EXAMPLES, lr_ratio=0)
 
 
 def test_quantised_base_passes_the_trainers_check(tmp_path: Path) -> None:
