@@ -88,7 +88,8 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         logits, target, weight, norm = ctx.saved_tensors
-        if not ctx.in_place:
+        # Rows that are expanded from one are one place in memory.
+        if not ctx.in_place or not logits.is_contiguous():
             logits = logits.clone()
         weight = weight * grads[0]
         for rows in _chunks(logits):
@@ -98,5 +99,6 @@ class _Mean(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> list[slice]:
+    """Return slices of the rows, at least one, which then may be empty."""
     step = max(1, _CHUNK // logits.shape[1])
-    return [slice(begin, begin + step) for begin in range(0, len(logits), step)]
+    return [slice(begin, begin + step) for begin in range(0, max(1, len(logits)), step)]

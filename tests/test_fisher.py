@@ -785,6 +785,31 @@ def test_the_lean_cross_entropy_is_torchs(shape: tuple[int, int], ignored: int) 
     torch.testing.assert_close(torch.autograd.grad(3 * loss, x)[0], 3 * expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("form", ["no rows", "one row for all", "columns", "transposed"])
+def test_the_lean_cross_entropy_takes_logits_of_every_form(form: str) -> None:
+    """No rows give NaN as torch's; rows that overlap in memory, or lie in it in parts, are not written to."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
+    rows, y = {"no rows": 0, "one row for all": 4}.get(form, 6), torch.randint(3, (6,))
+
+    def loss() -> Tensor:
+        logits = x * 2
+        forms = {
+            "no rows": logits[:0],
+            "one row for all": logits[:1].expand(4, -1),
+            "columns": logits[:, :3],
+            "transposed": logits.T,
+        }
+        return cross_entropy(forms[form], y[:rows])
+
+    expected = torch.autograd.grad(loss(), x)[0]
+    with LeanCrossEntropy():
+        own = loss()
+    torch.testing.assert_close(own, loss(), rtol=1e-12, atol=0, equal_nan=True)
+    # Probabilities are at most 1; float64 rounds them to 1e-16.
+    torch.testing.assert_close(torch.autograd.grad(own, x)[0], expected, rtol=1e-12, atol=1e-15, equal_nan=True)
+
+
 def test_logits_that_are_needed_elsewhere_are_an_error_instead_of_a_wrong_score() -> None:
     x = torch.randn(4, 9, requires_grad=True)
     with LeanCrossEntropy():
