@@ -1,15 +1,16 @@
 """Find the repeated layers of a model and the linear maps inside them, by structure alone.
 
 No model class is named here: a stack of layers is the longest list of repeated blocks that hold linear maps, and a
-linear map is a leaf module with an input and an output width.
+linear map is a leaf module with an input and an output width, which takes rows of the one to rows of the other.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,21 @@ from stiefel_lora.errors import InputError
 
 Layers: TypeAlias = nn.ModuleList | nn.Sequential
 
+# So many rows that they divide into groups of most numbers, which a block-diagonal map needs.
+_ROWS = 5040
+
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether ``module`` is a linear map: ``nn.Linear``, GPT-2's ``Conv1D`` or a quantised linear.
 
     A quantised linear is any leaf module with integer ``in_features`` and ``out_features``. Wrappers around a linear
-    have a child module and are not linears themselves; the linear inside is.
+    have a child module and are not linears themselves; the linear inside is. Nor are modules of these widths that make
+    something else of rows: a mixture's router that returns its choice as well, or a block-diagonal map.
     """
+    return _has_widths(module) and _keeps_rows(module)
+
+
+def _has_widths(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return True
     if next(module.children(), None) is not None:
@@ -33,6 +42,29 @@ def is_linear(module: nn.Module) -> bool:
     return is_conv1d(module) or all(
         isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")
     )
+
+
+def _keeps_rows(module: nn.Module) -> bool:
+    """Tell whether a ``forward`` of its own takes rows (n, in) to rows (n, out), as far as can be told without data."""
+    known = type(module).forward is nn.Linear.forward or is_conv1d(module)
+    if known or next(module.children(), None) is not None or not is_plain(module):
+        return True
+    n_in, n_out = linear_shape(module)
+    # A copy, called past its hooks: the module itself sees nothing of this.
+    empty: Any = copy.copy(module)
+    try:
+        empty.training = False
+        empty._parameters = {name: _without_data(p) for name, p in module._parameters.items()}
+        empty._buffers = {name: _without_data(b) for name, b in module._buffers.items()}
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            rows = type(module).forward(empty, empty.weight.new_empty(_ROWS, n_in))
+    except Exception:  # kernels that need data, say
+        return True
+    return isinstance(rows, Tensor) and rows.shape == (_ROWS, n_out)
+
+
+def _without_data(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty_like(x, device="meta")
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -47,9 +79,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return (in_features, out_features) of a linear map, whichever way it stores its weight.
 
     Raises:
-        TypeError: If ``module`` is not a linear map by `is_linear`.
+        TypeError: If ``module`` does not have the two widths of a linear map.
     """
-    if not is_linear(module):
+    if not _has_widths(module):
         raise TypeError(f"expected a linear module, got {type(module).__name__}")
     names = ("nx", "nf") if is_conv1d(module) else ("in_features", "out_features")
     return int(getattr(module, names[0])), int(getattr(module, names[1]))
@@ -96,7 +128,15 @@ def named_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn
     Args:
         module: Where to look; a linear map is yielded as itself, under the name ``prefix``.
         prefix: The qualified name of ``module`` in the model.
+
+    Raises:
+        InputError: If PEFT has put an adapter there, whose factors are no linear maps of the model.
     """
+    if isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "adapter_layer_names"):
+        raise InputError(
+            f"{prefix or type(module).__name__} holds an adapter of PEFT; make it one of this package's with from_peft "
+            "of stiefel_lora.convert, or take it off with PEFT's unload() or merge_and_unload()"
+        )
     if is_linear(module):
         yield prefix, module
     if isinstance(module, nn.MultiheadAttention):
