@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from stiefel_lora._entropy import LeanCrossEntropy, Rows
-from stiefel_lora._models import linear_shape
+from stiefel_lora._models import linear_shape, split_at_layer
 from stiefel_lora._sketches import GradientSketches
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, listed
 
 # Python's part of the time is that of many small calls, each of which would take the way through LeanCrossEntropy.
 _unwatched = torch._C.DisableTorchFunction
@@ -97,6 +97,8 @@ class GradientNorms:
         self._names = list(linears)
         # Linear maps that no forward pass has called so far, so that nothing is known of them.
         self.unused = dict.fromkeys(self._names)
+        # Those that did not take an input of the one width to an output of the other.
+        self.unlike: dict[str, None] = {}
         self._weights: dict[Hashable, _Weight] = {}
         for row, module in enumerate(linears.values()):
             self._weights.setdefault(_key(module), _Weight()).rows.append(row)
@@ -184,8 +186,8 @@ class GradientNorms:
             raise InputError(f"the loss must be a scalar, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:
             raise InputError(
-                "the loss depends on none of the linear maps to score, or they ran without gradients (as in a "
-                "checkpoint with use_reentrant=True; use_reentrant=False keeps them)"
+                f"{self._no_use()}; or they ran without gradients (as in a checkpoint with use_reentrant=True; "
+                "use_reentrant=False keeps them)"
             )
         return loss
 
@@ -210,9 +212,16 @@ class GradientNorms:
     def _measured(self) -> Tensor:
         """Return the norms found, shape (batch, linears); those of a linear map that was not used are zero."""
         if not self._norms:
-            raise InputError("the loss depends on none of the linear maps to score")
+            raise InputError(self._no_use())
         zero = torch.zeros_like(next(iter(self._norms.values())))
         return torch.stack([self._norms.get(row, zero) for row in range(len(self._linears))], dim=1)
+
+    def _no_use(self) -> str:
+        stacks = dict.fromkeys(split_at_layer(name)[0] or "the model" for name in self._names)
+        return (
+            "the loss depends on none of the linear maps to score, which are in "
+            f"{listed(stacks)}; layers= names another list of layers"
+        )
 
     def _forget(self) -> None:
         self._last, self._in_backward = None, False
@@ -224,16 +233,20 @@ class GradientNorms:
     def _hook(self, weight: _Weight, module: nn.Module) -> Callable[..., Tensor | None]:
         n_in, n_out = linear_shape(module)
 
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor | None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
+            for row in weight.rows:
+                self.unused.pop(self._names[row], None)
+            x: Any = args[0] if args else next(iter(kwargs.values()), None)
+            with _unwatched():
+                if not (_is_of_width(x, n_in) and _is_of_width(output, n_out)):
+                    self.unlike.update({self._names[row]: None for row in weight.rows})
+                    return None
             if self._in_backward:
                 # A checkpointed segment runs again. Its first run is the one that counts, but the same must be saved.
                 return _tap(output, lambda g: None)
             weight.uses += 1
-            for row in weight.rows:
-                self.unused.pop(self._names[row], None)
-            x = args[0] if args else next(iter(kwargs.values()))
             with _unwatched():
                 arrive = self._arrival(weight, x, n_in, n_out)
                 return _tap(output, self._with_sketches(arrive, weight, x, n_in, n_out))
@@ -315,6 +328,10 @@ def _address(x: Tensor) -> int:
         return x.untyped_storage().data_ptr()
     except RuntimeError:  # a quantised weight of torchao has its data in other tensors
         return id(x)
+
+
+def _is_of_width(x: Any, width: int) -> bool:
+    return isinstance(x, Tensor) and x.shape[-1:] == (width,)
 
 
 def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:

@@ -153,7 +153,7 @@ def fisher_scores(
 
     Warns:
         UserWarning: If samples were left out because their loss or gradient was not finite, or a linear map was never
-            called: some models, such as Mamba, read the weight of one past its ``forward``.
+            called, or as something else: some models, such as Mamba, read the weight of one past its ``forward``.
     """
     return score(
         model,
@@ -218,8 +218,9 @@ def score(
                     break
     samples, skipped = _gathered(rows)
     chosen_by = samples / divisor
-    if norms.unused:
-        warn(f"never called, so their score is zero: {listed(norms.unused)}; modules= leaves them out", stacklevel=3)
+    for how, names in (("never called", norms.unused), ("not called as maps of their widths", norms.unlike)):
+        if names:
+            warn(f"{how}, so their score is zero: {listed(names)}; modules= leaves them out", stacklevel=3)
     if sketches is not None and _distributed():
         sketches.add_other_ranks()
     return FisherScores(

@@ -296,6 +296,39 @@ def test_a_linear_that_is_never_called_is_named() -> None:
         fisher_scores(model, [plain_batch(2, 4)], progress=False)
 
 
+class _Pair(nn.Linear):
+    """Called with a flag it returns a pair: what it is cannot be told from its class."""
+
+    def forward(self, x: Tensor, pair: bool = False) -> Any:
+        return (super().forward(x), x) if pair else super().forward(x)
+
+
+class _InParts(nn.Linear):
+    """Takes its input in two halves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x if x.shape[-1] == 12 else x.flatten(-2), self.weight)
+
+
+def test_a_linear_that_is_called_as_something_else_is_left_out_and_named() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(12, 12), _Pair(12, 12), _InParts(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, x = self.b(torch.tanh(self.a(x)), pair=True)
+            return x + y + self.c(x.unflatten(-1, (2, 6)))
+
+    torch.manual_seed(0)
+    model, batch = Loss(nn.Sequential(Block(), Block())).double(), {k: v.double() for k, v in plain_batch(3, 4).items()}
+    expected = expected_by_module(model, batch)
+    assert bool((expected > 0).all())
+    with pytest.warns(UserWarning, match="not called as maps .* zero: net.0.b, net.0.c, net.1.b, net.1.c;"):
+        got = by_module(model, [batch]).double()
+    torch.testing.assert_close(got, expected * torch.tensor([1, 0, 0] * 2), rtol=1e-10, atol=0)
+
+
 def test_a_parametrized_weight_is_scored_by_its_value() -> None:
     model, batch = FAMILIES["sequential"].build().double(), {k: v.double() for k, v in plain_batch(3, 4).items()}
     expected = expected_by_module(model, batch)
@@ -560,7 +593,7 @@ def test_errors_say_what_is_wrong() -> None:
         (
             lambda: fisher_scores(model, [batch], loss_fn=lambda *_: torch.ones(())),
             InputError,
-            "none of the linear maps",
+            "none of the linear maps to score, which are in model.layers; layers= names another",
         ),
         (
             lambda: fisher_scores(model, [batch], loss_fn=lambda *_: torch.ones(3)),
