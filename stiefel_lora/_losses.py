@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from stiefel_lora._batches import batch_size, has_known_size, sample, take, undivided, values
+from stiefel_lora._batches import batch_size, check_rows, has_known_size, sample, take, undivided, values
 from stiefel_lora._entropy import Rows
 from stiefel_lora._gradnorms import GradientNorms, NotBatchedError
 from stiefel_lora.errors import InputError, listed
@@ -48,13 +48,21 @@ class SampleLosses:
         self._fitting: set[str] | None = None  # None: nothing tried yet; empty: one at a time
         self._rows_fit: bool | None = None  # Whether the rows of a mean cross entropy are the samples' in order
         self._checked = False
+        self._is_number = False
         self._bytes_per_entry: float | None = None
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         self._most_bytes = max(_LEAST_BYTES, _SHARE_OF_MODEL * size)
 
-    def measure(self, batch: Any) -> Tensor:
-        """Return the squared gradient norms, shape (batch size, number of linears), NaN if the loss is not finite."""
-        size = batch_size(batch)
+    def size(self, batch: Any) -> int:
+        """Return how many samples a batch has."""
+        return batch_size(batch, lambda: self._shape(batch))
+
+    def measure(self, batch: Any, size: int) -> Tensor:
+        """Return the squared gradient norms of a batch of that many samples, NaN where the loss is not finite.
+
+        Returns:
+            Shape (size, number of linears).
+        """
         try:
             squared = self._measure(batch, size)
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
@@ -153,6 +161,14 @@ class SampleLosses:
         if self._sketches is not None:
             finite = squared.isfinite().all(1).nonzero().squeeze(1)
             self._sketches.keep(finite, 1 / weights.to(squared)[finite])
+
+    @torch.no_grad()
+    def _shape(self, batch: Any) -> tuple[int, ...]:
+        """Return the shape of the loss, () without a look if that of the batch before was one number."""
+        if not self._is_number:
+            shape = tuple(self._losses(batch).shape)
+            self._is_number = not shape
+        return () if self._is_number else shape
 
     def _losses(self, batch: Any) -> Tensor:
         return batch_losses(self._model, batch, self._loss_fn)
@@ -253,6 +269,7 @@ def batch_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor
         return loss
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a mapping for model(**batch), got {type(batch).__name__}; or give loss_fn=")
+    check_rows(batch)
     found = _entry(model(**batch), "loss")
     if found is None:
         raise InputError(
@@ -332,7 +349,7 @@ class LabelSampler:
             InputError: If there are no class labels or logits, or the loss is not their cross entropy.
         """
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
+        if not isinstance(labels, Tensor) or not labels.dim() or labels.is_floating_point():
             raise InputError("labels='model' needs batches with integer labels, whose places say what to draw")
         output = self._model(**batch)
         logits, loss = _entry(output, "logits"), _entry(output, "loss")
@@ -351,7 +368,7 @@ class LabelSampler:
 
     def _find_shift(self, batch: Any) -> int:
         """Find out from the first sample with a finite loss; 0 if there is none, as all will be left out."""
-        size = batch_size(batch)
+        size = len(batch["labels"])
         for n in range(size):
             one = sample(batch, n, size)
             output = self._model(**one)

@@ -6,7 +6,7 @@ Fisher information, summed over a layer's linear maps.)
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import Any, Literal, cast
 from warnings import warn
@@ -15,7 +15,7 @@ import torch
 from scipy.special import stdtr
 from torch import Tensor, nn
 
-from stiefel_lora._batches import batch_size, take, to_device
+from stiefel_lora._batches import take, to_device
 from stiefel_lora._budget import count_of
 from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import LabelSampler, LossFn, SampleLosses
@@ -127,8 +127,9 @@ def fisher_scores(
 
     Args:
         model: A model with a list of repeated layers, on any device.
-        batches: Mappings for ``model(**batch)`` that gives a ``loss``, or whatever ``loss_fn`` takes. Padding has the
-            label -100. Batches may mix lengths; their size changes the speed and the memory, not the scores.
+        batches: Mappings for ``model(**batch)`` that gives a ``loss``, or whatever ``loss_fn`` takes: tensors with the
+            batch as their first dimension, lists with an entry for each sample. Padding has the label -100. Batches
+            may mix lengths; their size changes the speed and the memory, not the scores.
         layers: Qualified name of the list of layers, where the longest one is not meant.
         modules: Names of the linear maps that count, matched against the end of their qualified names (default: all).
         loss_fn: Called as ``loss_fn(model, batch)``; returns the loss of each sample, shape (batch,), or one number.
@@ -148,8 +149,9 @@ def fisher_scores(
         The scores, over the samples of all ranks if a torch.distributed group is initialised.
 
     Raises:
-        InputError: If there are no batches, no loss, no linear maps, a weight is shared with a module that is not
-            scored, an option is out of range, or no sample had a finite gradient.
+        InputError: If there are no batches, no loss, no linear maps, it cannot be told how many samples a batch has, a
+            weight is shared with a module that is not scored, an option is out of range, or no sample had a finite
+            gradient.
 
     Warns:
         UserWarning: If samples were left out because their loss or gradient was not finite, or a linear map was never
@@ -210,8 +212,8 @@ def score(
         losses = SampleLosses(model, norms, loss_fn)
         bar = progress_bar(total=max_samples, label="Fisher scores", enabled=None if progress else False)
         with bar:
-            for batch in _limited(batches, _device(linears), max_samples):
-                squared = losses.measure(batch if sampler is None else sampler.draw(batch))
+            for batch, size in _limited(batches, _device(linears), max_samples, losses.size):
+                squared = losses.measure(batch if sampler is None else sampler.draw(batch), size)
                 rows.append(torch.stack([squared[:, members].sum(1) for members in groups.values()], dim=1))
                 bar.update(len(squared))
                 if looks is not None and looks.is_stable(_finite(rows).cpu() / divisor):
@@ -265,17 +267,20 @@ def _groups(
     return groups
 
 
-def _limited(batches: Iterable[Any], device: torch.device, limit: int | None) -> Iterator[Any]:
-    """Yield batches on the device until there are ``limit`` samples."""
+def _limited(
+    batches: Iterable[Any], device: torch.device, limit: int | None, size_of: Callable[[Any], int]
+) -> Iterator[tuple[Any, int]]:
+    """Yield batches on the device, and their sizes, until there are ``limit`` samples."""
     seen = 0
     for batch in batches:
-        size = batch_size(batch)
+        batch = to_device(batch, device)
+        size = size_of(batch)
         if not size:
             continue
         if limit is not None and seen + size > limit:
             batch = take(batch, slice(0, limit - seen), size)
             size = limit - seen
-        yield to_device(batch, device)
+        yield batch, size
         seen += size
         if seen == limit:
             return

@@ -15,6 +15,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from stiefel_lora._batches import batch_size, sample, take, to_device
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
+from stiefel_lora.initialisation import gradient_init
 from tests.models import FAMILIES, causal_batch, plain_batch
 from tests.reference import fisher as reference
 from tests.test_fisher import by_module, linear_weights
@@ -65,6 +66,11 @@ def test_every_structure_is_scored_by_its_samples(structure: str, size: int) -> 
     assert limited.n_samples == 1
 
 
+def size_of(batch: Any, *losses: int) -> int:
+    """The size of a batch whose loss has this shape."""
+    return batch_size(batch, lambda: losses)
+
+
 def test_what_has_no_entry_for_each_sample_stays_whole() -> None:
     batch = {
         "attention_mask": torch.ones(1, 1, 7, 7),
@@ -76,17 +82,130 @@ def test_what_has_no_entry_for_each_sample_stays_whole() -> None:
         "scale": torch.tensor(2.0),
         "name": "four",
     }
-    assert batch_size(batch) == 4
+    assert size_of(batch) == 4
     one = sample(batch, 2, 4)
     assert one["texts"] == ["c"] and one["name"] == "four" and one["scale"] is batch["scale"]
     assert one["position_ids"].shape == (3, 1, 7) and one["labels"].shape == (1, 7)
     assert one["attention_mask"] is batch["attention_mask"] and one["positions"] is batch["positions"]
     assert len(one["past"]) == 3 and all(entry.shape == (1, 2) for pair in one["past"] for entry in pair)
-    assert batch_size({"texts": ["a", "b"]}) == 2 and batch_size({"n": 3}) == 1
+    assert size_of({"texts": ["a", "b"]}) == 2 and size_of({"n": 3}) == 1
     images = {"images": list(torch.zeros(3, 3, 8, 8)), "ids": torch.zeros(3, 4)}
     assert [image.shape for image in take(images, slice(0, 2), 3)["images"]] == [(3, 8, 8)] * 2
     moved = to_device(batch, torch.device("meta"))
     assert moved["past"][0][0].is_meta and moved["texts"] == batch["texts"]
+
+
+# How samples of different length are put together in lists, and what takes them apart again.
+LISTS: dict[str, tuple[Callable[[list[Tensor]], Any], Callable[[Any], list[Tensor]]]] = {
+    "list in a mapping": (lambda rows: {"rows": rows}, lambda b: b["rows"]),
+    "list": (lambda rows: rows, lambda b: b),
+    "rows of one in a mapping": (lambda rows: {"rows": [r[None] for r in rows]}, lambda b: [r[0] for r in b["rows"]]),
+    "list of mappings": (lambda rows: [{"x": row, "n": len(row)} for row in rows], lambda b: [one["x"] for one in b]),
+    "list of tuples": (lambda rows: [(row, len(row)) for row in rows], lambda b: [row for row, _ in b]),
+    "two lists": (lambda rows: {"x": rows, "n": [len(row) for row in rows]}, lambda b: b["x"]),
+}
+
+
+@pytest.mark.parametrize("form", ["each", "mean", "mean over positions"])
+@pytest.mark.parametrize("structure", LISTS)
+def test_a_list_with_one_entry_a_sample_is_scored_by_its_samples(structure: str, form: str) -> None:
+    together, apart = LISTS[structure]
+    net = FAMILIES["sequential"].build().double().net
+    rows = [torch.randn(n, 12, dtype=torch.float64) for n in (6, 2, 5, 3)]
+
+    def loss_fn(net: nn.Module, batch: Any) -> Tensor:
+        positions = [net(row[None])[0].square().mean(1) for row in apart(batch)]
+        each = torch.stack([losses.mean() for losses in positions])
+        return {"each": each, "mean": each.mean(), "mean over positions": torch.cat(positions).mean()}[form]
+
+    samples = [together([row]) for row in rows]
+    expected = reference.squared_norms(net, linear_weights(net), samples, loss_fn).mean(0)
+    scores = fisher_scores(net, [together(rows)], granularity="module", loss_fn=loss_fn, progress=False)
+    assert scores.n_samples == 4
+    torch.testing.assert_close(torch.tensor(scores.scores).double(), expected.double(), rtol=1e-6, atol=0)
+    assert fisher_scores(net, [together(rows)], loss_fn=loss_fn, max_samples=3, progress=False).n_samples == 3
+
+
+def test_where_the_structure_of_a_batch_leaves_its_size_open_the_losses_tell_it() -> None:
+    rows = lambda *lengths: [torch.zeros(n, 3) for n in lengths]  # noqa: E731
+    image, sequence = torch.zeros(3, 8, 8), torch.zeros(7, 4, 8)
+    sure: list[tuple[Any, int]] = [
+        ({"x": [image] * 5, "texts": list("abcde")}, 5),  # the texts tell that images are entries
+        ({"x": [image] * 5, "names": list("ab"), "y": torch.zeros(5)}, 5),
+        ({"pair": [torch.zeros(4, 2), torch.zeros(4)], "names": ["a", "b"]}, 4),
+        (list("abc"), 3),
+        ([list("abc"), [1, 2, 3]], 3),
+        (Record(torch.zeros(4, 2), torch.zeros(4)), 4),
+    ]
+    for batch, size in sure:
+        assert size_of(batch) == size
+    for batch, sizes in (
+        ({"x": [image] * 5}, (3, 5)),
+        ({"rows": rows(6)}, (1, 6)),
+        ([(image, 1), (image, 2)], (2, 3)),
+        ((sequence, torch.zeros(4)), (4, 7)),
+        ((sequence[:, :1], torch.zeros(1)), (1, 7)),
+        ((torch.zeros(6, 3), torch.zeros(2, 9)), (1, 2, 6)),  # a graph: nodes and edges
+    ):
+        for n in sizes:
+            assert size_of(batch, n) == n
+        with pytest.raises(InputError, match="a batch may have .* one number; the batch must be the first dimension"):
+            size_of(batch)
+        with pytest.raises(InputError, match=r"its loss has the shape \(9,\)"):
+            size_of(batch, 9)
+    # What torch's collate function makes of pairs and of single tensors, unless there is a loss for each entry.
+    for batch in (rows(5, 5), [rows(5, 5), rows(5, 5)]):
+        assert [size_of(batch, *shape) for shape in ((), (5,), (2,), (1,))] == [5, 5, 2, 5]
+        one, other = take(batch, slice(1, 2), 2), take(batch, slice(1, 3), 5)
+        assert (len(one), len(other)) == (1, 2)
+
+
+class SequenceFirst(nn.Module):
+    """Three layers that read (T, batch, 8) in order, and a class for each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), nn.GRU(8, 8)]) for _ in range(3)])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, mix in self.layers:
+            x = mix(torch.tanh(up(x)))[0]
+        return self.head(x.mean(0))
+
+
+def test_sequences_before_the_batch_are_refused_or_scored_one_by_one() -> None:
+    model, x, y = SequenceFirst().double(), torch.randn(7, 4, 8, dtype=torch.float64), torch.randint(3, (4,))
+    loss_fn = lambda model, b: cross_entropy(model(b[0]), b[1])  # noqa: E731
+    samples = [(x[:, n : n + 1], y[n : n + 1]) for n in range(4)]
+    for batch in ((x, y), [x, y]):
+        with pytest.raises(InputError, match="4 or 7 samples, .* the batch must be the first dimension"):
+            fisher_scores(model, [batch], loss_fn=loss_fn, progress=False)
+    expected = reference.squared_norms(model, linear_weights(model), samples, loss_fn).mean(0)
+    got = by_module(model, samples, loss_fn=lambda model, b: loss_fn(model, b)[None])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
+
+
+def test_a_row_of_a_data_set_is_refused_and_the_way_out_named() -> None:
+    model, rows = FAMILIES["llama"].build(), [{"input_ids": row, "labels": row} for row in torch.randint(97, (2, 8))]
+    for call in (
+        lambda: fisher_scores(model, rows, progress=False),
+        lambda: gradient_init(model, rows, layers=[0], rank=2),
+    ):
+        with pytest.raises(InputError, match=r"shape \(8,\) are a single row; .* DataLoader, or give row\[None\]"):
+            call()
+
+
+def test_what_is_no_entry_for_each_sample_is_named_in_tuples_too() -> None:
+    model, ids, shared = FAMILIES["llama"].build(), torch.randint(97, (3, 8)), torch.zeros(4)
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        if len(batch[0]["input_ids"]) == 1:
+            raise ValueError("needs all four")
+        return model(**batch[0], labels=batch[0]["input_ids"]).loss
+
+    with pytest.raises(InputError, match=r"if entry 1 is not the same for all of them; .* \(needs all four\)"):
+        fisher_scores(model, [({"input_ids": ids}, shared)], loss_fn=loss_fn, progress=False)
 
 
 def masked(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
