@@ -1,7 +1,9 @@
 """From the loss of a batch to the gradient of each sample's own loss."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -340,13 +342,17 @@ class LabelSampler:
         self._seed = seed
         self._generator: torch.Generator | None = None
         self._shift: int | None = None
+        self._decoder_inputs: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
     def draw(self, batch: Any) -> dict[str, Any]:
         """Return the batch with labels drawn where it has labels.
 
+        What an encoder-decoder's decoder reads stays what the data's labels make of it.
+
         Raises:
-            InputError: If there are no class labels or logits, or the loss is not their cross entropy.
+            InputError: If there are no class labels or logits, the loss is not their cross entropy, or it is not known
+                how the model makes its decoder's inputs of the labels.
         """
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or not labels.dim() or labels.is_floating_point():
@@ -355,6 +361,7 @@ class LabelSampler:
         logits, loss = _entry(output, "logits"), _entry(output, "loss")
         if logits is None or loss is None or logits.shape[:-1] != labels.shape:
             raise InputError("labels='model' needs a model with a loss, and logits of the labels' shape and classes")
+        batch = self._with_decoder_inputs(batch, logits)
         if self._shift is None:
             self._shift = self._find_shift(batch)
         if self._generator is None:
@@ -366,6 +373,32 @@ class LabelSampler:
             drawn = torch.cat((labels[..., :1], drawn[..., :-1]), dim=-1)
         return {**batch, "labels": torch.where(labels == IGNORED, labels, drawn)}
 
+    def _with_decoder_inputs(self, batch: Mapping[str, Any], logits: Tensor) -> Mapping[str, Any]:
+        """Return the batch with the decoder's inputs, if the model would make them of the labels."""
+        config = getattr(self._model, "config", None)
+        given = any(batch.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+        if given or not getattr(config, "is_encoder_decoder", False):
+            return batch
+        labels = batch["labels"]
+        if self._decoder_inputs is None:
+            others = torch.where(labels == IGNORED, labels, (labels + 1) % logits.shape[-1])
+            if _same_logits(self._model(**{**batch, "labels": others}), logits):
+                return batch  # a classifier's labels, say
+            self._decoder_inputs = next(
+                (
+                    shifted
+                    for shifted in _label_shifts(self._model)
+                    if _same_logits(self._model(**{**batch, "decoder_input_ids": shifted(labels)}), logits)
+                ),
+                None,
+            )
+        if self._decoder_inputs is None:
+            raise InputError(
+                f"how {type(self._model).__name__} makes its decoder's inputs of the labels is not known, and for "
+                "labels='model' they must stay as they are; put decoder_input_ids into the batches"
+            )
+        return {**batch, "decoder_input_ids": self._decoder_inputs(labels)}
+
     def _find_shift(self, batch: Any) -> int:
         """Find out from the first sample with a finite loss; 0 if there is none, as all will be left out."""
         size = len(batch["labels"])
@@ -375,6 +408,24 @@ class LabelSampler:
             if bool(output["loss"].isfinite()):
                 return _label_shift(output["loss"], output["logits"], one["labels"])
         return 0
+
+
+def _label_shifts(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield the functions by which transformers' encoder-decoders may make their decoder's inputs of labels."""
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
+        if hasattr(model, name):
+            yield getattr(model, name)
+    for kind in type(model).__mro__:
+        shift = getattr(sys.modules[kind.__module__], "shift_tokens_right", None)
+        if shift is not None:
+            config: Any = model.config
+            tokens = [config.pad_token_id, config.decoder_start_token_id][: len(signature(shift).parameters) - 1]
+            yield lambda labels, shift=shift, tokens=tokens: shift(labels, *tokens)  # type: ignore[misc]
+
+
+def _same_logits(output: Any, logits: Tensor) -> bool:
+    found = _entry(output, "logits")
+    return found is not None and torch.equal(found.nan_to_num(), logits.nan_to_num())
 
 
 def _label_shift(loss: Tensor, logits: Tensor, labels: Tensor) -> int:

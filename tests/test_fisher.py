@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -521,6 +522,98 @@ def test_model_labels_of_a_language_model_respect_shift_and_padding(name: str, m
         labels = torch.where(labels == -100, -100, likeliest)
     expected = by_module(model, [{**batch, "labels": labels}])
     torch.testing.assert_close(by_module(model, [batch], labels="model"), expected, rtol=1e-6, atol=0)
+
+
+def _encoder_decoder(kind: str) -> tuple[Any, dict[str, Tensor], str]:
+    """Return a model with six classes, one sample with two labels, and the name of the decoder's layers."""
+    tokens = {"vocab_size": 6, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 2}
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 2), ("ffn_dim", 24))}
+    heads = {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    batch = {"labels": torch.tensor([[3, 4]])}
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+        model: Any = transformers.T5ForConditionalGeneration(transformers.T5Config(**tokens, **sizes))
+    elif kind == "bart":
+        bart = transformers.BartConfig(**tokens, **sides, **heads, d_model=16, max_position_embeddings=16)
+        model = transformers.BartForConditionalGeneration(bart)
+    else:
+        sound = {"num_mel_bins": 4, "max_source_positions": 4, "max_target_positions": 8, "d_model": 16}
+        model = transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(**tokens, **sides, **heads, **sound)
+        )
+        batch["input_features"] = torch.randn(1, 4, 8, dtype=torch.float64)
+    if kind != "whisper":
+        batch["input_ids"] = torch.tensor([[3, 5, 4]])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 if kind == "t5" else 3)  # so that what the decoder reads matters
+    return model.double().eval(), batch, "decoder.block" if kind == "t5" else "model.decoder.layers"
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
+def test_model_labels_leave_the_decoders_inputs_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn are all pairs of classes, one a sample; the decoder of each reads the start and the data's first label."""
+    model, batch, layers = _encoder_decoder(kind)
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: pairs.reshape(-1, 1))
+    start = torch.tensor([[2, 3]])
+    fixed = {**batch, "decoder_input_ids": start}
+    weights = linear_weights(model, layers)
+    expected = reference.squared_norms(model, weights, [{**fixed, "labels": pair[None]} for pair in pairs]).mean(0)
+    many = {name: value.repeat_interleave(36, dim=0) for name, value in batch.items()}
+    got = by_module(model, [many], labels="model", layers=layers)
+    # T5 and Whisper take norms or the loss in float32.
+    torch.testing.assert_close(got, expected.double(), rtol=1e-4, atol=1e-4 * float(expected.max()))
+    given = by_module(model, [{**many, "decoder_input_ids": start.expand(36, 2)}], labels="model", layers=layers)
+    assert torch.equal(given, got)
+
+
+def test_model_labels_of_an_encoder_decoder_are_drawn_from_its_own_output() -> None:
+    """The expectation over all pairs of labels at the decoder's inputs of the data."""
+    model, batch, layers = _encoder_decoder("t5")
+    with torch.no_grad():
+        first, second = model(**batch).logits[0].softmax(-1)
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    fixed = {**batch, "decoder_input_ids": torch.tensor([[2, 3]])}
+    weights = linear_weights(model, layers)
+    norms = reference.squared_norms(model, weights, [{**fixed, "labels": pair[None]} for pair in pairs])
+    expected = (first[pairs[:, 0]] * second[pairs[:, 1]]) @ norms.double()
+    many = {name: value.repeat_interleave(400, dim=0) for name, value in batch.items()}
+    got = by_module(model, [many], labels="model", layers=layers)
+    # 400 draws: five per cent standard error where classes differ by their own size.
+    torch.testing.assert_close(got, expected, rtol=0.2, atol=0)
+
+
+class _Copier(nn.Module):
+    """An encoder-decoder of a maker's own, whose decoder reads the labels, shifted by its own method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(6, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
+        self.config = transformers.PretrainedConfig(is_encoder_decoder=True)
+
+    def shifted(self, labels: Tensor) -> Tensor:
+        return nn.functional.pad(labels[:, :-1], (1, 0))
+
+    def forward(self, labels: Tensor, decoder_input_ids: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.embed(self.shifted(labels) if decoder_input_ids is None else decoder_input_ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        logits = x @ self.embed.weight.T
+        return {"logits": logits, "loss": cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_model_labels_are_refused_where_the_decoders_inputs_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, batch = _Copier(), {"labels": torch.randint(6, (3, 4))}
+    with pytest.raises(InputError, match="how _Copier makes its decoder's inputs .*; put decoder_input_ids into"):
+        fisher_scores(model, [batch], labels="model", progress=False)
+    given = by_module(model, [{**batch, "decoder_input_ids": model.shifted(batch["labels"])}], labels="model")
+    monkeypatch.setattr(_Copier, "_shift_right", _Copier.shifted, raising=False)
+    assert torch.equal(by_module(model, [batch], labels="model"), given)
+    # One label a sample is read by no decoder.
+    assert fisher_scores(model, [{"labels": torch.randint(6, (3, 1))}], labels="model", progress=False).n_samples == 3
 
 
 class _Quantised(nn.Module):
