@@ -150,8 +150,8 @@ def fisher_scores(
 
     Raises:
         InputError: If there are no batches, no loss, no linear maps, it cannot be told how many samples a batch has, a
-            weight is shared with a module that is not scored, an option is out of range, or no sample had a finite
-            gradient.
+            weight is shared with a module that is not scored, an option is out of range, no sample had a finite
+            gradient, or all gradients are zero.
 
     Warns:
         UserWarning: If samples were left out because their loss or gradient was not finite, or a linear map was never
@@ -223,6 +223,11 @@ def score(
     for how, names in (("never called", norms.unused), ("not called as maps of their widths", norms.unlike)):
         if names:
             warn(f"{how}, so their score is zero: {listed(names)}; modules= leaves them out", stacklevel=3)
+    if not samples.any():
+        raise InputError(
+            "every score is zero: does the loss compare the samples of a batch with each other, as a contrastive one? "
+            "Each sample is scored by its loss alone"
+        )
     if sketches is not None and _distributed():
         sketches.add_other_ranks()
     return FisherScores(

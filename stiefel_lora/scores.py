@@ -1,9 +1,9 @@
 """Fisher scores as a value: ranking, selection, table, plot and file."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 import numpy as np
 
@@ -162,7 +162,9 @@ class FisherScores:
         """Draw a field for each linear map, darker for a higher score, with a dot in the chosen ones."""
         from matplotlib.colors import LogNorm
 
-        mesh, rows = draw_grid(axes, self.names, self.layers, self.scores, norm=LogNorm())
+        # Of scores that are all zero no field is drawn, so any scale will do.
+        norm = LogNorm() if any(self.scores) else LogNorm(vmin=1e-1, vmax=1)
+        mesh, rows = draw_grid(axes, self.names, self.layers, self.scores, norm=norm)
         dots = [(self.layers[i], rows[i]) for i in sorted(chosen)]
         axes.plot(*zip(*dots, strict=True), "o", color="#d62728", markersize=4)
         axes.set_xlabel("decoder layer (dots: selected)")
@@ -179,10 +181,36 @@ class FisherScores:
         Raises:
             InputError: If the file is missing or is something else.
         """
+        content = read_json(Path(path))
         try:
-            return cls(**read_json(Path(path)))
+            scores = cls(**content)
         except TypeError as error:
             raise InputError(f"{path} does not hold Fisher scores: {error}") from error
+        wrong = scores._wrong_fields()
+        if wrong:
+            raise InputError(f"{path} does not hold Fisher scores: {', '.join(wrong)} is not what `save` writes")
+        return scores
+
+    def _wrong_fields(self) -> list[str]:
+        """Return the names of the fields with a value of another type, or of another length than the scores."""
+        kinds = {each.name: each.type for each in fields(self)}
+        wrong = [name for name, kind in kinds.items() if not _is_of(kind, getattr(self, name))]
+        if wrong:
+            return wrong
+        wrong = [name for name, kind in kinds.items() if get_origin(kind) is list and not self._has_one_each(name)]
+        return wrong + ["granularity"] * (self.granularity not in ("layer", "module"))
+
+    def _has_one_each(self, name: str) -> bool:
+        return len(getattr(self, name)) == len(self.scores) > 0
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Tell whether a value read from JSON is of the type of a field, where whole numbers may stand for others."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(get_args(kind)[0], entry) for entry in value)
+    if kind is bool or kind is str:
+        return isinstance(value, kind)
+    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
 
 
 def draw_grid(

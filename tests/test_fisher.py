@@ -668,6 +668,18 @@ def test_a_sample_without_labels_is_left_out() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_loss_that_compares_samples_with_each_other_is_refused(size: int) -> None:
+    class Contrast(Loss):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            out = self.net(x)
+            return {"loss": (out - out.mean(0)).square().mean()}
+
+    model = Contrast(FAMILIES["sequential"].build().net)
+    with pytest.raises(InputError, match="every score is zero: does the loss compare the samples"):
+        fisher_select(model, [plain_batch(size, 3)], progress=False)
+
+
 def test_errors_say_what_is_wrong() -> None:
     model, batch = LLAMA.build(), causal_batch(2, 6)
     no_labels = {k: v for k, v in batch.items() if k != "labels"}

@@ -1,6 +1,6 @@
 """Ranking, budgets, normalisation, table, plot and file of Fisher scores."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from stiefel_lora._budget import count_of
+from stiefel_lora._files import write_json
 from stiefel_lora.errors import InputError
 from stiefel_lora.report import plot_loss
 from stiefel_lora.scores import FisherScores
@@ -111,6 +112,15 @@ def test_plot_of_single_linear_maps_takes_zeros_and_maps_that_only_some_layers_h
     assert (tmp_path / "fisher.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_scores_that_are_all_zero_are_drawn(granularity: str, tmp_path: Path) -> None:
+    names = [f"layers.{i}.q" for i in range(4)]
+    zeros = scores(granularity=granularity, names=names, scores=[0.0] * 4, stderr=[0.0] * 4)
+    zeros.plot(tmp_path / "fisher.png")
+    assert (tmp_path / "fisher.png").read_bytes().startswith(b"\x89PNG")
+    assert len(zeros.table().splitlines()) == 5
+
+
 @pytest.mark.parametrize("picture", ["layers", "linear maps", "loss"])
 def test_steps_and_layers_have_whole_numbers_on_the_axis(
     picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,6 +154,42 @@ def test_file_round_trip_and_its_errors(tmp_path: Path) -> None:
         FisherScores.load(path)
     with pytest.raises(InputError, match="cannot read"):
         FisherScores.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scores", "abcd"),
+        ("scores", [1.0, "2", 3.0, 4.0]),
+        ("scores", [1.0, None, 3.0, 4.0]),
+        ("stderr", 0.1),
+        ("names", [1, 2, 3, 4]),
+        ("names", ["a", "b", "c"]),
+        ("layers", [0, 1, 2.5, 3]),
+        ("parameters", [True, 1, 1, 1]),
+        ("granularity", "head"),
+        ("granularity", 1),
+        ("n_samples", "7"),
+        ("stable", 1),
+        ("budget", None),
+    ],
+)
+def test_a_file_with_a_wrong_value_is_refused_and_the_field_named(field: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    write_json(path, {**asdict(scores()), field: value})
+    with pytest.raises(InputError, match=f"does not hold Fisher scores: {field} is not"):
+        FisherScores.load(path)
+
+
+def test_a_file_without_scores_is_refused_and_whole_numbers_are_none_of_its_faults(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    whole = {"scores": [3, 1, 4, 1], "budget": 2, "seconds": 1}
+    write_json(path, {**asdict(scores()), **whole})
+    assert FisherScores.load(path) == scores(**whole)
+    empty = {name: [] for name, value in asdict(scores()).items() if isinstance(value, list)}
+    write_json(path, {**asdict(scores()), **empty})
+    with pytest.raises(InputError, match="does not hold Fisher scores: scores, stderr"):
+        FisherScores.load(path)
 
 
 def test_a_share_is_rounded_half_up() -> None:
