@@ -7,8 +7,9 @@ Fisher information, summed over a layer's linear maps.)
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 from warnings import warn
 
 import torch
@@ -35,6 +36,8 @@ from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._types import Granularity
 from stiefel_lora.errors import InputError, check_choice, listed
 from stiefel_lora.scores import FisherScores, Normalize, check_budget_rank, divisors
+
+Number = TypeVar("Number", int, float)
 
 # Fewer samples than this tell nothing about a standard error.
 _FEWEST = 8
@@ -87,9 +90,7 @@ def fisher_select(
         check_budget_rank(rank)
     if budget_params is not None and tol is not None:
         raise InputError("tol= cannot tell when a choice by budget_params is stable; give budget= with it, or no tol=")
-    scores = score(
-        model,
-        batches,
+    options = Scoring(
         layers=layers,
         modules=modules,
         loss_fn=loss_fn,
@@ -101,6 +102,7 @@ def fisher_select(
         seed=seed,
         progress=progress,
     )
+    scores = score(model, batches, options)
     return scores.select(budget, budget_params=budget_params, rank=rank, normalize=normalize)
 
 
@@ -157,9 +159,7 @@ def fisher_scores(
         UserWarning: If samples were left out because their loss or gradient was not finite, or a linear map was never
             called, or as something else: some models, such as Mamba, read the weight of one past its ``forward``.
     """
-    return score(
-        model,
-        batches,
+    options = Scoring(
         layers=layers,
         modules=modules,
         loss_fn=loss_fn,
@@ -171,105 +171,146 @@ def fisher_scores(
         seed=seed,
         progress=progress,
     )
+    return score(model, batches, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """The options of `fisher_scores`, and what ``stable`` is decided by.
+
+    Raises:
+        InputError: If one is out of range.
+    """
+
+    layers: str | None = None
+    modules: Sequence[str] | None = None
+    loss_fn: LossFn | None = None
+    labels: str = "data"
+    granularity: Granularity = "layer"
+    max_samples: int | None = None
+    budget: float | int = 0.5
+    normalize: Normalize = "raw"
+    tol: float | None = None
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("labels", self.labels, ("data", "model"))
+        check_choice("granularity", self.granularity, ("layer", "module"))
+        if self.max_samples is not None and self.max_samples < 1:
+            raise InputError(f"max_samples must be at least 1, got {self.max_samples}")
+        if self.tol is not None and not 0 < self.tol < 1:
+            raise InputError(f"tol must be in (0, 1), got {self.tol}")
+        if self.tol is not None and _distributed():
+            raise InputError("tol= is not supported in a distributed job, whose ranks would stop at different batches")
 
 
 def score(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    layers: str | None,
-    loss_fn: LossFn | None,
-    max_samples: int | None,
-    budget: float | int,
-    progress: bool,
-    modules: Sequence[str] | None = None,
-    labels: str = "data",
-    granularity: Granularity = "layer",
-    normalize: Normalize = "raw",
-    tol: float | None = None,
-    seed: int = 0,
-    sketches: GradientSketches | None = None,
+    model: nn.Module, batches: Iterable[Any], options: Scoring, sketches: GradientSketches | None = None
 ) -> FisherScores:
     """Do what `fisher_scores` says, and fill sketches of the gradients, if given, in the same pass."""
-    check_choice("labels", labels, ("data", "model"))
-    check_choice("granularity", granularity, ("layer", "module"))
-    _check_limits(max_samples, tol)
     start = perf_counter()
     model = unwrap(model)
-    found = find_linears(model, layers=layers, targets=modules)
-    linears = {name: module for layer in found.values() for name, module in layer.items()}
-    groups = _groups(model, found, layers, granularity)
-    count = count_of(budget, len(groups))
-    parameters = [sum(math.prod(s) for s in _shapes(linears, members)) for members in groups.values()]
-    weight_norm = [sum(_square(list(linears.values())[i]) for i in members) for members in groups.values()]
-    divisor = torch.tensor(divisors(normalize, parameters, weight_norm), dtype=torch.float64)
+    groups = _Groups.of(model, options)
+    parameters = groups.sums(lambda linear: math.prod(linear_shape(linear)))
+    weight_norm = groups.sums(_square)
+    count = count_of(options.budget, len(groups.members))
+    divisor = torch.tensor(divisors(options.normalize, parameters, weight_norm), dtype=torch.float64)
+    looks = None if options.tol is None else _Looks(count, options.tol)
+    stop = None if looks is None else lambda samples: looks.is_stable(samples / divisor)
+    with undisturbed(model), GradientNorms(model, groups.linears, sketches) as norms:
+        rows = _measured(model, batches, options, groups, norms, stop)
+    samples, skipped = _gathered(rows)
+    _check_measured(samples, norms)
+    if sketches is not None and _distributed():
+        sketches.add_other_ranks()
+    chosen_by = samples / divisor
+    return FisherScores(
+        scores=samples.mean(0).tolist(),
+        stderr=(samples.std(0) / math.sqrt(len(samples))).tolist() if len(samples) > 1 else [0.0] * len(parameters),
+        names=[name for name, _ in groups.members],
+        layers=[layer for _, layer in groups.members],
+        parameters=parameters,
+        adapter_size=groups.sums(lambda linear: sum(linear_shape(linear))),
+        weight_norm=weight_norm,
+        granularity=options.granularity,
+        n_samples=len(samples),
+        n_skipped=skipped,
+        seconds=perf_counter() - start,
+        stable=_is_stable(chosen_by, count, _TOL) if looks is None else looks.is_stable(chosen_by, last=True),
+        budget=options.budget,
+        confidence=1 - (_TOL if options.tol is None else options.tol),
+    )
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """What gets a score: layers, or single linear maps.
+
+    Attributes:
+        linears: All linear maps by qualified name.
+        members: For each (name, layer) that gets a score, the positions of its linear maps.
+    """
+
+    linears: dict[str, nn.Module]
+    members: dict[tuple[str, int], list[int]]
+
+    @classmethod
+    def of(cls, model: nn.Module, options: Scoring) -> "_Groups":
+        prefix, _ = find_layers(model, options.layers)
+        linears: dict[str, nn.Module] = {}
+        members: dict[tuple[str, int], list[int]] = {}
+        for layer, found in find_linears(model, layers=options.layers, targets=options.modules).items():
+            for name, linear in found.items():
+                key = (join(prefix, layer) if options.granularity == "layer" else name, layer)
+                members.setdefault(key, []).append(len(linears))
+                linears[name] = linear
+        return cls(linears, members)
+
+    def sums(self, measure: Callable[[nn.Module], Number]) -> list[Number]:
+        """Return the sums of what is measured of each linear map."""
+        values = [measure(linear) for linear in self.linears.values()]
+        return [cast(Number, sum(values[i] for i in positions)) for positions in self.members.values()]
+
+    def totals(self, squared: Tensor) -> Tensor:
+        """Sum up the squared norms of linear maps, (batch, linear maps), to those of the groups, (batch, groups)."""
+        return torch.stack([squared[:, positions].sum(1) for positions in self.members.values()], dim=1)
+
+
+def _measured(
+    model: nn.Module,
+    batches: Iterable[Any],
+    options: Scoring,
+    groups: _Groups,
+    norms: GradientNorms,
+    stop: Callable[[Tensor], bool] | None,
+) -> list[Tensor]:
+    """Return the squared norms of each batch, (batch, groups), until ``stop`` has seen enough of the finite ones."""
     rows: list[Tensor] = []
-    looks = None if tol is None else _Looks(count, tol)
+    losses = SampleLosses(model, norms, options.loss_fn)
     # Ranks must not draw the same numbers for their different samples.
     rank = torch.distributed.get_rank() if _distributed() else 0
-    sampler = LabelSampler(model, seed + rank) if labels == "model" else None
-    with undisturbed(model), GradientNorms(model, linears, sketches) as norms:
-        losses = SampleLosses(model, norms, loss_fn)
-        bar = progress_bar(total=max_samples, label="Fisher scores", enabled=None if progress else False)
-        with bar:
-            for batch, size in _limited(batches, _device(linears), max_samples, losses.size):
-                squared = losses.measure(batch if sampler is None else sampler.draw(batch), size)
-                rows.append(torch.stack([squared[:, members].sum(1) for members in groups.values()], dim=1))
-                bar.update(len(squared))
-                if looks is not None and looks.is_stable(_finite(rows).cpu() / divisor):
-                    break
-    samples, skipped = _gathered(rows)
-    chosen_by = samples / divisor
+    sampler = LabelSampler(model, options.seed + rank) if options.labels == "model" else None
+    bar = progress_bar(total=options.max_samples, label="Fisher scores", enabled=None if options.progress else False)
+    with bar:
+        for batch, size in _limited(batches, _device(groups.linears), options.max_samples, losses.size):
+            rows.append(groups.totals(losses.measure(batch if sampler is None else sampler.draw(batch), size)))
+            bar.update(size)
+            if stop is not None and stop(_finite(rows).cpu()):
+                break
+    return rows
+
+
+def _check_measured(samples: Tensor, norms: GradientNorms) -> None:
+    """Warn of linear maps of which nothing is known, and raise InputError if that is so for all."""
     for how, names in (("never called", norms.unused), ("not called as maps of their widths", norms.unlike)):
         if names:
-            warn(f"{how}, so their score is zero: {listed(names)}; modules= leaves them out", stacklevel=3)
+            warn(f"{how}, so their score is zero: {listed(names)}; modules= leaves them out", stacklevel=4)
     if not samples.any():
         raise InputError(
             "every score is zero: does the loss compare the samples of a batch with each other, as a contrastive one? "
             "Each sample is scored by its loss alone"
         )
-    if sketches is not None and _distributed():
-        sketches.add_other_ranks()
-    return FisherScores(
-        scores=samples.mean(0).tolist(),
-        stderr=(samples.std(0) / math.sqrt(len(samples))).tolist() if len(samples) > 1 else [0.0] * len(groups),
-        names=[name for name, _ in groups],
-        layers=[layer for _, layer in groups],
-        parameters=parameters,
-        adapter_size=[sum(sum(s) for s in _shapes(linears, members)) for members in groups.values()],
-        weight_norm=weight_norm,
-        granularity=granularity,
-        n_samples=len(samples),
-        n_skipped=skipped,
-        seconds=perf_counter() - start,
-        stable=_is_stable(chosen_by, count, _TOL) if looks is None else looks.is_stable(chosen_by, last=True),
-        budget=budget,
-        confidence=1 - (_TOL if tol is None else tol),
-    )
-
-
-def _check_limits(max_samples: int | None, tol: float | None) -> None:
-    if max_samples is not None and max_samples < 1:
-        raise InputError(f"max_samples must be at least 1, got {max_samples}")
-    if tol is not None and not 0 < tol < 1:
-        raise InputError(f"tol must be in (0, 1), got {tol}")
-    if tol is not None and _distributed():
-        raise InputError("tol= is not supported in a distributed job, whose ranks would stop at different batches")
-
-
-def _groups(
-    model: nn.Module, found: dict[int, dict[str, nn.Module]], layers: str | None, granularity: str
-) -> dict[tuple[str, int], list[int]]:
-    """Return what gets a score, (name, layer), and the positions of its linear maps."""
-    prefix, _ = find_layers(model, layers)
-    groups: dict[tuple[str, int], list[int]] = {}
-    position = 0
-    for layer, linears in found.items():
-        for name in linears:
-            key = (join(prefix, layer) if granularity == "layer" else name, layer)
-            groups.setdefault(key, []).append(position)
-            position += 1
-    return groups
 
 
 def _limited(
@@ -376,11 +417,6 @@ def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
 def _upper_tail(t: Tensor, freedom: int) -> Tensor:
     """Return P(T > t) of Student's t distribution."""
     return torch.from_numpy(stdtr(freedom, -t.numpy()))
-
-
-def _shapes(linears: dict[str, nn.Module], members: list[int]) -> list[tuple[int, int]]:
-    modules = list(linears.values())
-    return [linear_shape(modules[i]) for i in members]
 
 
 def _square(module: nn.Module) -> float:

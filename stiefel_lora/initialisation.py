@@ -17,7 +17,7 @@ from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.errors import InputError, check_choice, listed
 from stiefel_lora.factors import CONSTRAINED, adapter_size, leading_singular_vectors
-from stiefel_lora.fisher import score
+from stiefel_lora.fisher import Scoring, score
 from stiefel_lora.layer import Init
 from stiefel_lora.scores import Normalize
 from stiefel_lora.stiefel import random_point
@@ -224,17 +224,15 @@ def select_and_start(
     candidates = module_ranks(model, find_targets(model, None, target_modules, layers_path), rank, rank_pattern)
     shapes = {name: linear_shape(model.get_submodule(name)) for name in candidates}
     sketches = GradientSketches({name: min(r + oversampling, *shapes[name]) for name, r in candidates.items()}, seed)
-    scores = score(
-        model,
-        batches,
+    scoring = Scoring(
         layers=layers_path,
         loss_fn=loss_fn,
         max_samples=max_samples,
         budget=budget,
         normalize=normalize,
         progress=progress,
-        sketches=sketches,
     )
+    scores = score(model, batches, scoring, sketches)
     layers = scores.select(budget, normalize=normalize)
     ranks = module_ranks(model, find_targets(model, layers, target_modules, layers_path), rank, rank_pattern)
     missing = [name for name in ranks if name not in sketches]

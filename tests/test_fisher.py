@@ -17,7 +17,7 @@ from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import SampleLosses
 from stiefel_lora._models import find_linears, undisturbed
 from stiefel_lora.errors import InputError
-from stiefel_lora.fisher import _is_stable, _Looks, _upper_tail, fisher_scores, fisher_select, score
+from stiefel_lora.fisher import Scoring, _is_stable, _Looks, _upper_tail, fisher_scores, fisher_select, score
 from tests.models import FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch
 from tests.reference import fisher as reference
 
@@ -840,9 +840,8 @@ def test_a_verdict_is_on_the_scores_that_choose() -> None:
     with torch.no_grad():
         for layer, size in zip(model.layers, (10.0, 1.0, 1.0), strict=True):
             layer.weight.copy_(size * torch.eye(4))
-    options: dict[str, Any] = {"layers": None, "loss_fn": None, "max_samples": None, "budget": 1, "progress": False}
-    assert score(model, data, **options).stable
-    assert not score(model, data, **options, normalize="weight").stable
+    assert score(model, data, Scoring(budget=1, progress=False)).stable
+    assert not score(model, data, Scoring(budget=1, progress=False, normalize="weight")).stable
 
 
 def test_early_stopping_is_rarely_wrong() -> None:

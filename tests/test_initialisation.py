@@ -14,7 +14,7 @@ from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets
 from stiefel_lora.adapters import adapter_layers, add_adapters, remove_adapters
 from stiefel_lora.errors import InputError
-from stiefel_lora.fisher import fisher_select, score
+from stiefel_lora.fisher import Scoring, fisher_select, score
 from stiefel_lora.initialisation import allocate_ranks, gradient_init, select_and_start
 from tests.models import FAMILIES, plain_batch
 from tests.ranks import run_on_ranks
@@ -446,7 +446,7 @@ def test_no_weight_gradient_is_kept() -> None:
     model, k = FAMILIES["llama"].build(), 5
     sketches = GradientSketches({name: k for name in find_targets(model, None, None, None)})
     batches = [FAMILIES["llama"].batch(3, 9) for _ in range(8)]
-    score(model, batches, layers=None, loss_fn=None, max_samples=None, budget=0.5, progress=False, sketches=sketches)
+    score(model, batches, Scoring(progress=False), sketches)
     assert sketches.staged_bytes == 0 and not sketches._kept
     for name, (a, g) in sketches._total.items():
         n_in, n_out = linear_shape(model.get_submodule(name))
