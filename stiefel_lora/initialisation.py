@@ -34,6 +34,7 @@ def gradient_init(
     rank_pattern: Mapping[str, int] | None = None,
     layers_path: str | None = None,
     loss_fn: LossFn | None = None,
+    seed: int = 0,
 ) -> dict[str, Init]:
     """Return starts for `add_adapters`: leading singular vectors of the mean gradient of each weight to adapt.
 
@@ -50,6 +51,7 @@ def gradient_init(
         rank_pattern: As for `add_adapters`.
         layers_path: As for `add_adapters`.
         loss_fn: As for `fisher_scores`; of one loss a sample the mean is taken.
+        seed: Seed of the starts of linears without a gradient; torch's global generators are not touched.
 
     Returns:
         For each qualified name of a linear to adapt its start, to be given as ``init``.
@@ -57,16 +59,18 @@ def gradient_init(
     Raises:
         InputError: If the model has adapters, there is no batch or loss, a base is quantised, a gradient is not finite,
             or for what `add_adapters` raises it.
+
+    Warns:
+        UserWarning: If the gradient of a linear to adapt is zero, so that it starts at random.
     """
-    model = _bare(model)
-    check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
+    model = _bare(model, orthonormal)
     targets = find_targets(model, layers, target_modules, layers_path)
     ranks = module_ranks(model, targets, rank, rank_pattern)
-    starts: dict[str, Init] = {}
+    starts: dict[str, Init | None] = {}
     for name, gradient in _gradients(model, targets, batches, loss_fn):
-        right, left, _ = leading_singular_vectors(gradient, ranks[name])
-        starts[name] = _start(right, left, orthonormal)
-    return starts
+        right, left, values = leading_singular_vectors(gradient, ranks[name])
+        starts[name] = _start(right, left, orthonormal) if values.any() else None
+    return _completed(model, starts, ranks, orthonormal, seed)
 
 
 def allocate_ranks(
@@ -109,22 +113,24 @@ def allocate_ranks(
         loss_fn: As for `gradient_init`.
 
     Returns:
-        For each linear map that gets any its rank, by qualified name in the model's order, and its start. The budget is
-        not used up where the gradients have no more directions.
+        For each linear map that gets any its rank, by qualified name in the model's order, and its start; one without a
+        gradient gets none. The budget is not used up where the gradients have no more directions.
 
     Raises:
         InputError: As `gradient_init`, or if the budget is out of range or too small for one direction.
+        TypeError: If a rank is not an int.
     """
-    model = _bare(model)
-    check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
+    model = _bare(model, orthonormal)
     targets = find_targets(model, layers, target_modules, layers_path)
-    most = 4 * rank if max_rank is None else max_rank
     shapes = {name: linear_shape(model.get_submodule(name)) for name in targets}
     module_ranks(model, targets, rank)
-    if not isinstance(budget, float) or not 0 < budget <= 1:
-        raise InputError(f"budget must be a share of the adapters' parameters, a float in (0, 1], got {budget!r}")
+    most = 4 * rank if max_rank is None else max_rank
+    if not isinstance(most, int) or isinstance(most, bool):
+        raise TypeError(f"max_rank must be an int, got {type(most).__name__}")
     if most < 1:
         raise InputError(f"max_rank must be at least 1, got {most}")
+    if not isinstance(budget, float) or not 0 < budget <= 1:
+        raise InputError(f"budget must be a share of the adapters' parameters, a float in (0, 1], got {budget!r}")
     vectors, spectra = {}, {}
     for name, gradient in _gradients(model, targets, batches, loss_fn):
         right, left, spectra[name] = leading_singular_vectors(gradient, min(most, *shapes[name]))
@@ -217,8 +223,7 @@ def select_and_start(
     Warns:
         UserWarning: If no gradient reached a linear to adapt, which starts at random then, and as `fisher_scores` does.
     """
-    model = _bare(model)
-    check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
+    model = _bare(model, orthonormal)
     if oversampling < 0:
         raise InputError(f"oversampling must not be negative, got {oversampling}")
     candidates = module_ranks(model, find_targets(model, None, target_modules, layers_path), rank, rank_pattern)
@@ -241,25 +246,41 @@ def select_and_start(
             f"the default target modules of the chosen layers, {listed(missing)}, are not those of all layers; give "
             "target_modules"
         )
-    found = {name: sketches.leading(name, r) for name, r in ranks.items()}
-    without = [name for name, vectors in found.items() if vectors is None]
-    if without:
-        warn(f"no gradient reached {listed(without)}, which will start at random", stacklevel=2)
-    generator = torch.Generator().manual_seed(seed)
-    starts: dict[str, Init] = {}
-    for name, vectors in found.items():
-        if vectors is None:
-            right, left = (random_point(n, ranks[name], device="cpu", generator=generator) for n in shapes[name])
-            vectors = right, left
-        starts[name] = _start(*vectors, orthonormal)
-    return layers, starts
+    starts: dict[str, Init | None] = {}
+    for name, r in ranks.items():
+        vectors = sketches.leading(name, r)
+        starts[name] = None if vectors is None else _start(*vectors, orthonormal)
+    return layers, _completed(model, starts, ranks, orthonormal, seed)
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def _bare(model: nn.Module, orthonormal: str) -> nn.Module:
+    """Return the model to take gradients of, or raise InputError if it has adapters or none can be made as asked."""
     model = unwrap(model)
     if adapter_layers(model):
         raise InputError("the model has adapters; take the gradients of the bare base (remove_adapters)")
+    check_choice("orthonormal", orthonormal, tuple(CONSTRAINED))
     return model
+
+
+def _completed(
+    model: nn.Module,
+    starts: Mapping[str, Init | None],
+    ranks: Mapping[str, int],
+    orthonormal: Orthonormal,
+    seed: int,
+) -> dict[str, Init]:
+    """Return the starts with random ones in place of None, of which it warns."""
+    without = [name for name, start in starts.items() if start is None]
+    if without:
+        warn(f"no gradient reached {listed(without)}, which will start at random", stacklevel=3)
+    generator = torch.Generator().manual_seed(seed)
+
+    def at_random(name: str) -> Init:
+        shape = linear_shape(model.get_submodule(name))
+        right, left = (random_point(n, ranks[name], device="cpu", generator=generator) for n in shape)
+        return _start(right, left, orthonormal)
+
+    return {name: at_random(name) if start is None else start for name, start in starts.items()}
 
 
 def _start(right: Tensor, left: Tensor, orthonormal: Orthonormal) -> Init:

@@ -130,12 +130,17 @@ def test_bad_input_for_allocated_ranks() -> None:
         ({"budget": 1}, InputError, r"a float in \(0, 1\], got 1"),
         ({"budget": 1e-4}, InputError, "too small for one direction"),
         ({"max_rank": 0}, InputError, "max_rank must be at least 1, got 0"),
+        ({"max_rank": 2.5}, TypeError, "max_rank must be an int, got float"),
+        ({"max_rank": True}, TypeError, "max_rank must be an int, got bool"),
         ({"rank": 17}, InputError, r"k_proj: rank must be in \[1, 16\]"),
         ({"rank": 2.0}, TypeError, "rank must be an int"),
         ({"orthonormal": "C"}, InputError, "orthonormal must be one of"),
     ):
+        consumed = iter([batch])
         with pytest.raises(error, match=message):  # type: ignore[call-overload]
-            allocate_ranks(model, [batch], **{"rank": 2, **options})  # type: ignore[arg-type]
+            allocate_ranks(model, consumed, **{"rank": 2, **options})  # type: ignore[arg-type]
+        if "too small" not in message:
+            assert next(consumed) is batch  # told before the pass
     with pytest.raises(InputError, match="too small for one direction"):
         allocate_ranks(model, [batch], rank=2, loss_fn=lambda m, b: 0 * m(**b).loss)
 
@@ -355,20 +360,42 @@ def test_ranks_and_targets_are_those_of_add_adapters() -> None:
         torch.testing.assert_close(layer.lora_A.detach().as_subclass(Tensor), starts[name], rtol=0, atol=0)
 
 
-def test_a_linear_without_a_gradient_starts_at_random_and_says_so() -> None:
-    class Idle(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.ModuleDict({n: nn.Linear(6, 6) for n in ("used", "idle")})] * 1)
+class Idle(nn.Module):
+    """One layer with a linear that is used and one that is not."""
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"loss": self.layers[0]["used"](x).square().mean()}
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({n: nn.Linear(6, 6) for n in ("used", "idle")})])
 
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.layers[0]["used"](x).square().mean()}
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_a_linear_without_a_gradient_starts_at_random_and_says_so(orthonormal: Any) -> None:
     model, batch = Idle(), {"x": torch.randn(3, 4, 6)}
-    no_gradient = pytest.warns(UserWarning, match=r"no gradient reached layers\.0\.idle")
+    where: dict[str, Any] = {"rank": 2, "target_modules": ["used", "idle"], "orthonormal": orthonormal}
+    no_gradient = pytest.warns(UserWarning, match=r"no gradient reached layers\.0\.idle, which will start at random")
     with pytest.warns(UserWarning, match=r"never called.*layers\.0\.idle"), no_gradient:
-        layers, starts = select_and_start(model, [batch], rank=2, target_modules=["used", "idle"], progress=False)
-    add_adapters(model, layers=layers, rank=2, target_modules=["used", "idle"], init=starts)
+        layers, one_pass = select_and_start(model, [batch], **where, progress=False)
+    state = torch.get_rng_state()
+    with no_gradient:
+        starts = gradient_init(model, [batch], layers=[0], **where)
+    with no_gradient:
+        other = gradient_init(model, [batch], layers=[0], **where, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    flat = lambda start: torch.stack(start) if orthonormal == "both" else start  # noqa: E731
+    idle, used = (flat(starts[f"layers.0.{name}"]) for name in ("idle", "used"))
+    # The same rows for the same seed; neither the axes, which singular vectors of zero are, nor another seed's.
+    assert torch.equal(idle, flat(one_pass["layers.0.idle"]))
+    assert bool((idle != 0).all()) and not torch.equal(idle, flat(other["layers.0.idle"]))
+    assert torch.equal(used, flat(other["layers.0.used"]))
+    add_adapters(model, layers=layers, **where, init=starts)
+
+
+def test_a_linear_without_a_gradient_gets_no_rank() -> None:
+    ranks, starts = allocate_ranks(Idle(), [{"x": torch.randn(3, 4, 6)}], rank=2, target_modules="all-linear")
+    assert list(ranks) == list(starts) == ["layers.0.used"]
 
 
 def test_quantised_bases_and_bfloat16_get_starts() -> None:
