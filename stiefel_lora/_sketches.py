@@ -90,8 +90,8 @@ class GradientSketches:
             for a, g in (part for part in parts if part is not None):
                 self._add(self._total, name, (torch.from_numpy(a), torch.from_numpy(g)))
 
-    def leading(self, name: str, rank: int) -> tuple[Tensor, Tensor] | None:
-        """Return orthonormal leading right and left singular vectors, (in, rank) and (out, rank).
+    def leading(self, name: str, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return orthonormal leading right and left singular vectors, (in, rank) and (out, rank), and values (rank,).
 
         They are in the type of the gradients, at least float32. None if no gradient has arrived, or only zeros.
         """
@@ -105,8 +105,8 @@ class GradientSketches:
         core = of_g @ of_a.T
         if not core.any():
             return None
-        u, _, vh = torch.linalg.svd(core)
-        return (p @ vh[:rank].T).to(a), (q @ u[:, :rank]).to(g)
+        u, s, vh = torch.linalg.svd(core)
+        return (p @ vh[:rank].T).to(a), (q @ u[:, :rank]).to(g), s[:rank].to(a)
 
     def _add(self, sums: dict[str, Pair], name: str, pair: Pair) -> None:
         k = self._ranks[name]
