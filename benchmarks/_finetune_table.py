@@ -74,6 +74,7 @@ COMPARISONS = (
     ("The same with the gradient of 128 samples, at half the parameters, beats DoRA", CALIBRATED, "DoRA"),
     ("The same with the gradient of 128 samples, at half the parameters, beats rsLoRA", CALIBRATED, "rsLoRA"),
     ("The gradient of 128 samples is better than that of 32", CALIBRATED, FASTER),
+    ("The constraint and a faster A help with it", CALIBRATED, "LoRA, ranks by gradient of 128 samples"),
 )
 
 

@@ -134,7 +134,7 @@ def ours(
     return build
 
 
-def _allocated(model: Any, setting: Setting, share: float, samples: int = SAMPLES) -> dict[str, Any]:
+def _allocated(model: Any, setting: Setting, share: float, samples: int) -> dict[str, Any]:
     """Return which linear maps get which ranks and starts at a share of the parameters."""
     rank = setting.rank
     batches = setting.calibrate(samples)
@@ -158,12 +158,13 @@ def lora(
     targets: Sequence[str] = TARGETS,
     gradient_start: bool = False,
     allocate: bool = False,
+    samples: int = SAMPLES,
     **more: Any,
 ) -> Build:
     """PEFT's LoRA at ``share`` of the rank; ``more`` goes to its configuration.
 
-    With ``gradient_start`` its A starts where ours does, in the leading directions of the calibration gradient; with
-    ``allocate`` it has ranks and starts as ours has.
+    With ``gradient_start`` its A starts where ours does, in the leading directions of the gradient of calibration
+    ``samples``; with ``allocate`` it has ranks and starts as ours has.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
@@ -171,10 +172,10 @@ def lora(
         rank, chosen = round(share * setting.rank), list(layers(setting))
         begin = time.perf_counter()
         alike = {"layers": chosen, "rank": rank, "target_modules": list(targets)}
-        where = _allocated(model, setting, share) if allocate else alike
+        where = _allocated(model, setting, share, samples) if allocate else alike
         starts, ranks = where.get("init", {}), where.get("rank_pattern", {})
         if gradient_start:
-            starts = gradient_init(model, setting.calibrate(SAMPLES), **where)
+            starts = gradient_init(model, setting.calibrate(samples), **where)
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
@@ -273,6 +274,7 @@ METHODS: dict[str, Build] = {
     FASTER: ours(allocate=True, share=0.5, rate_on_manifold=4.0),
     CALIBRATED: ours(allocate=True, share=0.5, rate_on_manifold=4.0, samples=SAMPLES_OF_THE_PAPER),
     "LoRA, ranks by gradient": lora(allocate=True, share=0.5),
+    "LoRA, ranks by gradient of 128 samples": lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
     "Stiefel A, half the rank, gradient start, rsLoRA's scaling": ours(
