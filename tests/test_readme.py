@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,8 @@ from benchmarks import _finetune_table
 from benchmarks._harness import RESULTS
 from benchmarks._methods import METHODS
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README, FINDINGS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "FINDINGS.md").read_text()
 
 
 def test_the_python_blocks_run(tmp_path: Path) -> None:
@@ -36,23 +38,20 @@ def test_the_set_up_lines_are_one_line_each() -> None:
 
 def test_quoted_results_exist() -> None:
     for path in re.findall(r"\((benchmarks/results/[\w.]+)\)", README):
-        assert (Path(__file__).parent.parent / path).is_file(), path
+        assert (ROOT / path).is_file(), path
 
 
-def test_no_placeholder_is_left() -> None:
-    assert "@@" not in README
-
-
-def test_the_quoted_comparison_is_what_the_committed_results_say() -> None:
-    """Trainable parameters, rates tried, seeds, loss and effective rank share of each row of README's table."""
+@pytest.mark.parametrize(("text", "least"), [(README, 8), (FINDINGS, 25)], ids=["README", "FINDINGS"])
+def test_the_quoted_comparison_is_what_the_committed_results_say(text: str, least: int) -> None:
+    """Trainable parameters, rates tried, seeds, loss and effective rank share of each row of the table."""
     cells = json.loads((RESULTS / "finetune.json").read_text())["results"]["cells"]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in README.splitlines()
+        for line in text.splitlines()
         if re.search(r"\| [\d.]+M \|", line)
     ]
     quoted = {row[0]: row[1:] for row in rows if row[0] in METHODS}
-    assert len(quoted) > 20
+    assert len(quoted) > least
     for method, (trainable, rates, seeds, loss, share) in quoted.items():
         found = _finetune_table.at_best_rate(cells, "code", method)
         losses = [cell["test_loss"] for cell in found.values()]
@@ -90,3 +89,59 @@ def test_the_quoted_speeds_are_what_the_committed_results_say() -> None:
             milliseconds, times = (float(number) for number in re.findall(r"[\d.]+", f"{cell} 1")[:2])
             assert milliseconds == pytest.approx(1e3 * row["median_s"], rel=1e-2), (name, solver)
             assert times == pytest.approx(row["times_fused_adamw"], rel=1e-2), (name, solver)
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+
+
+def quoted_numbers(pattern: str) -> list[float]:
+    """Return the numbers of a sentence of README, given as a pattern with a group for each, over line breaks."""
+    found = re.search(pattern, " ".join(README.split()))
+    assert found, pattern
+    return [float(number) for number in found.groups()]
+
+
+def test_the_quoted_cost_of_scoring_is_what_the_committed_results_say() -> None:
+    cost = result("fisher_cost")
+    rows = {length: cost["lengths"][length]["rows"] for length in ("128", "512")}
+    times = [rows[n][what]["times_forward"] for n in rows for what in ("ours", "loop of single samples")]
+    number = r"([\d.]+)"
+    quoted = quoted_numbers(
+        rf"costs {number} forward passes .*? costs {number}; {number} and {number} at 512 tokens, and {number} for"
+    )
+    # Two to three digits are quoted.
+    assert quoted == pytest.approx([*times, cost["wide"]["times_forward"]], rel=2e-2)
+    memory = [
+        100 * mib / cost["model_mib"] for what in ("ours", "loop of single samples") for mib in cost["peak_mib"][what]
+    ]
+    pattern = (
+        rf"takes {number} % of the model's memory \({number} % without the allocator's gaps\), the loop {number} %"
+    )
+    assert quoted_numbers(pattern) == pytest.approx(memory[:3], rel=2e-2)
+    (share,) = quoted_numbers(rf"That is {number} % of a run at the paper's setting, but a quarter of the 50 steps")
+    assert share == pytest.approx(100 * cost["share"]["paper"], rel=5e-2)
+    assert 0.2 < cost["share"]["default_run"] < 0.3
+
+
+def test_the_quoted_early_stopping_is_what_the_committed_results_say() -> None:
+    rows = {row["layers"]: row for row in result("early_stopping")["rows"] if row["tol"] == 0.1}
+    certain = quoted_numbers(r"the best layer is certain after (\d+) samples and the best six after (\d+)")
+    assert certain == [rows[1]["samples"], rows[6]["samples"]]
+    assert "the best three, and half of the layers, are not after 64" in " ".join(README.split())
+    assert [rows[n]["stable"] for n in (1, 6, 3, 15)] == [True, True, False, False]
+    assert rows[3]["samples"] == rows[15]["samples"] == 64
+
+
+def test_the_quoted_ratios_to_geoopt_are_what_the_committed_results_say() -> None:
+    models = result("optimizer_step")["models"].values()
+    ours, euclidean, canonical = SPEEDS[1], SPEEDS[3], SPEEDS[4]
+    rows = [model["adapter"]["rows"] for model in models]
+    ratios = [row[euclidean]["times_fused_adamw"] / row[ours]["times_fused_adamw"] for row in rows]
+    slower = [row[canonical]["times_fused_adamw"] / row[ours]["times_fused_adamw"] for row in rows if canonical in row]
+    least, most, times = quoted_numbers(
+        r"default is ([\d.]+) to ([\d.]+) times as fast as geoopt's QR and (\d+) times as fast as its canonical"
+    )
+    # Ratios of medians, where those quoted are medians of ratios.
+    assert [least, most] == pytest.approx([min(ratios), max(ratios)], rel=5e-2)
+    assert times == pytest.approx(slower[0], rel=5e-2)
