@@ -1,9 +1,10 @@
-"""Choose the linears of a model that get adapters: which layers, which names, which ranks."""
+"""Choose the linears of a model that get adapters: which layers, which names, which ranks, and which cannot."""
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from stiefel_lora._models import (
@@ -16,6 +17,7 @@ from stiefel_lora._models import (
     own_names,
     split_at_layer,
 )
+from stiefel_lora._sources import read_past_forward
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.layer import StiefelLoRALinear, check_rank
 
@@ -99,6 +101,34 @@ def wrappable_linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str
         inner = parent[len(prefix) + 1 :] if prefix else parent
         adapted = parent != name and isinstance(module.get_submodule(inner), StiefelLoRALinear)
         yield parent if adapted else name, linear
+
+
+def check_called(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+    """Raise InputError if the parents of linears read their weights past the ``forward`` of an adapter.
+
+    Args:
+        modules: All modules of the model, by qualified name.
+        names: Those of the linears.
+    """
+    readers: dict[str, str] = {}
+    for name in names:
+        above, _, child = name.rpartition(".")
+        parent = modules[above]
+        # Jamba calls it only where it is quantised.
+        in_mamba = child == "dt_proj" and "Mamba" in type(parent).__name__
+        read = read_past_forward(type(parent))  # type: ignore[arg-type]  # a class is hashable
+        if in_mamba or child in read:
+            readers[name] = type(parent).__name__
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise InputError(
+                f"{name} cannot have an adapter while nn.TransformerEncoderLayer has its fast path: it skips adapters "
+                "in inference; call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
+    if readers:
+        raise InputError(
+            f"{listed(readers)} cannot have an adapter: {listed(set(readers.values()))} reads its weight, at least in "
+            "training, where it should call it; leave it out"
+        )
 
 
 def _default_targets(linears: Mapping[int, Sequence[str]]) -> list[str]:

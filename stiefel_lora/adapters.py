@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._models import first_tensor, own_names, unwrap
-from stiefel_lora._targets import describe, find_targets, last_names, module_ranks, wrappable_linears
+from stiefel_lora._targets import check_called, describe, find_targets, last_names, module_ranks, wrappable_linears
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.factors import factor_metrics
@@ -349,8 +349,7 @@ def _bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str, Any
     again = [name for name in names if name in present]
     if again:
         raise InputError(f"{listed(again)} has an adapter already; remove it first or choose another name=")
-    for name in names:
-        _check_parent(name, everything[name.rpartition(".")[0]])
+    check_called(everything, names)
     _warn_of_statistics(everything)
     bases = {name: module for name, module in everything.items() if name in names}
     bases = {name: m.base if isinstance(m, StiefelLoRALinear) else m for name, m in bases.items()}
@@ -383,19 +382,6 @@ def _warn_of_statistics(modules: Mapping[str, nn.Module]) -> None:
             f"{listed(moving)} takes running statistics while in training mode, which a saved adapter does not hold; "
             "put it into eval mode after each model.train()",
             stacklevel=5,
-        )
-
-
-def _check_parent(name: str, parent: nn.Module) -> None:
-    """Refuse linears whose weights are read by their parent, past the ``forward`` of an adapter."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise InputError(f"{name} cannot have an adapter: nn.MultiheadAttention reads its weight and never calls it")
-    if "Mamba" in type(parent).__name__ and name.endswith("dt_proj"):
-        raise InputError(f"{name} cannot have an adapter: Mamba reads its weight and never calls it; leave it out")
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise InputError(
-            f"{name} cannot have an adapter while nn.TransformerEncoderLayer has its fast path: it skips adapters in "
-            "inference; call torch.backends.mha.set_fastpath_enabled(False) first"
         )
 
 

@@ -162,7 +162,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
 
     Raises:
         InputError: If the model has no adapters, or other named sets of adapters would be lost.
-        ValueError: If PEFT refuses one of the linears, as some of Mamba. The adapter is in the model all the same.
+        ValueError: If PEFT refuses one of the linears. The adapter is in the model all the same.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 

@@ -18,6 +18,7 @@ from torch.__future__ import (
 
 from stiefel_lora._models import first_tensor, is_conv1d, is_linear, linear_shape, plain_weight
 from stiefel_lora._precision import exact_products, under_autocast, wide_dtype
+from stiefel_lora._sources import maps_one_to_one
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, ManifoldError, check_choice
 from stiefel_lora.factors import (
@@ -63,7 +64,8 @@ class StiefelLoRALinear(nn.Module):
 
     Raises:
         InputError: If a value is outside its range, or an initial factor has another shape or is not orthonormal.
-        TypeError: If ``base`` is not a linear layer or ``rank`` is not an int.
+        TypeError: If ``base`` is not a linear layer, or its ``forward`` does not take one tensor and return one, or
+            ``rank`` is not an int.
     """
 
     lora_A: Tensor
@@ -149,12 +151,12 @@ class StiefelLoRALinear(nn.Module):
         """Return the factors that are constrained to have orthonormal columns, by name."""
         return {name: getattr(self, name) for name in CONSTRAINED[self.orthonormal]}
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` of shape (..., in_features); the result is (..., out_features)."""
-        out = self.base(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to ``input`` of shape (..., in_features); the result is (..., out_features)."""
+        out = self.base(input)
         if self.merged or not self.enabled:
             return out
-        return out + self._update(x).to(out.dtype)
+        return out + self._update(input).to(out.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -312,9 +314,16 @@ class StiefelLoRALinear(nn.Module):
 def _checked_shape(base: nn.Module) -> tuple[int, int]:
     if isinstance(base, nn.Module) and is_linear(base):
         shape = linear_shape(base)
-        if min(shape) > 0 and first_tensor(base) is not None:
-            return shape
-        raise TypeError(f"the base {type(base).__name__} has no weights yet; run a forward pass or initialise it first")
+        if min(shape) <= 0 or first_tensor(base) is None:
+            raise TypeError(
+                f"the base {type(base).__name__} has no weights yet; run a forward pass or initialise it first"
+            )
+        if not maps_one_to_one(type(base)):  # type: ignore[arg-type]  # a class is hashable
+            raise TypeError(
+                f"the base {type(base).__name__} is more than a linear map, which takes one tensor and returns one, so "
+                "there is nothing to add an update to; leave it out"
+            )
+        return shape
     raise TypeError(
         "the base must be a linear layer (nn.Linear, transformers' Conv1D, or a quantised linear with in_features and "
         f"out_features), got {type(base).__name__}"

@@ -96,6 +96,11 @@ def test_default_shapes_types_and_scaling() -> None:
     assert StiefelLoRALinear(nn.Linear(12, 9), 4, alpha=3, rslora=True).scaling == 3 / 2
 
 
+def test_the_input_has_the_name_that_it_has_in_a_linear() -> None:
+    layer, x = StiefelLoRALinear(nn.Linear(6, 4), rank=2), torch.randn(3, 6)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 @pytest.mark.parametrize("orthonormal", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_delta_weight_against_the_dense_formula(kind: str, orthonormal: Any) -> None:
