@@ -26,7 +26,7 @@ from stiefel_lora.adapters import (
     set_parameters,
 )
 from stiefel_lora.errors import InputError, ManifoldError, listed
-from stiefel_lora.factors import CONSTRAINED, factor_shapes, folded, manifold_error, orthonormal_factors
+from stiefel_lora.factors import CONSTRAINED, FREE, factor_shapes, folded, manifold_error, orthonormal_factors
 from stiefel_lora.layer import OFF_MANIFOLD, StiefelLoRALinear, check_options
 from stiefel_lora.stiefel import orthogonality_error
 
@@ -116,12 +116,10 @@ def adapter_state(model: nn.Module) -> AdapterState:
     layers = required_layers(model)
     modules = {name: _module_config(layer) for name, layer in layers.items()}
     trained = _trained_parameters(model, layers)
-    return AdapterState(
-        describe_base(model), modules, _orthonormal_factors(layers), trained, _other_names(model, trained)
-    )
+    return AdapterState(describe_base(model), modules, _factors_to_save(layers), trained, _other_names(model, trained))
 
 
-def _orthonormal_factors(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, dict[str, Tensor]]:
+def _factors_to_save(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, dict[str, Tensor]]:
     """Return the factors of all layers; where something has moved them off the manifold, others of the same update."""
     found, errors = {}, {}
     for name, layer in layers.items():
@@ -137,7 +135,19 @@ def _orthonormal_factors(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, d
             listed(errors),
             max(errors.values()),
         )
+    _warn_of_untrained(layers)
     return found
+
+
+def _warn_of_untrained(layers: Mapping[str, StiefelLoRALinear]) -> None:
+    """Log which updates are zero still while others are not: the model may have passed their linears by."""
+    still = [name for name, layer in layers.items() if not layer.factors()[FREE[layer.orthonormal]].any()]
+    if 0 < len(still) < len(layers):
+        logger.warning(
+            "%s: the update is zero as at the start, while others are trained; if it was to be trained as well, the "
+            "model does not call this linear in training",
+            listed(still),
+        )
 
 
 def _other_names(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, str]:

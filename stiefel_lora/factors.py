@@ -13,6 +13,8 @@ from stiefel_lora.stiefel import effective_rank, orthogonality_error
 
 # The factors that lie on the manifold, by the value of `orthonormal`.
 CONSTRAINED: dict[str, tuple[str, ...]] = {"A": ("lora_A",), "B": ("lora_B",), "both": ("lora_A", "lora_B")}
+# The factor that starts at zero and carries the size of the update.
+FREE: dict[str, str] = {"A": "lora_B", "B": "lora_A", "both": "lora_S"}
 
 
 def factor_shapes(n_in: int, n_out: int, rank: int, orthonormal: str) -> dict[str, tuple[int, int]]:
@@ -121,6 +123,5 @@ def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> d
         "orthogonality_error": as `manifold_error`; "effective_rank": that of the update, which is that of its free
         factor (0 while it is zero).
     """
-    free = "lora_S" if orthonormal == "both" else "lora_B" if orthonormal == "A" else "lora_A"
-    error, rank = manifold_error(factors, orthonormal), float(effective_rank(factors[free]))
+    error, rank = manifold_error(factors, orthonormal), float(effective_rank(factors[FREE[orthonormal]]))
     return {"orthogonality_error": error, "effective_rank": rank}

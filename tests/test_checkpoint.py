@@ -145,6 +145,27 @@ def test_factors_off_the_manifold_are_saved_as_the_same_update(
     torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_an_update_that_was_not_trained_like_the_others_is_named(
+    orthonormal: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a linear that the model passes by."""
+    model = LLAMA.build()
+    add_adapters(model, layers=[0, 2], rank=4, orthonormal=orthonormal)
+    save_adapter(model, tmp_path / "start")
+    save_adapter(trained(orthonormal=orthonormal), tmp_path / "trained")
+    assert not caplog.records
+    layer = adapter_layers(model)["model.layers.2.mlp.up_proj"]
+    for name, factor in layer.factors().items():
+        if name not in layer.manifold_parameters():
+            nn.init.normal_(factor)
+    save_adapter(model, tmp_path / "one")
+    (record,) = caplog.records
+    assert "layers.0.self_attn.q_proj, " in record.getMessage() and "and 3 more: the update is zero" in (
+        record.getMessage()
+    )
+
+
 def test_a_merged_model_saves_the_same_adapter(tmp_path: Path) -> None:
     model = trained()
     save_adapter(model, tmp_path / "a")

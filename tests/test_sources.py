@@ -1,6 +1,6 @@
 """What the source of classes says: of real ones in transformers, and of small ones that differ in one thing."""
 
-import importlib
+import inspect
 from typing import Any
 
 import pytest
@@ -39,9 +39,9 @@ MAMBA = {"out_proj", "x_proj", "dt_proj"}
     ],
 )
 def test_linears_whose_weights_are_read(family: str, name: str, linears: set[str]) -> None:
-    cls = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name, None)
-    if cls is None:
-        pytest.skip(f"this version of transformers has no {name}")
+    cls = getattr(pytest.importorskip(f"transformers.models.{family}.modeling_{family}"), name)
+    if family == "gemma3n" and "correction_coefs.weight.data" in inspect.getsource(cls.correct):
+        pytest.skip("before transformers 5.20 it is called in training too")
     everything = MAMBA | {"q_proj", "k_proj", "v_proj", "in_proj", "dense", "dense_4h_to_h", "wi", "wo"}
     everything |= {"correction_coefs", "prediction_coefs", "modality_router"}
     assert read_past_forward(cls) & everything == linears
