@@ -107,7 +107,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, whole or not at all."""
     with atomic_file(path) as file:
-        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        fill_json(file, content)
+
+
+def fill_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON into a file that nobody reads yet, as one in a folder of `atomic_folder`."""
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _temporary(path: Path) -> Path:

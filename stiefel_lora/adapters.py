@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._models import first_tensor, own_names, unwrap
+from stiefel_lora._names import plain_name
 from stiefel_lora._targets import check_called, describe, find_targets, last_names, module_ranks, wrappable_linears
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, listed
@@ -165,7 +166,7 @@ def insert_adapters(
         wrapped = {id(p) for base in bases.values() for p in base.parameters()}
         for parameter in trainable.values():
             parameter.requires_grad_(id(parameter) not in wrapped)
-    logger.info("adapter %r is on %s", name, describe(new))
+    logger.info("adapter %r is on %s", name, describe(map(plain_name, new)))
     return list(new)
 
 

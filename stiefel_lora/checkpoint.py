@@ -1,18 +1,19 @@
 """Save a model's adapters to a folder and load them: a safetensors file and a JSON configuration, never a pickle."""
 
-import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora._files import atomic_folder, read_json
+from stiefel_lora._files import atomic_folder, fill_json, read_json
 from stiefel_lora._models import linear_shape, unwrap
+from stiefel_lora._names import name_in, plain_name
 from stiefel_lora._targets import wrappable_linears
 from stiefel_lora.adapters import (
     DEFAULT_NAME,
@@ -41,6 +42,8 @@ FORMAT_VERSION = 1
 @dataclass(frozen=True)
 class AdapterState:
     """A set of adapters apart from any model, as a folder holds it.
+
+    Names are those of the plain model, whatever its parts were wrapped in.
 
     Attributes:
         base_model: What is known of the base: its "class", "model_type" and "name_or_path".
@@ -111,12 +114,28 @@ def adapter_state(model: nn.Module) -> AdapterState:
         InputError: If the model has no adapters, or a parameter of an adapted linear itself was trained, or within
             `disable_adapters`.
     """
+    return renamed(state_in_place(model), plain_name)
+
+
+def state_in_place(model: nn.Module) -> AdapterState:
+    """Return what `adapter_state` does, by the names that this very model has."""
     model = unwrap(model)
     check_enabled(model)
     layers = required_layers(model)
     modules = {name: _module_config(layer) for name, layer in layers.items()}
     trained = _trained_parameters(model, layers)
     return AdapterState(describe_base(model), modules, _factors_to_save(layers), trained, _other_names(model, trained))
+
+
+def renamed(state: AdapterState, name_of: Callable[[str], str]) -> AdapterState:
+    """Return the state with other names for its modules and parameters."""
+    return replace(
+        state,
+        modules={name_of(name): options for name, options in state.modules.items()},
+        factors={name_of(name): factors for name, factors in state.factors.items()},
+        parameters={name_of(name): tensor for name, tensor in state.parameters.items()},
+        tied=state.tied and {name_of(other): name_of(name) for other, name in state.tied.items()},
+    )
 
 
 def _factors_to_save(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, dict[str, Tensor]]:
@@ -172,7 +191,7 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
     """Put a set of adapters into a model; see `load_adapter`. ``what`` names it in errors."""
     model = unwrap(model)
     check_enabled(model)
-    state = _without_tied(state, model, what)
+    state = _without_tied(renamed(state, partial(name_in, model)), model, what)
     present = adapter_layers(model)
     _check_parameters(model, state, what)
     if present and adapter_names(model)[0] == name:
@@ -227,7 +246,7 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
     }
     with atomic_folder(path) as folder:
         write_safetensors(folder / WEIGHTS_FILE, tensors)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        fill_json(folder / CONFIG_FILE, config)
 
 
 def read_adapter(path: str | Path) -> AdapterState:
@@ -240,7 +259,7 @@ def read_adapter(path: str | Path) -> AdapterState:
     config = _read_config(path)
     tensors = read_safetensors(path / WEIGHTS_FILE)
     modules = config["modules"]
-    take = _Take(path / WEIGHTS_FILE, tensors)
+    take = partial(_taken, path / WEIGHTS_FILE, tensors)
     factors = {
         name: {
             key: take(f"{name}.{key}", shape, (torch.float32, torch.float64))
@@ -252,7 +271,8 @@ def read_adapter(path: str | Path) -> AdapterState:
     if tensors:
         raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
     _check_on_manifold(path / WEIGHTS_FILE, modules, factors)
-    return AdapterState(config["base_model"], modules, factors, parameters, config.get("tied"))
+    state = AdapterState(config["base_model"], modules, factors, parameters, config.get("tied"))
+    return renamed(state, plain_name)  # a file may be from before names were saved as the plain model's
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -391,23 +411,17 @@ def check_module_config(file: str | Path, name: str, options: Any) -> None:
         raise InputError(f"{file} is damaged: {name}: {error}") from None
 
 
-@dataclass(frozen=True)
-class _Take:
-    """Takes checked tensors out of a file's."""
-
-    file: Path
-    tensors: dict[str, Tensor]
-
-    def __call__(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
-        tensor = self.tensors.pop(name, None)
-        if tensor is None or tuple(tensor.shape) != shape or (dtypes and tensor.dtype not in dtypes):
-            found = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise InputError(
-                f"{self.file}: {name} {found}; it should be {dtypes[0] if dtypes else ''} of shape {shape}"
-            )
-        if not tensor.isfinite().all():
-            raise InputError(f"{self.file}: {name} has NaN or infinite entries")
-        return tensor
+def _taken(
+    file: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()
+) -> Tensor:
+    """Take a tensor out of a file's, or raise InputError if it is not as it should be."""
+    tensor = tensors.pop(name, None)
+    if tensor is None or tuple(tensor.shape) != shape or (dtypes and tensor.dtype not in dtypes):
+        found = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise InputError(f"{file}: {name} {found}; it should be {dtypes[0] if dtypes else ''} of shape {shape}")
+    if not tensor.isfinite().all():
+        raise InputError(f"{file}: {name} has NaN or infinite entries")
+    return tensor
 
 
 def _check_on_manifold(file: Path, modules: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -430,9 +444,21 @@ def _start(saved: AdapterState, name: str) -> dict[str, Any]:
 
 def _check_same(saved: AdapterState, present: Mapping[str, StiefelLoRALinear]) -> None:
     have = {name: _module_config(layer) for name, layer in present.items()}
-    differ = sorted({n for n in (*saved.modules, *have) if saved.modules.get(n) != have.get(n)})
-    if differ:
+    alike: dict[str, list[str]] = {}
+    for name in dict.fromkeys((*saved.modules, *have)):
+        difference = _difference(saved.modules.get(name), have.get(name))
+        if difference:
+            alike.setdefault(difference, []).append(name)
+    if alike:
+        found = "; ".join(f"{listed(names)}: {difference}" for difference, names in alike.items())
         raise InputError(
-            f"the model has other adapters in use: {listed(differ)} differ(s) from the file; remove them first "
-            "(remove_adapters), or load under another name="
+            f"the model has other adapters in use than the file ({found}); remove them first (remove_adapters), or "
+            "load under another name="
         )
+
+
+def _difference(saved: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
+    """Say how an adapter in a file differs from the one in the model; "" if it does not."""
+    if saved is None or here is None:
+        return "only in the model" if saved is None else "only in the file"
+    return ", ".join(f"{key} {saved[key]} in the file, {here[key]} here" for key in here if saved[key] != here[key])

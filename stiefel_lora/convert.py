@@ -5,19 +5,19 @@ The other way any LoRA is a Stiefel adapter exactly: with the thin QR A = Q R, B
 needed for adapters in memory; its folders are read and written here.
 """
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from stiefel_lora._files import atomic_folder
+from stiefel_lora._files import atomic_folder, fill_json, read_json
 from stiefel_lora._models import is_conv1d, unwrap
+from stiefel_lora._names import is_checkpointed, name_in, plain_name
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapters import (
     DEFAULT_NAME,
@@ -32,8 +32,9 @@ from stiefel_lora.checkpoint import (
     adapter_state,
     check_module_config,
     insert_state,
-    read_json,
     read_safetensors,
+    renamed,
+    state_in_place,
     write_safetensors,
 )
 from stiefel_lora.errors import InputError, listed
@@ -114,13 +115,20 @@ def import_peft(
     return insert_state(model, state, what=what, name=name)
 
 
-def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, orthonormal: Orthonormal = "A") -> nn.Module:
+def from_peft(
+    peft_model: "PeftModel",
+    *,
+    adapter_name: str | None = None,
+    orthonormal: Orthonormal = "A",
+    name: str = DEFAULT_NAME,
+) -> nn.Module:
     """Take PEFT's wrappers off a model and put the same update back as a Stiefel adapter, in place.
 
     Args:
         peft_model: A PeftModel with a LoRA adapter.
         adapter_name: Which of its adapters (default: the one in use); all are taken off.
         orthonormal: Which factor to make orthonormal.
+        name: Name of the set of adapters.
 
     Returns:
         The base model with the Stiefel adapter.
@@ -140,14 +148,14 @@ def from_peft(peft_model: "PeftModel", *, adapter_name: str | None = None, ortho
     wrappers: dict[str, Any] = {n: m for n, m in modules if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)}
     base: nn.Module = peft_model.unload()
     try:
-        for name, wrapper in wrappers.items():
+        for place, wrapper in wrappers.items():
             # PEFT leaves its trained copy in the base, which is to have its own values beneath the adapter.
-            if isinstance(wrapper, ModulesToSaveWrapper) and base.get_submodule(name) is not wrapper.original_module:
-                replace_modules(base, {name: deepcopy(wrapper.original_module)})
-        insert_state(base, state, what="the PEFT adapter")
+            if isinstance(wrapper, ModulesToSaveWrapper) and base.get_submodule(place) is not wrapper.original_module:
+                replace_modules(base, {place: deepcopy(wrapper.original_module)})
+        insert_state(base, state, what="the PEFT adapter", name=name)
     except BaseException:
-        for name, wrapper in wrappers.items():
-            replace_modules(base, {name: wrapper})
+        for place, wrapper in wrappers.items():
+            replace_modules(base, {place: wrapper})
         raise
     # PEFT 0.18 leaves it there, and then takes the base for a model with adapters of its own.
     vars(base).pop("peft_config", None)
@@ -161,15 +169,18 @@ def to_peft(model: nn.Module) -> "PeftModel":
         A PeftModel around the base model, whose adapter can be trained on.
 
     Raises:
-        InputError: If the model has no adapters, or other named sets of adapters would be lost.
+        InputError: If the model has no adapters, other named sets of adapters would be lost, or a block is in torch's
+            checkpoint wrapper. The model is left as it was.
         ValueError: If PEFT refuses one of the linears. The adapter is in the model all the same.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     model = unwrap(model)
-    state = adapter_state(model)
+    state = state_in_place(model)
     check_no_others(model, "use export_peft")
-    config = _peft_config(state, model)
+    if any(map(is_checkpointed, [*state.modules, *state.parameters])):
+        raise InputError("PEFT cannot fill adapters inside checkpoint wrappers; unwrap the blocks or use export_peft")
+    config = _peft_config(state, model, str)
     tensors = {name: tensor.clone() for name, tensor in _peft_tensors(state).items()}
     name, bases = adapter_names(model)[0], {key: layer.base for key, layer in adapter_layers(model).items()}
     remove_adapters(model)
@@ -194,8 +205,7 @@ def write_peft(state: AdapterState, path: str | Path, model: nn.Module | None = 
     """
     with atomic_folder(path) as folder:
         write_safetensors(folder / PEFT_WEIGHTS_FILE, _peft_tensors(state))
-        text = json.dumps(_peft_config(state, model), indent=2)
-        (folder / PEFT_CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        fill_json(folder / PEFT_CONFIG_FILE, _peft_config(state, model))
 
 
 def read_peft(
@@ -231,7 +241,7 @@ def read_peft(
         shape = {"in_features": a.shape[0], "out_features": b.shape[0]}
         state.modules[name] = {**options, "dropout": dropout, "orthonormal": orthonormal, **shape}
         check_module_config(where, name, state.modules[name])
-    return state
+    return renamed(state, plain_name)
 
 
 def _scales_in_use(peft_model: "PeftModel", adapter_name: str) -> dict[str, float]:
@@ -370,7 +380,10 @@ def _peft_tensors(state: AdapterState) -> dict[str, Tensor]:
     return tensors
 
 
-def _peft_config(state: AdapterState, model: nn.Module | None) -> dict[str, Any]:
+def _peft_config(
+    state: AdapterState, model: nn.Module | None, spell: Callable[[str], str] = plain_name
+) -> dict[str, Any]:
+    """Return a LoraConfig's options; ``spell`` makes a name in the model one of those that PEFT is to find."""
     modules = state.modules
     # PEFT has one use_rslora and patterns of alpha that do not go with it everywhere: keep it only where all agree.
     forms = {(o["rank"], o["alpha"], o["rslora"]) for o in modules.values()}
@@ -392,11 +405,11 @@ def _peft_config(state: AdapterState, model: nn.Module | None) -> dict[str, Any]
         "lora_dropout": max(o["dropout"] for o in modules.values()),
         "use_rslora": rslora,
         "bias": "none",
-        "modules_to_save": _modules_to_save(state, model),
+        "modules_to_save": _modules_to_save(state, model, spell),
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in _layers_of(model)),
         "rank_pattern": {_exactly(name, ranks): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {_exactly(name, alphas): a for name, a in alphas.items() if a != alpha},
-        **_describe_targets(list(modules), model),
+        **_describe_targets(list(modules), model, spell),
     }
 
 
@@ -405,14 +418,15 @@ def _exactly(name: str, others: Iterable[str]) -> str:
     return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in others) else name
 
 
-def _modules_to_save(state: AdapterState, model: nn.Module | None) -> list[str] | None:
+def _modules_to_save(state: AdapterState, model: nn.Module | None, spell: Callable[[str], str]) -> list[str] | None:
     """Return the modules whose parameters were trained, as PEFT can name them: whole."""
     whole = state.whole_parameters
     names = sorted({name.rpartition(".")[0] for name in whole})
     for name in names:
         # Without a model it is taken that modules were trained whole.
-        rest = [] if model is None else [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()]
-        frozen = [key for key in rest if key not in whole]
+        place = "" if model is None else name_in(model, name)
+        rest = [] if model is None else model.get_submodule(place).named_parameters()
+        frozen = [key for inner, _ in rest if (key := spell(f"{place}.{inner}")) not in whole]
         if frozen or not name:
             raise InputError(f"PEFT saves modules whole: {listed(frozen) or 'the root'} was not trained with the rest")
     return names or None
@@ -426,13 +440,14 @@ def _layers_of(model: nn.Module | None) -> Iterable[Any]:
     return adapter_layers(model).values() if model is not None else ()
 
 
-def _describe_targets(names: list[str], model: nn.Module | None) -> dict[str, Any]:
+def _describe_targets(names: list[str], model: nn.Module | None, spell: Callable[[str], str]) -> dict[str, Any]:
     """Return target_modules, layers_to_transform and layers_pattern that mean exactly the named linears."""
     by_name: dict[str, Any] = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
     if model is None:
         return by_name
     adapted = adapter_layers(model)
-    everything = [name for name, _ in model.named_modules() if not any(above in adapted for above in _parents(name))]
+    outside = [name for name, _ in model.named_modules() if not any(above in adapted for above in _parents(name))]
+    everything = list(dict.fromkeys(map(spell, outside)))
     if [name for name in everything if _peft_would_adapt({**by_name, "target_modules": set(names)}, name)] != names:
         # A list takes all names that end in one of its own; a string is a regular expression for whole names.
         by_name["target_modules"] = "|".join(map(re.escape, names))
@@ -443,7 +458,7 @@ def _describe_targets(names: list[str], model: nn.Module | None) -> dict[str, An
         return by_name
     matches = [match for match in found if match]
     layers = sorted({int(match[3]) for match in matches})
-    some_left_out = len(layers) < len(list(model.get_submodule(matches[0][1]).children()))
+    some_left_out = len(layers) < len(list(model.get_submodule(name_in(model, matches[0][1])).children()))
     for shorten in (lambda name: name.rsplit(".", 1)[-1], lambda name: name):
         short = {
             "target_modules": sorted({shorten(match[4]) for match in matches}),

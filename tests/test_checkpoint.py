@@ -189,9 +189,18 @@ def test_other_adapters_in_use_are_refused_or_put_aside(folder: Path) -> None:
     model = LLAMA.build()
     add_adapters(model, layers=[0, 1], rank=4)
     before = logits(model)
-    with pytest.raises(InputError, match=r"other adapters in use: model.layers.1.*and 4 more.*remove_adapters"):
+    added, missing = (
+        f"model.layers.{i}.self_attn.q_proj, .*: only in the {place}" for i, place in ((1, "m"), (2, "f"))
+    )
+    with pytest.raises(InputError, match=rf"in use than the file \({missing}.*; {added}.*\); remove .*remove_adapters"):
         load_adapter(model, folder)
     assert torch.equal(logits(model), before)
+    another_rank = LLAMA.build()
+    add_adapters(another_rank, layers=[0, 2], rank=3)
+    with pytest.raises(
+        InputError, match=r"q_proj, .* and 4 more: rank 4 in the file, 3 here, alpha 8.0 in the file, 6.0"
+    ):
+        load_adapter(another_rank, folder)
     load_adapter(model, folder, name="second")
     assert adapter_names(model) == ["second", "default"]
     assert torch.equal(logits(model), logits(trained()))

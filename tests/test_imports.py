@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "stiefel_lora"
 LEVELS: list[dict[str, set[str]]] = [
     {"_types": set(), "_precision": set(), "errors": set(), "_progress": set()},
     {"_batches": set(), "_budget": set(), "_files": set(), "config": {"_budget"}, "run_folder": {"_files", "config"}},
-    {"stiefel": set(), "_models": set(), "_sources": set()},
+    {"stiefel": set(), "_models": set(), "_names": set(), "_sources": set()},
     {
         "optim": set(),
         "factors": set(),
