@@ -416,7 +416,7 @@ def _label_shifts(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         if hasattr(model, name):
             yield getattr(model, name)
     for kind in type(model).__mro__:
-        shift = getattr(sys.modules[kind.__module__], "shift_tokens_right", None)
+        shift = getattr(sys.modules.get(kind.__module__), "shift_tokens_right", None)
         if shift is not None:
             config: Any = model.config
             tokens = [config.pad_token_id, config.decoder_start_token_id][: len(signature(shift).parameters) - 1]
