@@ -1,4 +1,4 @@
-"""What the source of a module's class says about linear maps: whether they are called, and are no more than that.
+"""What the source of a module's class says about linear maps: whether they are called, and with what.
 
 An adapter acts where the linear that it stands for is called. Code that computes with ``self.q_proj.weight`` instead,
 as fused kernels do, gets the base's weight and passes the adapter by. The source is read, rather than a table of
@@ -37,13 +37,11 @@ def read_past_forward(cls: type[nn.Module]) -> frozenset[str]:
 
 
 @cache
-def maps_one_to_one(cls: type[nn.Module]) -> bool:
-    """Tell whether ``forward`` takes one argument, or others only if wanted, and does not return several values."""
+def takes_one_argument(cls: type[nn.Module]) -> bool:
+    """Tell whether ``forward`` can be called with one argument."""
     arguments = list(inspect.signature(cls.forward).parameters.values())[1:]
     needed = [a for a in arguments if a.default is a.empty and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
-    forward = (method for method in _methods(cls) if method.name == "forward")
-    returned = (node.value for method in forward for node in ast.walk(method) if isinstance(node, ast.Return))
-    return len(needed) <= 1 and not any(isinstance(value, ast.Tuple) for value in returned)
+    return len(needed) <= 1
 
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:

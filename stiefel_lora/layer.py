@@ -18,7 +18,7 @@ from torch.__future__ import (
 
 from stiefel_lora._models import first_tensor, is_conv1d, is_linear, linear_shape, plain_weight
 from stiefel_lora._precision import exact_products, under_autocast, wide_dtype
-from stiefel_lora._sources import maps_one_to_one
+from stiefel_lora._sources import takes_one_argument
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, ManifoldError, check_choice
 from stiefel_lora.factors import (
@@ -64,8 +64,8 @@ class StiefelLoRALinear(nn.Module):
 
     Raises:
         InputError: If a value is outside its range, or an initial factor has another shape or is not orthonormal.
-        TypeError: If ``base`` is not a linear layer, or its ``forward`` does not take one tensor and return one, or
-            ``rank`` is not an int.
+        TypeError: If ``base`` is not a linear layer, or its ``forward`` needs more than the input, or ``rank`` is not
+            an int.
     """
 
     lora_A: Tensor
@@ -318,10 +318,10 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
             raise TypeError(
                 f"the base {type(base).__name__} has no weights yet; run a forward pass or initialise it first"
             )
-        if not maps_one_to_one(type(base)):  # type: ignore[arg-type]  # a class is hashable
+        if not takes_one_argument(type(base)):  # type: ignore[arg-type]  # a class is hashable
             raise TypeError(
-                f"the base {type(base).__name__} is more than a linear map, which takes one tensor and returns one, so "
-                "there is nothing to add an update to; leave it out"
+                f"the base {type(base).__name__} is more than a linear map: its forward needs other arguments besides "
+                "the input; leave it out"
             )
         return shape
     raise TypeError(
