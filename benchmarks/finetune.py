@@ -246,7 +246,7 @@ def _select(model: Any, task: _tasks.Task, frame: Frame) -> dict[str, Any]:
     scores = fisher_scores(model, batches, modules=TARGETS)
     single = fisher_scores(model, batches, modules=TARGETS, granularity="module")
     layers = scores.select(0.5)
-    size = frame.rank * sum(scores.adapter_size[scores.layers.index(i)] for i in layers)
+    size = frame.rank * sum(scores.parameters_per_rank[scores.layers.index(i)] for i in layers)
     modules = single.select(budget_params=size, rank=frame.rank)
     before = {
         "validation_loss": _tasks.mean_loss(model, task.validation, frame.eval_samples, frame.batch_size),

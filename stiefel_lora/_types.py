@@ -9,3 +9,7 @@ SecondMoment: TypeAlias = Literal["mean", "norm", "element"]
 Orthonormal: TypeAlias = Literal["A", "B", "both"]
 # What Fisher scores are for: whole layers or single linear maps.
 Granularity: TypeAlias = Literal["layer", "module"]
+# What they are divided by: nothing, the number of weights, or the weights' squared norm.
+Normalize: TypeAlias = Literal["raw", "params", "weight"]
+# Whose labels the loss is of: the data's, or such as the model draws.
+Labels: TypeAlias = Literal["data", "model"]

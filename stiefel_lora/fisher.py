@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 from warnings import warn
 
 import torch
@@ -33,9 +33,9 @@ from stiefel_lora._models import (
 from stiefel_lora._precision import wide_dtype
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
-from stiefel_lora._types import Granularity
+from stiefel_lora._types import Granularity, Labels, Normalize
 from stiefel_lora.errors import InputError, check_choice, listed
-from stiefel_lora.scores import FisherScores, Normalize, check_budget_rank, divisors
+from stiefel_lora.scores import FisherScores, check_budget_rank, divisors
 
 Number = TypeVar("Number", int, float)
 
@@ -56,7 +56,7 @@ def fisher_select(
     layers: str | None = None,
     modules: Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
-    labels: Literal["data", "model"] = "data",
+    labels: Labels = "data",
     max_samples: int | None = None,
     tol: float | None = None,
     seed: int = 0,
@@ -113,7 +113,7 @@ def fisher_scores(
     layers: str | None = None,
     modules: Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
-    labels: Literal["data", "model"] = "data",
+    labels: Labels = "data",
     granularity: Granularity = "layer",
     max_samples: int | None = None,
     budget: float | int = 0.5,
@@ -185,7 +185,7 @@ class Scoring:
     layers: str | None = None
     modules: Sequence[str] | None = None
     loss_fn: LossFn | None = None
-    labels: str = "data"
+    labels: Labels = "data"
     granularity: Granularity = "layer"
     max_samples: int | None = None
     budget: float | int = 0.5
@@ -195,8 +195,8 @@ class Scoring:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("labels", self.labels, ("data", "model"))
-        check_choice("granularity", self.granularity, ("layer", "module"))
+        check_choice("labels", self.labels, get_args(Labels))
+        check_choice("granularity", self.granularity, get_args(Granularity))
         if self.max_samples is not None and self.max_samples < 1:
             raise InputError(f"max_samples must be at least 1, got {self.max_samples}")
         if self.tol is not None and not 0 < self.tol < 1:
@@ -213,9 +213,9 @@ def score(
     model = unwrap(model)
     groups = _Groups.of(model, options)
     parameters = groups.sums(lambda linear: math.prod(linear_shape(linear)))
-    weight_norm = groups.sums(_square)
+    squared_weight_norm = groups.sums(_square)
     count = count_of(options.budget, len(groups.members))
-    divisor = torch.tensor(divisors(options.normalize, parameters, weight_norm), dtype=torch.float64)
+    divisor = torch.tensor(divisors(options.normalize, parameters, squared_weight_norm), dtype=torch.float64)
     looks = None if options.tol is None else _Looks(count, options.tol)
     stop = None if looks is None else lambda samples: looks.is_stable(samples / divisor)
     with undisturbed(model), GradientNorms(model, groups.linears, sketches) as norms:
@@ -231,8 +231,8 @@ def score(
         names=[name for name, _ in groups.members],
         layers=[layer for _, layer in groups.members],
         parameters=parameters,
-        adapter_size=groups.sums(lambda linear: sum(linear_shape(linear))),
-        weight_norm=weight_norm,
+        parameters_per_rank=groups.sums(lambda linear: sum(linear_shape(linear))),
+        squared_weight_norm=squared_weight_norm,
         granularity=options.granularity,
         n_samples=len(samples),
         n_skipped=skipped,

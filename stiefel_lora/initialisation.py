@@ -13,13 +13,12 @@ from stiefel_lora._models import is_conv1d, linear_shape, plain_weight, undistur
 from stiefel_lora._precision import wide_dtype
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
-from stiefel_lora._types import Orthonormal
+from stiefel_lora._types import Normalize, Orthonormal
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.errors import InputError, check_choice, listed
 from stiefel_lora.factors import CONSTRAINED, adapter_size, leading_singular_vectors
 from stiefel_lora.fisher import Scoring, score
 from stiefel_lora.layer import Init
-from stiefel_lora.scores import Normalize
 from stiefel_lora.stiefel import random_point
 
 

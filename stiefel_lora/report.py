@@ -6,12 +6,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from stiefel_lora._files import atomic_file, write_json
+from stiefel_lora._figures import drawing
+from stiefel_lora._files import write_json
 from stiefel_lora._models import split_at_layer
 from stiefel_lora._targets import describe, ranges
 from stiefel_lora.config import LOSS_PICTURE, METRICS_FILE, RANKS_PICTURE, SCORES_PICTURE
 from stiefel_lora.errors import InputError
-from stiefel_lora.scores import FisherScores, draw_grid
+from stiefel_lora.scores import FisherScores, draw_grid, grid_width
 
 
 def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
@@ -43,48 +44,32 @@ def check_picture(path: Path) -> None:
 
 def plot_ranks(ranks: Mapping[str, int], path: Path) -> None:
     """Draw the rank of each adapted linear map, its kind against its layer."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
-    from matplotlib.figure import Figure
 
     layers = [split_at_layer(name)[1] for name in ranks]
-    figure = Figure(figsize=(max(6.0, 0.22 * len(set(layers))), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image, _ = draw_grid(axes, list(ranks), layers, list(ranks.values()), norm=LogNorm(vmin=1))
-    axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel("decoder layer (empty: not adapted)")
-    axes.set_title(f"{sum(ranks.values())} directions of the gradients")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.colorbar(image, label="rank of the adapter")
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    with drawing(path, width=grid_width(layers)) as axes:
+        image, _ = draw_grid(axes, list(ranks), layers, list(ranks.values()), norm=LogNorm(vmin=1))
+        axes.set_xlabel("decoder layer (empty: not adapted)")
+        axes.set_title(f"{sum(ranks.values())} directions of the gradients")
+        axes.figure.colorbar(image, label="rank of the adapter")
 
 
 def plot_loss(metrics: Mapping[str, Any], path: Path) -> None:
     """Draw the training loss by step, and the held-out loss before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    losses = metrics["loss_curve"]
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(range(1, len(losses) + 1), losses, color="#c7c7c7", label="training, each step")
-    axes.plot(range(1, len(losses) + 1), _smooth(losses), color="#1f77b4", label="training, running mean of 10")
-    held_out = metrics["held_out"]
+    losses, held_out = metrics["loss_curve"], metrics["held_out"]
+    steps, ends = range(1, len(losses) + 1), [0, len(losses)]
     values = [held_out["before"]["loss"], held_out["after"]["loss"]]
-    axes.plot([0, len(losses)], values, "o", color="#d62728", label="held out, before and after")
-    for x, y in zip([0, len(losses)], values, strict=True):
-        axes.annotate(f"{y:.3f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", color="#d62728")
-    axes.set_xlabel("step")
-    axes.locator_params(axis="x", integer=True)
-    axes.set_ylabel("loss (nats per token)")
-    axes.legend()
-    axes.margins(x=0.06, y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    with drawing(path) as axes:
+        axes.plot(steps, losses, color="#c7c7c7", label="training, each step")
+        axes.plot(steps, _smooth(losses), color="#1f77b4", label="training, running mean of 10")
+        axes.plot(ends, values, "o", color="#d62728", label="held out, before and after")
+        for x, y in zip(ends, values, strict=True):
+            axes.annotate(f"{y:.3f}", (x, y), textcoords="offset points", xytext=(0, 7), ha="center", color="#d62728")
+        axes.set_xlabel("step")
+        axes.locator_params(axis="x", integer=True)
+        axes.set_ylabel("loss (nats per token)")
+        axes.legend()
+        axes.margins(x=0.06, y=0.12)
 
 
 def _smooth(values: list[float], width: int = 10) -> list[float]:

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import numpy as np
 
 from stiefel_lora._budget import count_of
-from stiefel_lora._files import atomic_file, read_json, write_json
+from stiefel_lora._figures import drawing
+from stiefel_lora._files import read_json, write_json
 from stiefel_lora._models import split_at_layer
+from stiefel_lora._types import Normalize
 from stiefel_lora.errors import InputError, check_choice
-
-Normalize: TypeAlias = Literal["raw", "params", "weight"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,8 +25,8 @@ class FisherScores:
         names: Qualified names of the layers, or of the linear maps.
         layers: Position of each in the model's list of layers.
         parameters: Number of weights behind each score.
-        adapter_size: Trainable parameters that adapters of rank 1 on its linear maps have: the sum of in + out.
-        weight_norm: Squared Frobenius norm of the weights; 0 where one is not an ordinary tensor.
+        parameters_per_rank: Trainable parameters that adapters of rank 1 on its linear maps have: the sum of in + out.
+        squared_weight_norm: Squared Frobenius norm of the weights; 0 where one is not an ordinary tensor.
         granularity: "layer" or "module".
         n_samples: Number of samples the means are over.
         n_skipped: Samples left out because their loss or gradient was not finite.
@@ -42,8 +42,8 @@ class FisherScores:
     names: list[str]
     layers: list[int]
     parameters: list[int]
-    adapter_size: list[int]
-    weight_norm: list[float] = field(repr=False)
+    parameters_per_rank: list[int]
+    squared_weight_norm: list[float] = field(repr=False)
     granularity: str
     n_samples: int
     n_skipped: int
@@ -57,7 +57,7 @@ class FisherScores:
 
     def normalized(self, normalize: Normalize = "raw") -> list[float]:
         """Return the scores: "raw" (the paper's), "params" (per weight), or "weight" (relative to |W|_F^2)."""
-        by = divisors(normalize, self.parameters, self.weight_norm)
+        by = divisors(normalize, self.parameters, self.squared_weight_norm)
         return [score / value for score, value in zip(self.scores, by, strict=True)]
 
     def ranking(self, normalize: Normalize = "raw") -> list[int]:
@@ -92,7 +92,7 @@ class FisherScores:
 
     def _fill(self, budget_params: int, rank: int | None, normalize: Normalize) -> list[int]:
         rank = check_budget_rank(rank)
-        cost = [rank * size for size in self.adapter_size]
+        cost = [rank * size for size in self.parameters_per_rank]
         if budget_params < min(cost):
             raise InputError(f"budget_params must be at least {min(cost)}, one at rank {rank}, got {budget_params}")
         values = self.normalized(normalize)
@@ -129,19 +129,11 @@ class FisherScores:
             path: Where to; the ending decides the format.
             selected: Indices as `select` returns them (default: the selection at ``budget``).
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
         chosen = set(self.select(self.budget) if selected is None else selected)
-        figure = Figure(figsize=(max(6.0, 0.22 * len(set(self.layers))), 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        (self._draw_bars if self.granularity == "layer" else self._draw_grid)(axes, chosen)
-        axes.locator_params(axis="x", integer=True)
-        axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
-        axes.spines[["top", "right"]].set_visible(False)
-        with atomic_file(path) as file:
-            figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")
+        with drawing(path, width=grid_width(self.layers)) as axes:
+            (self._draw_bars if self.granularity == "layer" else self._draw_grid)(axes, chosen)
+            axes.locator_params(axis="x", integer=True)
+            axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
 
     def _draw_bars(self, axes: Any, chosen: set[int]) -> None:
         """Draw a bar for each layer, those of the chosen ones in colour."""
@@ -213,6 +205,11 @@ def _is_of(kind: Any, value: Any) -> bool:
     return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
 
 
+def grid_width(layers: Sequence[int]) -> float:
+    """Return the width of a picture with a column for each layer, in inches."""
+    return max(6.0, 0.22 * len(set(layers)))
+
+
 def draw_grid(
     axes: Any, names: Sequence[str], layers: Sequence[int], values: Sequence[float], **options: Any
 ) -> tuple[Any, list[int]]:
@@ -228,19 +225,20 @@ def draw_grid(
     grid[rows, layers] = [value or np.nan for value in values]
     image = axes.imshow(grid, cmap="Blues", aspect="auto", **options)
     axes.set_yticks(range(len(labels)), labels)
+    axes.locator_params(axis="x", integer=True)
     return image, rows
 
 
-def divisors(normalize: Normalize, parameters: Sequence[int], weight_norm: Sequence[float]) -> Sequence[float]:
+def divisors(normalize: Normalize, parameters: Sequence[int], squared_weight_norm: Sequence[float]) -> Sequence[float]:
     """Return what scores are divided by to normalize them; see `FisherScores.normalized`."""
-    check_choice("normalize", normalize, ("raw", "params", "weight"))
+    check_choice("normalize", normalize, get_args(Normalize))
     if normalize == "raw":
         return [1] * len(parameters)
     if normalize == "params":
         return parameters
-    if any(not value > 0 for value in weight_norm):
+    if any(not value > 0 for value in squared_weight_norm):
         raise InputError("normalize='weight' needs weights that are ordinary tensors and not zero")
-    return weight_norm
+    return squared_weight_norm
 
 
 def check_budget_rank(rank: int | None) -> int:

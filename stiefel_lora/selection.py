@@ -105,7 +105,7 @@ def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
     """Return what the budget allows: indices as `FisherScores.select` returns them."""
     if not config.budget_is_parameters:
         return scores.select(config.budget)
-    size = config.rank * sum(scores.adapter_size)
+    size = config.rank * sum(scores.parameters_per_rank)
     return scores.select(budget_params=round(config.budget * size), rank=config.rank)
 
 

@@ -13,7 +13,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from stiefel_lora.errors import InputError, check_choice
 _DENMAN_BEAVERS_STEPS = 12
 
 
-METRICS: tuple[Metric, ...] = ("euclidean", "canonical")
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
 def sym(z: Tensor) -> Tensor:

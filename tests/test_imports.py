@@ -15,7 +15,14 @@ PACKAGE = Path(__file__).parent.parent / "stiefel_lora"
 # A module may import from its own level's row only what is named after the colon, and anything of a lower level.
 LEVELS: list[dict[str, set[str]]] = [
     {"_types": set(), "_precision": set(), "errors": set(), "_progress": set()},
-    {"_batches": set(), "_budget": set(), "_files": set(), "config": {"_budget"}, "run_folder": {"_files", "config"}},
+    {
+        "_batches": set(),
+        "_budget": set(),
+        "_files": set(),
+        "_figures": {"_files"},
+        "config": {"_budget"},
+        "run_folder": {"_files", "config"},
+    },
     {"stiefel": set(), "_models": set(), "_names": set(), "_sources": set()},
     {
         "optim": set(),

@@ -160,8 +160,8 @@ def test_single_linear_maps_fill_the_share_of_the_parameters_by_score_per_parame
     scores, selected = metrics["fisher"], metrics["selected"]
     assert list(metrics["ranks"]) == [scores["names"][i] for i in selected]
     assert metrics["selected_layers"] == sorted({scores["layers"][i] for i in selected})
-    cost = [config.rank * size for size in scores["adapter_size"]]
-    worth = [score / size for score, size in zip(scores["scores"], scores["adapter_size"], strict=True)]
+    cost = [config.rank * size for size in scores["parameters_per_rank"]]
+    worth = [score / size for score, size in zip(scores["scores"], scores["parameters_per_rank"], strict=True)]
     left_out = sorted(set(range(len(cost))) - set(selected))
     # Nothing that is worth more was left out, but what did not fit.
     spent = sum(cost[i] for i in selected)

@@ -1,7 +1,7 @@
 """Riemannian Adam."""
 
 import math
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args
 
 import torch
 from geoopt import ManifoldTensor
@@ -112,7 +112,7 @@ class RiemannianAdam(RiemannianOptimizer):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_choice("second_moment", group["second_moment"], ("mean", "norm", "element"))
+        check_choice("second_moment", group["second_moment"], get_args(SecondMoment))
 
     def _state_spec(self, group: Group) -> dict[str, StateSpec | None]:
         second = MATRIX if group["second_moment"] == "element" else SCALAR
