@@ -137,7 +137,7 @@ def insert_adapters(
     """
     model = unwrap(model, adding=True)
     check_enabled(model)
-    _check_no_part(model)
+    check_home(model)
     registry = getattr(model, "_stiefel_adapters", None) or _Registry(active=name)
     if name in registry.stored:
         raise InputError(f"the adapter {name!r} exists already; switch to it with use_adapter, or remove it")
@@ -225,7 +225,7 @@ def use_adapter(model: nn.Module, name: str) -> None:
             `disable_adapters`. The model is left as it was.
     """
     model, registry = unwrap(model), _registry(model)
-    _check_no_part(model)
+    check_home(model)
     if name not in adapter_names(model):
         raise InputError(f"no adapter is named {name!r}; the model has: {', '.join(adapter_names(model)) or 'none'}")
     if name != registry.active:
@@ -306,24 +306,26 @@ def remove_adapters(model: Model, name: str | None = None) -> Model:
         name: The set to remove (default: all). If it is in use, the model is left as its base, the others aside.
 
     Returns:
-        The model given.
+        The model given, unwrapped from DataParallel and the like.
 
     Raises:
-        InputError: If the model has no adapters, or none of that name, a parameter that a set has overwritten has
-            another shape now, or within `disable_adapters`. The model is left as it was.
+        InputError: If the model has no adapters, or none of that name, or is only a part of the one that has them, a
+            parameter that a set has overwritten has another shape now, or within `disable_adapters`. The model is left
+            as it was.
     """
     bare, registry = unwrap(model), _registry(model)
-    _check_no_part(bare)
+    check_home(bare)
     names = adapter_names(bare)
     if not names or (name is not None and name not in names):
-        raise InputError(f"no adapter {'' if name is None else repr(name) + ' '}to remove; the model has: {names}")
+        which = "" if name is None else f"{name!r} "
+        raise InputError(f"no adapter {which}to remove; the model has: {', '.join(names) or 'none'}")
     if name is None or name == registry.active:
         _take_out(bare, registry)
     for gone in names if name is None else [name]:
         del registry.stored[gone]
     if not registry.stored and not adapter_layers(bare):
         forget_adapters(bare)
-    return model
+    return bare  # type: ignore[return-value]
 
 
 def _by_own_name(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -411,12 +413,17 @@ def _homes(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in unwrap(model).named_modules() if "_stiefel_adapters" in vars(m)}
 
 
-def _check_no_part(model: nn.Module) -> None:
-    """Raise InputError if it is a part of the model that knows about its adapters, and not the model itself."""
+def check_home(model: nn.Module) -> None:
+    """Raise InputError unless it is the module that knows about its adapters, not one around it or a part of it."""
     parts = [name for name in _homes(model) if name]
     if parts:
         raise InputError(
             f"the adapters were put into {listed(parts)}, a part of {type(model).__name__}; give that part of the model"
+        )
+    if "_stiefel_adapters" not in vars(model) and any(layer.is_known for layer in adapter_layers(model).values()):
+        raise InputError(
+            f"this {type(model).__name__} is a part of the model that has the adapters; give the model that "
+            "add_adapters or load_adapter was given"
         )
 
 
@@ -437,6 +444,7 @@ def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
         for factor in layer.parameters(recurse=False):
             factor.data = factor.data.to(device)
         layer.train(layer.base.training)
+        layer.is_known = True
     replace_modules(model, layers)
 
 

@@ -93,6 +93,7 @@ class StiefelLoRALinear(nn.Module):
         self.scaling = scaling(rank, self.alpha, rslora)
         self.orthonormal: Orthonormal = orthonormal
         self.enabled = True
+        self.is_known = False  # to a model, which has put it in and keeps a record of its adapters
         # Holds the base's own weight while another, merged one is in its place. A tuple hides it from nn.Module, which
         # would list it in parameters() and state_dict().
         self._base_weight: tuple[nn.Parameter, ...] = ()

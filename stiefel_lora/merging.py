@@ -9,7 +9,7 @@ from torch import nn
 from stiefel_lora._models import is_plain, named_linears, unwrap
 from stiefel_lora.adapters import (
     Model,
-    adapter_layers,
+    check_home,
     check_no_others,
     forget_adapters,
     replace_modules,
@@ -37,12 +37,14 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
         ``save_pretrained``, tracing or export.
 
     Raises:
-        InputError: If there are no adapters, a base is quantised, a merged weight overflows, or other named sets of
-            adapters would be lost. The model is left as it was.
+        InputError: If there are no adapters, a base is quantised, a merged weight overflows, or (unless ``keep``) other
+            named sets of adapters would be lost, or the model is only a part of the one that has the adapters. The
+            model is left as it was.
     """
     bare = unwrap(model)
     layers = required_layers(bare)
     if not keep:
+        check_home(bare)
         check_no_others(bare, "merge with keep=True")
     fresh = {name: layer for name, layer in layers.items() if not layer.merged}
     try:
@@ -63,8 +65,8 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
 
 
 def unmerge_adapters(model: nn.Module) -> None:
-    """Take merged updates out of the base weights, bit for bit."""
-    for layer in adapter_layers(model).values():
+    """Take merged updates out of the base weights, bit for bit; raises InputError if there are no adapters."""
+    for layer in required_layers(model).values():
         layer.unmerge()
 
 

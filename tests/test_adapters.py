@@ -164,8 +164,10 @@ def test_remove_brings_back_the_very_modules_and_flags() -> None:
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert torch.equal(logits(model), before)
     assert not hasattr(model, "_stiefel_adapters")
-    with pytest.raises(InputError, match="no adapter to remove"):
+    with pytest.raises(InputError, match="no adapter to remove; the model has: none"):
         remove_adapters(model)
+    with pytest.raises(InputError, match="LlamaForCausalLM has no adapters"):
+        unmerge_adapters(model)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -435,6 +437,9 @@ def test_wrapped_models() -> None:
     compiled = torch.compile(model, backend="eager")
     assert unwrap(compiled) is unwrap(parallel) is model
     assert merge_adapters(compiled) is model
+    for wrap in (nn.DataParallel, lambda m: torch.compile(m, backend="eager")):
+        add_adapters(model, layers=[0], rank=2)
+        assert remove_adapters(wrap(model)) is model
 
 
 @pytest.mark.usefixtures("process_group")
@@ -662,11 +667,32 @@ def test_a_module_around_the_adapted_one_disables_and_names_it(tmp_path: Path) -
     for change in (
         lambda: use_adapter(around, "default"),
         lambda: remove_adapters(around),
+        lambda: merge_adapters(around),
         lambda: add_adapters(around, layers=[1], rank=2, layers_path="model.model.layers"),
     ):
         with pytest.raises(InputError, match="the adapters were put into model, a part of Around; give that part"):
             change()
     assert torch.equal(logits(around), logits(other))
+
+
+def test_a_part_of_the_adapted_model_is_refused_and_layers_put_in_by_hand_are_not() -> None:
+    model = adapted()
+    expected, flags = logits(model), [p.requires_grad for p in model.parameters()]
+    for change in (
+        lambda: remove_adapters(model.model),
+        lambda: merge_adapters(model.model),
+        lambda: use_adapter(model.model, "default"),
+        lambda: add_adapters(model.model, layers=[1], rank=2),
+    ):
+        with pytest.raises(
+            InputError, match="this LlamaModel is a part of the model .*; give the model that add_adapt"
+        ):
+            change()
+    assert torch.equal(logits(model), expected) and [p.requires_grad for p in model.parameters()] == flags
+    by_hand = nn.Sequential(StiefelLoRALinear(nn.Linear(4, 4), rank=2), nn.Linear(4, 4))
+    assert type(remove_adapters(by_hand)[0]) is nn.Linear
+    by_hand = nn.Sequential(StiefelLoRALinear(nn.Linear(4, 4), rank=2), nn.Linear(4, 4))
+    assert type(merge_adapters(by_hand)[0]) is nn.Linear
 
 
 def test_a_head_that_was_resized_meanwhile_is_named_and_nothing_is_changed(tmp_path: Path) -> None:
