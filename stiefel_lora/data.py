@@ -106,17 +106,19 @@ def load_data(
         Training and held-out data, neither empty. The split depends on the data alone.
 
     Raises:
-        InputError: If the source is missing, empty, of an unknown form, or too short, or the tokenizer has no token
-            for the end of a text.
+        InputError: If the source is missing, empty, of an unknown form, or too short, the tokenizer has no token for
+            the end of a text, or ``seq_len`` or ``held_out`` is out of range.
     """
     if seq_len < 2:
         raise InputError(f"seq_len must be at least 2 tokens, got {seq_len}")
+    if not 0 < held_out < 1:
+        raise InputError(f"held_out must be a share in (0, 1), got {held_out}")
     if tokenizer.eos_token is None:
         raise InputError("the model's tokenizer has no end-of-text token (eos_token), which training data need")
     if source is None:
         return _from_texts(_standard_library(), tokenizer, seq_len, held_out, "the Python standard library's source")
     path = check_source(source)
-    if path.suffix.lower() == ".jsonl":
+    if path.is_file() and path.suffix.lower() == ".jsonl":
         return _from_records(path, tokenizer, seq_len, held_out)
     texts = _read_texts(path)
     return _from_texts(
@@ -253,14 +255,31 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
     if len(groups) < 2:
         raise InputError(
             f"{path} has {len(groups)} usable example(s) without repetitions; a training and a held-out one are needed"
+            f"{_no_assistant(records)}"
         )
     cut = _cut([len(group) for group in groups], round(held_out * len(examples)))
+    dropped = len(records) - len(examples)
+    name = (
+        f"{path} without {dropped} of its {len(records)} records, in which nothing is to be learnt"
+        if dropped
+        else str(path)
+    )
     return tuple(  # type: ignore[return-value]
-        _examples([example for group in part for example in group], str(path), seq_len, _asked(records[0], tokenizer))
+        _examples([example for group in part for example in group], name, seq_len, _asked(records[0], tokenizer))
         for part in (groups[cut:], groups[:cut])
     )
 
 
+def _no_assistant(records: Sequence[dict[str, Any]]) -> str:
+    """Say which roles there are where none is the one whose messages are learnt; "" otherwise."""
+    roles = {m["role"]: None for r in records if _form(r) == "messages" for m in r["messages"]}
+    if not roles or _ASSISTANT in roles:
+        return ""
+    return f"; no message has the role {_ASSISTANT!r} (found: {listed(roles)})"
+
+
+# The role of the messages that are learnt.
+_ASSISTANT = "assistant"
 # The forms of a record with a prompt and an answer.
 _PAIRS = (("instruction", "output"), ("prompt", "completion"))
 
@@ -296,11 +315,11 @@ def _form(record: Any) -> str | tuple[str, str] | None:
     if not isinstance(record, dict):
         return None
     messages = record.get("messages")
-    if isinstance(messages, list):
+    if isinstance(messages, list) and messages:
         strings = (
             isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages
         )
-        return "messages" if messages and all(strings) else None
+        return "messages" if all(strings) else None
     if isinstance(record.get("text"), str):
         return "text"
     return next((pair for pair in _PAIRS if all(isinstance(record.get(key), str) for key in pair)), None)
@@ -403,7 +422,7 @@ def prompt_text(prompt: str) -> str:
 def _turns(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
     """Split a conversation into texts, those of the assistant to be learnt."""
     if not tokenizer.chat_template:
-        return [(f"{m['role']}: {m['content']}{tokenizer.eos_token}\n", m["role"] == "assistant") for m in messages]
+        return [(f"{m['role']}: {m['content']}{tokenizer.eos_token}\n", m["role"] == _ASSISTANT) for m in messages]
     render: Callable[..., str] = tokenizer.apply_chat_template
     try:
         pieces = _all_turns(messages, render)
@@ -416,14 +435,15 @@ def _turns(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bo
 
 
 def _all_turns(messages: list[dict[str, str]], render: Callable[..., str]) -> list[tuple[str, bool]] | None:
-    """Return each turn as the template writes it; None where it writes earlier turns differently later on."""
+    """Return the texts up to each answer and the answers, as the template writes them.
+
+    None where it writes earlier turns differently later on. It is asked at the borders of answers only: there are
+    templates that take no conversation without a question, as of a system message alone.
+    """
     pieces, done = [], ""
-    for i, message in enumerate(messages):
-        is_answer = message["role"] == "assistant"
-        stages = [(render(messages[: i + 1], tokenize=False), is_answer)]
-        if is_answer and i:
-            stages.insert(0, (render(messages[:i], tokenize=False, add_generation_prompt=True), False))
-        for text, learn in stages:
+    for i in (i for i, message in enumerate(messages) if message["role"] == _ASSISTANT):
+        asked = [(render(messages[:i], tokenize=False, add_generation_prompt=True), False)] if i else []
+        for text, learn in [*asked, (render(messages[: i + 1], tokenize=False), True)]:
             if not text.startswith(done):
                 return None
             pieces.append((text[len(done) :], learn))
@@ -433,7 +453,7 @@ def _all_turns(messages: list[dict[str, str]], render: Callable[..., str]) -> li
 
 def _last_turn(messages: list[dict[str, str]], render: Callable[..., str]) -> list[tuple[str, bool]]:
     """Return the conversation up to the last answer, which alone is learnt."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    last = max((i for i, message in enumerate(messages) if message["role"] == _ASSISTANT), default=None)
     if last is None:
         return []
     asked = render(messages[:last], tokenize=False, add_generation_prompt=True)

@@ -137,6 +137,31 @@ def test_where_a_template_rewrites_earlier_answers_the_last_one_is_learnt(tokeni
     assert learnt(tokenizer, train, 0) == "!right<eos>"
 
 
+def test_records_without_anything_to_learn_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    records = [conversation(f"{i}?", "right") for i in range(4)] + [conversation("left?")] * 3
+    for part in load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64):
+        assert "d.jsonl without 3 of its 7 records, in which nothing is to be learnt, " in part.description
+
+
+def test_a_template_is_asked_at_the_borders_of_answers_only(tokenizer: Any, tmp_path: Path) -> None:
+    # As Qwen3.5's, which takes no conversation without a question, nor a system message alone.
+    asked = "messages | selectattr('role', 'equalto', 'user') | list"
+    refuse = f"{{% if not {asked} %}}{{{{ raise_exception('No query') }}}}{{% endif %}}"
+    records = [conversation("left?", f"a{i}", "right?", "b", "more?") for i in range(3)]
+    for record in records:
+        record["messages"].insert(0, {"role": "system", "content": "Be kind."})
+    file = write_jsonl(tmp_path / "d.jsonl", records)
+    tokenizer.chat_template = CHAT
+    expected, _ = load_data(file, tokenizer, seq_len=128)
+    tokenizer.chat_template = refuse + CHAT
+    train, _ = load_data(file, tokenizer, seq_len=128)
+    assert all(torch.equal(a, b) for a, b in zip(train.labels, expected.labels, strict=True))
+    text = tokenizer.decode(train.input_ids[0])
+    assert text.startswith("<system>Be kind.<eos><user>left?<eos><assistant>a")
+    assert text.endswith("<user>right?<eos><assistant>b<eos>"), "what follows the last answer teaches nothing"
+    assert learnt(tokenizer, train, 0)[2:] == "<eos>b<eos>"
+
+
 def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     file = write_jsonl(tmp_path / "d.jsonl", [conversation("left?", "right")])
@@ -231,6 +256,9 @@ def test_epochs_and_seeds_have_their_own_order() -> None:
     assert len(orders) == 9
 
 
+ROLES = '{"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]}\n' * 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -247,6 +275,8 @@ def test_epochs_and_seeds_have_their_own_order() -> None:
         ("number.jsonl", '{"instruction": "a", "output": 3}', "line 1"),
         ("turns.jsonl", '{"messages": [{"role": "user"}]}', "line 1"),
         ("one.jsonl", '{"instruction": "a", "output": "b"}\n' * 3, "has 1 usable example"),
+        ("roles.jsonl", ROLES, r"has 0 usable .*; no message has the role 'assistant' \(found: human, gpt\)"),
+        ("no-turns.jsonl", '{"messages": []}', "line 1: expected an object .* got messages"),
         ("blank.jsonl", '{"text": " "}', "is empty"),
         ("half-pair.jsonl", '{"text": "\\ud800"}', "line 1: a string has half of a surrogate pair"),
         ("deep.jsonl", "[" * 100_000, "line 1: not valid JSON"),
@@ -266,6 +296,9 @@ def test_an_empty_folder_is_named(tokenizer: Any, tmp_path: Path) -> None:
         load_data(tmp_path, tokenizer, seq_len=32)
     with pytest.raises(InputError, match="seq_len must be at least 2"):
         load_data(None, tokenizer, seq_len=1)
+    for share in (-1, 0, 1, 1.5, float("nan")):
+        with pytest.raises(InputError, match=rf"held_out must be a share in \(0, 1\), got {share}"):
+            load_data(None, tokenizer, seq_len=32, held_out=share)
 
 
 def test_one_json_object_a_line_is_what_json_dumps_writes(tmp_path: Path) -> None:
@@ -340,6 +373,22 @@ def test_a_folder_of_texts_is_not_one_of_records(tokenizer: Any, tmp_path: Path)
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(InputError, match="only texts would be read, and not train.jsonl; give the file itself"):
         load_data(tmp_path, tokenizer, seq_len=16)
+
+
+def test_a_folder_may_be_named_as_a_file_of_records(tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "d.jsonl"
+    folder.mkdir()
+    (folder / "text.md").write_text(TEXT)
+    assert load_data(folder, tokenizer, seq_len=32)[0].description.startswith(f"{folder}, 1 files, ")
+
+
+def test_an_empty_list_of_messages_gives_way_to_another_form(tokenizer: Any, tmp_path: Path) -> None:
+    texts = [f"left right {i} " * 20 for i in range(4)]
+    parts = []
+    for nothing in ([], None):
+        records: list[object] = [{"messages": nothing, "text": text} for text in texts]
+        parts.append(load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=16)[0])
+    assert all_tokens(parts[0]) == all_tokens(parts[1])
 
 
 def test_a_file_name_that_is_no_text_does_no_harm(tokenizer: Any, tmp_path: Path) -> None:
