@@ -32,11 +32,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         path: The folder to write; missing parents are made.
 
     Raises:
-        InputError: If ``path`` is a file.
+        InputError: If ``path`` is a file, or a link to nothing.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file, not a folder; give the name of a folder to write")
+    if path.is_symlink() and not path.exists():
+        raise InputError(
+            f"{path} is a link to {path.readlink()}, which does not exist; make that folder or give another"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     temporary.mkdir()
@@ -116,7 +120,8 @@ def fill_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    # Not after the path's own name, which may be as long as the file system takes.
+    return path.parent / f".{uuid.uuid4().hex}.tmp"
 
 
 def remove(path: Path) -> None:
@@ -126,7 +131,8 @@ def remove(path: Path) -> None:
 
 def leftovers(folder: Path) -> list[Path]:
     """Return the temporary files and folders that killed processes have left behind in a folder."""
-    return list(folder.glob(f".*.{'[0-9a-f]' * 32}.tmp"))
+    own = f"{'[0-9a-f]' * 32}.tmp"
+    return [*folder.glob(f".{own}"), *folder.glob(f".*.{own}")]  # the latter from before names were short
 
 
 @contextmanager

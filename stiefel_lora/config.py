@@ -29,6 +29,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def option(name: str) -> str:
+    """Return how a setting is spelt on the command line, and so in messages: "seq_len" is --seq-len."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class FinetuneConfig:
     """What decides the numbers of a run; two runs with the same configuration are the same run.
@@ -124,31 +129,40 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):
-            raise InputError(f"target_modules must be a list of names, got the string {self.target_modules!r}")
+            raise InputError(
+                f"{option('target_modules')} must be a list of names, got the string {self.target_modules!r}"
+            )
         # JSON and the command line have lists.
         object.__setattr__(self, "target_modules", tuple(self.target_modules) if self.target_modules else None)
         for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_positive(name, getattr(self, name))
+        if self.seq_len < 2:
+            raise InputError(f"{option('seq_len')} must be at least 2 tokens, got {self.seq_len}")
         check_seed(self.seed)
         optional = {field.name for field in fields(self) if field.default is None}
         given = {name: value for name, value in vars(self).items() if value is not None or name not in optional}
         for name, value in given.items():
             if name in ("lr", "lr_ratio", "alpha") and not 0 < value < math.inf:
-                raise InputError(f"{name} must be positive and finite, got {value}")
+                raise InputError(f"{option(name)} must be positive and finite, got {value}")
             if name in CHOICES:
-                check_choice(name, value, CHOICES[name])
+                check_choice(option(name), value, CHOICES[name])
         if not 0 <= self.warmup_steps <= self.steps:
-            raise InputError(f"warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
+            raise InputError(f"--warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
         if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}")
+            raise InputError(f"--dropout must be in [0, 1), got {self.dropout}")
         if self.granularity == "direction" and not isinstance(self.budget, float):
-            raise InputError(f"budget must be a share of the adapters' parameters such as 0.5, got {self.budget}")
+            raise InputError(f"--budget must be a share of the adapters' parameters such as 0.5, got {self.budget}")
         if isinstance(self.budget, float):
             count_of(self.budget, 1, "the adapters' parameters" if self.budget_is_parameters else "the layers")
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise InputError unless a setting that counts something is at least 1."""
+    if value < 1:
+        raise InputError(f"{option(name)} must be at least 1, got {value}")
 
 
 def check_seed(seed: int) -> None:
     """Raise InputError unless all that draws random numbers takes the seed."""
     if not 0 <= seed < 2**63:
-        raise InputError(f"seed must be in [0, 2^63), got {seed}")
+        raise InputError(f"--seed must be in [0, 2^63), got {seed}")

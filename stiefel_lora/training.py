@@ -18,6 +18,7 @@ from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from stiefel_lora import __version__
+from stiefel_lora._batches import to_device
 from stiefel_lora._files import atomic_file
 from stiefel_lora._losses import IGNORED
 from stiefel_lora._models import split_at_layer
@@ -110,7 +111,7 @@ def load_inputs(config: FinetuneConfig, device: torch.device) -> tuple[Any, Data
     model, tokenizer = load_pretrained(config.model, device=device, dtype=config.dtype)
     positions = positions_of(model)
     if positions is not None and positions < config.seq_len:
-        raise InputError(f"seq_len must be at most {positions}, the positions of the model, got {config.seq_len}")
+        raise InputError(f"--seq-len must be at most {positions}, the positions of the model, got {config.seq_len}")
     train, held_out = load_data(config.data, tokenizer, seq_len=config.seq_len)
     _check_tokens(model, tokenizer, train, held_out)
     adaptable(model, config)
@@ -137,7 +138,7 @@ def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str
     total, tokens = 0.0, 0
     chosen = spread(len(data), config.eval_samples)
     for start in progress(range(0, len(chosen), config.batch_size), label=f"held-out loss {label}"):
-        batch = _onto(model, data.batch(chosen[start : start + config.batch_size]))
+        batch = to_device(data.batch(chosen[start : start + config.batch_size]), _device_of(model))
         n = _label_count(batch)
         with autocast_like(model):
             total += float(model(**batch).loss) * n
@@ -292,7 +293,7 @@ class _Run:
     def _step(self) -> int:
         config, accum = self.config, self.config.grad_accum
         batches = [
-            _onto(self.model, self.data.shuffled_batch(config.batch_size, i, config.seed))
+            to_device(self.data.shuffled_batch(config.batch_size, i, config.seed), _device_of(self.model))
             for i in range(self.step * accum, (self.step + 1) * accum)
         ]
         counts = [_label_count(batch) for batch in batches]
@@ -337,7 +338,7 @@ class _Run:
                 "held_out": self.held_out.description,
                 "format": self.data.format,
             },
-            "device": str(next(self.model.parameters()).device),
+            "device": str(_device_of(self.model)),
             "fisher": chosen.scores and asdict(chosen.scores),
             "selected": chosen.selected,
             "selected_layers": sorted({split_at_layer(name)[1] for name in chosen.ranks}),
@@ -356,9 +357,8 @@ class _Run:
         }
 
 
-def _onto(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _label_count(batch: dict[str, Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -282,6 +283,12 @@ def test_a_folder_that_cannot_be_swapped_is_filled(place: str, folder: Path, mon
 def test_files_can_be_read_as_widely_as_the_umask_says(folder: Path) -> None:
     (folder / "other").touch()
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
+def test_names_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX")
+    save_adapter(trained(), tmp_path / ("x" * longest))
+    assert len(read_adapter(tmp_path / ("x" * longest)).modules) == 10
 
 
 def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:

@@ -11,14 +11,19 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stiefel_lora._files import locked
 from stiefel_lora.adapters import add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.cli import main
+from stiefel_lora.errors import InputError
+from stiefel_lora.pretrained import ends_of
+from stiefel_lora.report import check_picture
 from stiefel_lora.scores import FisherScores
 from tests.test_convert import adapted
 from tests.tiny import TEXT, save_tiny_model
@@ -74,7 +79,8 @@ def test_finetune_from_end_to_end(base: list[str], tmp_path: Path) -> None:
     for wrong in (["--budget", "9"], ["--rank", "40"], ["--target-modules", "wq"], ["--lr", "inf"], ["--alpha", "nan"]):
         assert main(finetune(base, output, "--overwrite", *wrong)) == 2
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
-    (output / f".checkpoint.pt.{'0a' * 16}.tmp").touch()
+    for name in (".checkpoint.pt.", "."):  # as versions named them
+        (output / f"{name}{'0a' * 16}.tmp").touch()
     assert run(*finetune(base, output, "--overwrite", "--steps", "2")).returncode == 0
     assert {path.name for path in output.iterdir()} == names
     assert len(json.loads((output / "metrics.json").read_text())["loss_curve"]) == 2
@@ -109,7 +115,7 @@ def test_a_killed_run_resumes_to_the_same_bits(base: list[str], tmp_path: Path, 
         assert "--resume" in stderr
     changed = run(*finetune(base, broken, *more, "--lr", "0.5", "--resume"))
     assert changed.returncode == 2
-    assert "lr was 0.002, now 0.5" in changed.stderr
+    assert "--lr was 0.002, now 0.5" in changed.stderr
     # Its options are in the folder.
     resumed = run("finetune", "--output", str(broken), "--resume")
     assert resumed.returncode == 0, resumed.stderr
@@ -130,6 +136,12 @@ def test_select_prints_the_ranking(base: list[str], tmp_path: Path, capsys: pyte
     assert f"selected: {best}\n" in out
     assert f"* model.layers.{best} " in out
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_may_have_its_ending_in_capitals() -> None:
+    check_picture(Path("scores.PNG"))
+    with pytest.raises(InputError, match="scores.DOC is no picture"):
+        check_picture(Path("scores.DOC"))
 
 
 def test_select_single_linear_maps(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,7 +235,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--budget", "9"], "[1, 4]"),
     (["--budget", "half"], "argument --budget: must be a share such as 0.5 or a number such as 8, got 'half'"),
     (["--budget", "21", "--granularity", "module"], "in [1, 20], the number of linear maps; got 21"),
-    (["--seq-len", "129"], "seq_len must be at most 128"),
+    (["--seq-len", "129"], "--seq-len must be at most 128"),
     (["--warmup", "7"], "warmup must be in [0, 6]"),
     (["--device", "cuda:99"], "there is no device 'cuda:99'"),
     (["--lr", "-1"], "lr must be positive"),
@@ -231,7 +243,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--optimizer", "lion"], "invalid choice: 'lion'"),
     (["--resume"], "there is no run to resume"),
     (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),
-    (["--save-every", "0"], "save-every must be at least 1"),
+    (["--save-every", "0"], "--save-every must be at least 1"),
 ]
 
 
@@ -376,7 +388,7 @@ def test_nobody_reading_is_no_error(tmp_path: Path) -> None:
         (["--temperature", "-1"], "at least 0.001, got -1.0"),
         (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),
         (["--seed", str(2**70)], f"seed must be in [0, 2^63), got {2**70}"),
-        (["--max-new-tokens", "0"], "max-new-tokens must be at least 1, got 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
     ],
 )
 def test_generate_names_what_it_cannot_do(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,6 +411,35 @@ def test_generate_stays_within_the_models_positions(
     assert "the prompt has 128 tokens, which leaves no room: the model has 128 positions" in capsys.readouterr().err
 
 
+def test_generate_does_not_take_the_default_model_for_an_adapter_that_names_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_adapter(adapted(), tmp_path / "a")
+    assert main(["generate", "--adapter", str(tmp_path / "a"), "--prompt", "x"]) == 2
+    assert f"{tmp_path / 'a'} does not name its base model; give it with --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [7, [7, 9], None])
+def test_generate_stops_at_the_end_that_training_teaches(
+    own: Any, base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base[1]), AutoTokenizer.from_pretrained(base[1])
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens are alike, and the first is taken
+    assert tokenizer.eos_token_id == 0
+    model.generation_config.eos_token_id = own
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    add_adapters(model, layers=[0], rank=2)
+    save_adapter(model, tmp_path / "a")
+    outputs: list[torch.Tensor] = []
+    generate = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda *a, **options: outputs.append(generate(*a, **options)))
+    words = ["generate", "--adapter", str(tmp_path / "a"), "--model", str(tmp_path / "base"), "--prompt", "def"]
+    assert main(words) == 0
+    assert outputs[0][0].tolist() == [*tokenizer("def")["input_ids"], 0]
+    assert ends_of(model, tokenizer) == [0, *(own if isinstance(own, list) else [own] if own else [])]
+
+
 def test_generate_refuses_what_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--adapter", str(tmp_path), "--prompt", "x"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -414,6 +455,14 @@ def test_two_runs_in_one_folder_are_refused(
         assert main(finetune(base, output)) == 2
         assert "another process is at work in" in capsys.readouterr().err
     assert main(finetune(base, output, "--steps", "2")) == 0
+
+
+def test_an_export_through_a_link_to_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_adapter(adapted(), tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert main(["export", str(tmp_path / "a"), "--format", "peft", "--output", str(tmp_path / "link")]) == 2
+    assert f"{tmp_path / 'link'} is a link to {tmp_path / 'nowhere'}, which does not exist" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "link"]
 
 
 def test_a_full_disk_is_one_line(base: list[str], tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stiefel_lora import pretrained
 from stiefel_lora.errors import InputError
@@ -178,7 +179,7 @@ def test_devices_and_dtypes_are_checked(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="there is no device 'cuda' here"):
             find_device("cuda")
-    with pytest.raises(InputError, match="dtype must be one of float32"):
+    with pytest.raises(InputError, match="dtype must be one of 'float32', .*, got 'int8'"):
         load_pretrained(save_tiny_model(tmp_path), dtype="int8")
 
 
@@ -197,9 +198,14 @@ def test_a_base_of_another_kind_is_refused_before_it_is_built(tmp_path: Path) ->
         load_base(tmp_path, "LlamaForCausalLM")
 
 
+SMALL: Any = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
 def test_models_that_see_what_follows_are_not_causal() -> None:
     for family in ("llama", "gpt2", "gemma2"):
         check_causal(FAMILIES[family].build().eval())
-    config = BertConfig(vocab_size=17, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    for size in (1, 2, 3):
+        check_causal(LlamaForCausalLM(LlamaConfig(vocab_size=size, **SMALL)).eval())
+    config = BertConfig(vocab_size=3, **SMALL)
     with pytest.raises(InputError, match="BertLMHeadModel is not a causal language model"):
         check_causal(BertLMHeadModel(config).eval())

@@ -303,6 +303,8 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"calibration_samples": 0}, "--calibration-samples must be at least 1, got 0"),
+        ({"seq_len": 1}, "--seq-len must be at least 2 tokens, got 1"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": math.inf}, "lr must be positive and finite, got inf"),
         ({"lr": math.nan}, "lr must be positive and finite, got nan"),
@@ -313,7 +315,7 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"budget": 1.5}, r"share of the layers must be in \(0, 1\], got 1.5"),
         ({"budget": 1.5, "granularity": "module"}, r"share of the adapters' parameters must be in \(0, 1\], got 1.5"),
         ({"alpha": -1.0}, "alpha must be positive"),
-        ({"lr_ratio": 0.0}, "lr_ratio must be positive and finite, got 0.0"),
+        ({"lr_ratio": 0.0}, "--lr-ratio must be positive and finite, got 0.0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
         ({"retraction": "svd"}, "retraction must be one of"),
@@ -322,7 +324,7 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"granularity": None}, "granularity must be one of 'layer', 'module', 'direction', got None"),
         ({"granularity": "direction", "budget": 8}, "budget must be a share of the adapters' parameters .*, got 8"),
         ({"dtype": "int8"}, "dtype must be one of 'float32', 'bfloat16', 'float16'"),
-        ({"target_modules": "q_proj"}, "target_modules must be a list of names, got the string 'q_proj'"),
+        ({"target_modules": "q_proj"}, "--target-modules must be a list of names, got the string 'q_proj'"),
     ],
 )
 def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change: Any, message: str) -> None:
@@ -342,7 +344,7 @@ def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change
             "share of the adapters' parameters must be at least 0.0375, for one",
         ),
         ({"budget": 1e-4, "granularity": "direction"}, "too small for one direction of a gradient"),
-        ({"seq_len": 129}, "seq_len must be at most 128, the positions of the model, got 129"),
+        ({"seq_len": 129}, "--seq-len must be at most 128, the positions of the model, got 129"),
     ],
 )
 def test_what_does_not_fit_the_model_is_named_before_anything_is_trained(
