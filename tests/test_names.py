@@ -45,7 +45,7 @@ def wrapped(model: Any, how: str) -> Any:
 
 
 def trained(how: str, *, first: bool = True) -> Any:
-    """Adapt a model with a trained head and norm, in wrapped blocks."""
+    """Adapt a model in wrapped blocks, with norms inside and outside of them that are trained along."""
     model = LLAMA.build()
     if first:
         wrapped(model, how)
@@ -54,7 +54,7 @@ def trained(how: str, *, first: bool = True) -> Any:
         wrapped(model, how)
     train(model)
     with torch.no_grad():
-        for module in (model.lm_head, model.get_submodule(name_in(model, "model.layers.1.input_layernorm"))):
+        for module in (model.model.norm, model.get_submodule(name_in(model, "model.layers.1.input_layernorm"))):
             module.weight.requires_grad_(True).normal_()
     return model
 
