@@ -1,4 +1,8 @@
-"""Riemannian optimizers and Fisher-selected, Stiefel-constrained LoRA adapters for PyTorch."""
+"""Riemannian optimizers and Fisher-selected, Stiefel-constrained LoRA adapters for PyTorch.
+
+Public are the names here, and those that README and the docstrings name in other modules, such as
+`stiefel_lora.stiefel` for the geometry by itself.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,7 +15,9 @@ if TYPE_CHECKING:
     from stiefel_lora.checkpoint import load_adapter as load_adapter
     from stiefel_lora.checkpoint import save_adapter as save_adapter
     from stiefel_lora.convert import export_peft as export_peft
+    from stiefel_lora.convert import from_peft as from_peft
     from stiefel_lora.convert import import_peft as import_peft
+    from stiefel_lora.convert import to_peft as to_peft
     from stiefel_lora.errors import InputError as InputError
     from stiefel_lora.errors import ManifoldError as ManifoldError
     from stiefel_lora.fisher import fisher_scores as fisher_scores
@@ -35,7 +41,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "adapters": ("add_adapters", "disable_adapters", "remove_adapters", "use_adapter"),
     "checkpoint": ("load_adapter", "save_adapter"),
-    "convert": ("export_peft", "import_peft"),
+    "convert": ("export_peft", "from_peft", "import_peft", "to_peft"),
     "errors": ("InputError", "ManifoldError"),
     "fisher": ("fisher_scores", "fisher_select"),
     "initialisation": ("allocate_ranks", "gradient_init", "select_and_start"),

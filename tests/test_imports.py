@@ -77,6 +77,10 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def test_every_module_has_a_level() -> None:
+    assert set(LEVEL_OF) == {module_name(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_downward(path: Path) -> None:
     name = module_name(path)
