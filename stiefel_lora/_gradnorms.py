@@ -243,11 +243,10 @@ class GradientNorms:
                 if not (_is_of_width(x, n_in) and _is_of_width(output, n_out)):
                     self.unlike.update({self._names[row]: None for row in weight.rows})
                     return None
-            if self._in_backward:
-                # A checkpointed segment runs again. Its first run is the one that counts, but the same must be saved.
-                return _tap(output, lambda g: None)
-            weight.uses += 1
-            with _unwatched():
+                if self._in_backward:
+                    # A checkpointed segment runs again. Its first run is what counts, but the same must be saved.
+                    return _tap(output, lambda g: None)
+                weight.uses += 1
                 arrive = self._arrival(weight, x, n_in, n_out)
                 return _tap(output, self._with_sketches(arrive, weight, x, n_in, n_out))
 

@@ -336,10 +336,10 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Score the layers and print the ranking."""
+    from stiefel_lora._figures import check_picture
     from stiefel_lora._targets import describe
     from stiefel_lora.data import check_source
     from stiefel_lora.pretrained import find_device
-    from stiefel_lora.report import check_picture
     from stiefel_lora.selection import choose, score_layers
     from stiefel_lora.training import load_inputs
 

@@ -1,24 +1,22 @@
 """Put the results of a run into files, a table and pictures."""
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from stiefel_lora._figures import drawing
+from stiefel_lora._figures import can_draw, drawing
 from stiefel_lora._files import write_json
 from stiefel_lora._models import split_at_layer
 from stiefel_lora._targets import describe, ranges
 from stiefel_lora.config import LOSS_PICTURE, METRICS_FILE, RANKS_PICTURE, SCORES_PICTURE
-from stiefel_lora.errors import InputError
 from stiefel_lora.scores import FisherScores, draw_grid, grid_width
 
 
 def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     """Write the metrics and the pictures of a run; returns the files. Without matplotlib there are no pictures."""
     pictures = []
-    if importlib.util.find_spec("matplotlib"):
+    if can_draw():
         by_score = metrics["fisher"] is not None
         pictures = [folder / (SCORES_PICTURE if by_score else RANKS_PICTURE), folder / LOSS_PICTURE]
         if by_score:
@@ -29,17 +27,6 @@ def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     # Last: where there are metrics, the run is finished.
     write_json(folder / METRICS_FILE, metrics)
     return [folder / METRICS_FILE, *pictures]
-
-
-def check_picture(path: Path) -> None:
-    """Raise InputError unless a picture of that name could be drawn."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise InputError("pictures need matplotlib: pip install 'stiefel-lora[demo]'")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    forms = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if path.suffix[1:].lower() not in forms:
-        raise InputError(f"{path} is no picture; its ending must be one of {', '.join(forms)}")
 
 
 def plot_ranks(ranks: Mapping[str, int], path: Path) -> None:

@@ -132,7 +132,6 @@ class FisherScores:
         chosen = set(self.select(self.budget) if selected is None else selected)
         with drawing(path, width=grid_width(self.layers)) as axes:
             (self._draw_bars if self.granularity == "layer" else self._draw_grid)(axes, chosen)
-            axes.locator_params(axis="x", integer=True)
             axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
 
     def _draw_bars(self, axes: Any, chosen: set[int]) -> None:
@@ -146,6 +145,7 @@ class FisherScores:
             if bars:
                 x, y, error = zip(*bars, strict=True)
                 axes.bar(x, y, yerr=error, label=label, color=colour, ecolor="#555555", capsize=2)
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel("decoder layer")
         axes.set_ylabel("Fisher score (± s.e.)")
         axes.legend()

@@ -17,13 +17,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stiefel_lora._figures import check_picture
 from stiefel_lora._files import locked
 from stiefel_lora.adapters import add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.cli import main
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import ends_of
-from stiefel_lora.report import check_picture
 from stiefel_lora.scores import FisherScores
 from tests.test_convert import adapted
 from tests.tiny import TEXT, save_tiny_model

@@ -284,8 +284,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         # Every attribute of a ManifoldParameter takes a detour through Python otherwise.
         with torch._C.DisableTorchFunctionSubclass():
             check_dense(p for kind in kinds for p in kind.stiefel + kind.other)
-        self._raise_if_nonfinite()
-        with torch._C.DisableTorchFunctionSubclass():
+            self._raise_if_nonfinite()
             buckets = [self._group_buckets(index, kind.stiefel) for index, kind in enumerate(kinds)]
         self._step_ordinary([kind.ordinary for kind in kinds])
         with torch._C.DisableTorchFunctionSubclass():
