@@ -1,6 +1,8 @@
 """Data to fine-tune on, split three ways: training, validation (to choose learning rates) and test."""
 
 import json
+import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,19 +15,21 @@ from torch.nn.functional import cross_entropy
 from stiefel_lora.data import IGNORED, Dataset, load_data, prompt_of, spread
 from stiefel_lora.errors import InputError
 
+Record = dict[str, str]
+
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with what is common to all answers, the tokens in which they first differ, and the right one's place."""
+    """A prompt with what is common to all answers, what each adds to it (both tokens), and the right one's place."""
 
     ids: Tensor
-    choices: Tensor
+    choices: list[Tensor]
     right: int
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task; only instructions have questions."""
+    """One task; code has no questions."""
 
     name: str
     train: Dataset
@@ -50,20 +54,38 @@ def instructions(folder: str | Path, tokenizer: Any, seq_len: int, questions: in
     Raises:
         InputError: If there is no such pair, or the answers cannot be told apart by one token.
     """
-    sets = sorted(Path(folder).glob("*_train.jsonl"))
-    if not sets:
-        raise InputError(f"{folder} has no files NAME_train.jsonl with a NAME_test.jsonl beside them")
-    train, validation, test, asked = [], [], [], []
-    for path in sets:
-        other = path.with_name(path.name.replace("_train.", "_test."))
-        learned, held_out = _named(path.name, load_data(path, tokenizer, seq_len=seq_len))
-        train.append(learned)
-        validation.append(held_out)
-        test.append(_joined(_named(other.name, load_data(other, tokenizer, seq_len=seq_len))))
-        asked.append(_questions(path, other, tokenizer, seq_len, questions))
-    # In turn from each set, so that the first so many are a fair sample.
-    mixed = [q for group in zip(*asked, strict=False) for q in group]
-    return Task("instructions", _joined(train), _interleaved(validation), _interleaved(test), mixed[:questions])
+    parts = []
+    for path, other in _sets(folder):
+        asked = _by_one_token(path, other, tokenizer, seq_len, questions)
+        parts.append((*_split(path, path, other, other, tokenizer, seq_len), asked))
+    return _task("instructions", parts, questions)
+
+
+def answers(folder: str | Path, tokenizer: Any, seq_len: int, questions: int) -> Task:
+    """Return the question sets of a folder with the answers in words, where `instructions` has the name of an option.
+
+    The options are not shown: to guess among names is what the loss of a small model comes down to, while these have
+    words to be learnt. Sets that list no options are left out. The model's choice is the option with the largest mean
+    log-likelihood of a token.
+
+    Raises:
+        InputError: If no set lists options.
+    """
+    parts = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for path, other in _sets(folder):
+            listed = [[o for r in _read(file) if (o := _options(r)) is not None] for file in (path, other)]
+            if not all(listed):
+                continue
+            files = [Path(scratch) / file.name for file in (path, other)]
+            for file, found in zip(files, listed, strict=True):
+                file.write_text("".join(json.dumps(_written_out(o)) + "\n" for o in found), encoding="utf-8")
+            chosen = [listed[1][i] for i in spread(len(listed[1]), questions)]
+            asked = [_in_words(options, tokenizer, seq_len) for options in chosen]
+            parts.append((*_split(files[0], path, files[1], other, tokenizer, seq_len), asked))
+    if not parts:
+        raise InputError(f"no question set in {folder} lists its options, as Answer1: ... Answer2: ...")
+    return _task("answers", parts, questions)
 
 
 def tiny() -> tuple[nn.Module, Task]:
@@ -74,7 +96,9 @@ def tiny() -> tuple[nn.Module, Task]:
     model = LlamaForCausalLM(LlamaConfig(**sizes, hidden_size=32, intermediate_size=64, vocab_size=99)).eval()
     ids = list(torch.randint(99, (16, 16)))
     data = Dataset(ids, ids, "random tokens")
-    return model, Task("code", data, data, data, [Question(row, torch.tensor([1, 2]), 0) for row in ids[:4]])
+    return model, Task(
+        "code", data, data, data, [Question(row, [torch.tensor([1]), torch.tensor([2])], 0) for row in ids[:4]]
+    )
 
 
 def with_less_to_train_on(task: Task, samples: int) -> Task:
@@ -83,6 +107,29 @@ def with_less_to_train_on(task: Task, samples: int) -> Task:
     ids, labels = ([part[i] for i in chosen] for part in (task.train.input_ids, task.train.labels))
     description = f"{len(chosen)} samples from all over {task.train.description}"
     return replace(task, train=Dataset(ids, labels, description))
+
+
+def _sets(folder: str | Path) -> list[tuple[Path, Path]]:
+    """Return the training and the test file of each question set."""
+    sets = sorted(Path(folder).glob("*_train.jsonl"))
+    if not sets:
+        raise InputError(f"{folder} has no files NAME_train.jsonl with a NAME_test.jsonl beside them")
+    return [(path, path.with_name(path.name.replace("_train.", "_test."))) for path in sets]
+
+
+def _split(
+    train: Path, train_name: Path, test: Path, test_name: Path, tokenizer: Any, seq_len: int
+) -> tuple[Dataset, Dataset, Dataset]:
+    """Return training, validation and test data of two files, which are called by other names."""
+    learned, held_out = _named(train_name.name, load_data(train, tokenizer, seq_len=seq_len))
+    return learned, held_out, _joined(_named(test_name.name, load_data(test, tokenizer, seq_len=seq_len)))
+
+
+def _task(name: str, parts: Sequence[tuple[Dataset, Dataset, Dataset, list[Question]]], questions: int) -> Task:
+    train, validation, test, asked = zip(*parts, strict=True)
+    # In turn from each set, so that the first so many are a fair sample.
+    mixed = [q for group in zip(*asked, strict=False) for q in group]
+    return Task(name, _joined(train), _interleaved(validation), _interleaved(test), mixed[:questions])
 
 
 def _part(data: Dataset, begin: int, end: int) -> Dataset:
@@ -107,17 +154,21 @@ def _interleaved(parts: Sequence[Dataset]) -> Dataset:
     return Dataset([ids for ids, _ in rows], [y for _, y in rows], "; ".join(part.description for part in parts))
 
 
-def _questions(train: Path, test: Path, tokenizer: Any, seq_len: int, count: int) -> list[Question]:
-    read = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (train, test)]
-    answers = sorted({record["output"] for record in read[0]})
+def _read(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _by_one_token(train: Path, test: Path, tokenizer: Any, seq_len: int, count: int) -> list[Question]:
+    """Ask for the first token in which the outputs of a set differ."""
+    answers = sorted({record["output"] for record in _read(train)})
     tokens = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
     shared = 0
     while len({t[shared] for t in tokens if len(t) > shared}) == 1 and all(len(t) > shared for t in tokens):
         shared += 1
     if any(len(t) <= shared for t in tokens) or len({t[shared] for t in tokens}) < len(tokens):
         raise InputError(f"the outputs in {train} cannot be told apart by one token: {answers}")
-    choices = torch.tensor([t[shared] for t in tokens])
-    records = [r for r in read[1] if r["output"] in answers]
+    choices = [torch.tensor(t[shared : shared + 1]) for t in tokens]
+    records = [r for r in _read(test) if r["output"] in answers]
     return [
         Question(
             torch.tensor((tokenizer(prompt_of(r))["input_ids"] + tokens[0][:shared])[-seq_len:]),
@@ -126,6 +177,39 @@ def _questions(train: Path, test: Path, tokenizer: Any, seq_len: int, count: int
         )
         for r in (records[i] for i in spread(len(records), count))
     ]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """A question without its options, the options, and the place of the right one."""
+
+    question: str
+    texts: list[str]
+    right: int
+
+
+# How the sets of LLM-Adapters (arXiv:2304.01933), whose form this is, name their options.
+_OPTION = re.compile(r"\b(?:Answer|Ending|Option|Solution) ?(\d+): ")
+
+
+def _options(record: Record) -> _Options | None:
+    """Take a record's options out of its instruction; None if it lists none, or none that its output names."""
+    question, *rest = _OPTION.split(record["instruction"].split("\n\nAnswer format:")[0])
+    numbers, texts = rest[::2], [text.strip() for text in rest[1::2]]
+    named = re.search(r"(\d+)\W*$", record["output"])
+    if named is None or named[1] not in numbers:
+        return None
+    return _Options(question.strip(), texts, numbers.index(named[1]))
+
+
+def _written_out(options: _Options) -> Record:
+    return {"instruction": options.question, "output": options.texts[options.right]}
+
+
+def _in_words(options: _Options, tokenizer: Any, seq_len: int) -> Question:
+    prompt = tokenizer(prompt_of(_written_out(options)))["input_ids"]
+    choices = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in options.texts]
+    return Question(torch.tensor(prompt[-seq_len:]), choices, options.right)
 
 
 @torch.no_grad()
@@ -147,18 +231,40 @@ def mean_loss(model: nn.Module, data: Dataset, count: int, batch_size: int) -> f
 
 @torch.no_grad()
 def accuracy(model: nn.Module, questions: Sequence[Question], batch_size: int) -> float | None:
-    """Return the share of questions whose right answer is the likeliest of those to choose from."""
+    """Return the share of questions whose right answer is the likeliest of those to choose from, token by token."""
     right = 0
     for begin in range(0, len(questions), batch_size):
         part = questions[begin : begin + batch_size]
-        ids = nn.utils.rnn.pad_sequence([q.ids for q in part], batch_first=True).to(_device(model))
-        # Padding is behind what counts, where a causal model does not see it.
-        lengths = torch.tensor([len(q.ids) for q in part], device=ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]
-        logits = model(input_ids=ids, attention_mask=mask.long()).logits
-        last = logits[torch.arange(len(part)), lengths - 1].float().cpu()
-        right += sum(int(row[q.choices].argmax()) == q.right for row, q in zip(last, part, strict=True))
+        # Answers that differ in their last token alone are read off one and the same row.
+        rows: dict[tuple[int, ...], int] = {}
+        places = [[rows.setdefault(_seen(q, choice), len(rows)) for choice in q.choices] for q in part]
+        logits = _logits(model, list(map(torch.tensor, rows)))
+        for question, places_of in zip(part, places, strict=True):
+            values = [
+                _mean_log_likelihood(logits[row], question, c)
+                for row, c in zip(places_of, question.choices, strict=True)
+            ]
+            right += int(torch.stack(values).argmax()) == question.right
     return right / len(questions) if questions else None
+
+
+def _seen(question: Question, choice: Tensor) -> tuple[int, ...]:
+    """Return what a model must have read to give each token of a choice its probability."""
+    return (*question.ids.tolist(), *choice[:-1].tolist())
+
+
+def _mean_log_likelihood(logits: Tensor, question: Question, choice: Tensor) -> Tensor:
+    begin = len(question.ids) - 1
+    predicted = logits[begin : begin + len(choice)].float().log_softmax(-1)
+    return predicted.gather(-1, choice.to(logits.device)[:, None]).mean()
+
+
+def _logits(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(_device(model))
+    # Padding is behind what counts, where a causal model does not see it.
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]
+    return model(input_ids=ids, attention_mask=mask.long()).logits
 
 
 def _device(model: nn.Module) -> torch.device:

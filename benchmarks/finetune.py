@@ -55,6 +55,9 @@ MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA
         "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
         "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED)  # fmt: skip
 
+# Tasks that are read from a folder of question sets.
+QUESTIONS = {"instructions": _tasks.instructions, "answers": _tasks.answers}
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -95,8 +98,10 @@ _KEY = ("task", "method", "lr", "seed")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this study's options."""
-    parser.add_argument("--tasks", nargs="+", choices=("code", "instructions"), default=["code"], help="default: code")
-    parser.add_argument("--data", help="folder of NAME_train.jsonl and NAME_test.jsonl, for --tasks instructions")
+    parser.add_argument("--tasks", nargs="+", choices=("code", *QUESTIONS), default=["code"], help="default: code")
+    parser.add_argument(
+        "--data", help=f"folder of NAME_train.jsonl and NAME_test.jsonl, for --tasks {' and '.join(QUESTIONS)}"
+    )
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
         help="rows to work on (default: all): " + "; ".join(METHODS),
@@ -228,9 +233,9 @@ def _load(frame: Frame, task: str) -> tuple[Any, _tasks.Task]:
     if task == "code":
         data = _tasks.code(tokenizer, frame.seq_len)
     elif frame.data is None:
-        raise InputError("the task instructions needs --data")
+        raise InputError(f"the task {task} needs --data")
     else:
-        data = _tasks.instructions(frame.data, tokenizer, frame.seq_len, frame.questions)
+        data = QUESTIONS[task](frame.data, tokenizer, frame.seq_len, frame.questions)
     return model, data if frame.train_samples is None else _tasks.with_less_to_train_on(data, frame.train_samples)
 
 
