@@ -28,6 +28,9 @@ from stiefel_lora.errors import InputError, check_choice
 _DENMAN_BEAVERS_STEPS = 12
 
 
+# Up to so many entries of a float32 matrix a triangular solve takes no longer than the product with an inverse.
+_SOLVED_ENTRIES = 6000
+
 METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
@@ -62,8 +65,13 @@ def project(x: Tensor, g: Tensor) -> Tensor:
 
 def project_(x: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
     """Project ``g`` as ``project`` does, into ``out`` or else in place, and return that; all ([k,] n, r)."""
-    z = x.mT @ g
-    return add_product(g, x, z + z.mT, -0.5, g if out is None else out)
+    z = _inner(x, g)
+    return add_product(g, x, z + z.transpose(-2, -1), -0.5, g if out is None else out)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return A^T B; of single matrices without the detours that ``mT`` and ``@`` are, which count for small ones."""
+    return torch.mm(a.t(), b) if a.dim() == 2 else a.mT @ b
 
 
 def add_product(z: Tensor, a: Tensor, b: Tensor, alpha: float, out: Tensor) -> Tensor:
@@ -95,7 +103,7 @@ def riemannian_gradient(x: Tensor, g: Tensor, metric: Metric = "euclidean") -> T
 
 def riemannian_gradient_(x: Tensor, g: Tensor, metric: str, out: Tensor) -> Tensor:
     """Write what ``riemannian_gradient`` gives into ``out``, which may be ``g``, and return it; all ([k,] n, r)."""
-    return add_product(g, x, g.mT @ x, -1, out) if metric == "canonical" else project_(x, g, out)
+    return add_product(g, x, _inner(g, x), -1, out) if metric == "canonical" else project_(x, g, out)
 
 
 def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
@@ -156,7 +164,9 @@ def retract_(
 def _qr(y: Tensor, into: Tensor | None = None) -> Tensor:
     # CholeskyQR. Y^T Y = I + U^T U >= I, so its condition is 1 + |U|^2 and one pass is enough. Y^T Y is measured, not
     # assumed, so an error of x is removed here instead of piling up.
-    chol, _ = torch.linalg.cholesky_ex(y.mT @ y)
+    chol, _ = torch.linalg.cholesky_ex(_inner(y, y))
+    if into is not None and y.dim() == 2 and (y.dtype == torch.float64 or y.numel() <= _SOLVED_ENTRIES):
+        return torch.linalg.solve_triangular(chol.t(), y, upper=True, left=False, out=into)
     return torch.matmul(y, torch.linalg.solve_triangular(chol, _eye_like(chol), upper=False).mT, out=into)
 
 

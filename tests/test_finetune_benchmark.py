@@ -12,6 +12,7 @@ import torch
 from benchmarks import _finetune_table, _methods, _report, _tasks, finetune
 from benchmarks._methods import FORA, METHODS
 from stiefel_lora import stiefel
+from stiefel_lora.errors import InputError
 from tests.tiny import save_tiny_model, write_jsonl
 
 
@@ -79,6 +80,74 @@ def test_loss_and_accuracy_are_those_of_single_samples(folder: Path, tokenizer: 
     # One float32 softmax more or less, and another order of summation.
     assert _tasks.mean_loss(model, task.test, 6, 4) == pytest.approx(total / tokens, rel=1e-5)
     assert _tasks.accuracy(model, task.questions, 3) == right / 8
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Question sets that list their options, as the files of LLM-Adapters do, and one that lists none."""
+    folder = tmp_path_factory.mktemp("listed")
+    for name, option, words in (
+        ("places", "Answer", ("in", "not in x", "def")),
+        ("ends", "Ending", ("return x", "self")),
+    ):
+        for part, count in (("train", 30), ("test", 12)):
+            records = []
+            for i in range(count):
+                texts = [f"{word} {i % 5}" for word in words]
+                options = " ".join(f"{option}{n}: {text}" for n, text in enumerate(texts, start=1))
+                names = "/".join(f"{option.lower()}{n}" for n in range(1, len(words) + 1))
+                records.append(
+                    {
+                        "instruction": f"def {name}_{i}(x): Answer?\n\n{options}\n\nAnswer format: {names}",
+                        "output": f"the correct answer is {option.lower()}{1 + i % len(words)}",
+                    }
+                )
+            write_jsonl(folder / f"{name}_{part}.jsonl", records)
+    for part in ("train", "test"):
+        records = [{"instruction": f"x{i}?\n\nAnswer format: true/false", "output": "it is true"} for i in range(9)]
+        write_jsonl(folder / f"none_{part}.jsonl", records)
+    return folder
+
+
+def test_answers_in_words_are_learnt_without_their_options(listed: Path, tokenizer: Any) -> None:
+    task = _tasks.answers(listed, tokenizer, 64, 10)
+    assert (len(task.train), len(task.validation), len(task.test), len(task.questions)) == (54, 6, 24, 10)
+    texts = {tokenizer.decode(ids) for part in (task.train, task.validation) for ids in part.input_ids}
+    end = tokenizer.eos_token
+    expected = {f"def places_{i}(x): Answer?\n\n{('in', 'not in x', 'def')[i % 3]} {i % 5}{end}" for i in range(30)}
+    assert texts == expected | {
+        f"def ends_{i}(x): Answer?\n\n{('return x', 'self')[i % 2]} {i % 5}{end}" for i in range(30)
+    }
+    assert "none" not in task.train.description
+    assert str(listed) not in task.train.description
+    for question in task.questions:
+        prompt, answers = tokenizer.decode(question.ids), [tokenizer.decode(choice) for choice in question.choices]
+        number = int(prompt.split("(")[0].rsplit("_", 1)[1])
+        words = ("in", "not in x", "def") if "places" in prompt else ("return x", "self")
+        assert prompt == prompt.split("?")[0] + "?\n\n"
+        assert answers == [f"{word} {number % 5}" for word in words]
+        assert question.right == number % len(words)
+
+
+def test_the_choice_in_words_is_the_likeliest_token_by_token(listed: Path, tokenizer: Any) -> None:
+    model, _ = _tasks.tiny()
+    model.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+    task = _tasks.answers(listed, tokenizer, 64, 24)
+    right = 0
+    for question in task.questions:
+        losses = []
+        for choice in question.choices:
+            ids = torch.cat([question.ids, choice])[None]
+            labels = torch.cat([torch.full_like(question.ids, -100), choice])[None]
+            losses.append(float(model(input_ids=ids, labels=labels).loss.detach()))
+        right += losses.index(min(losses)) == question.right
+    assert 0 < right < 24
+    assert _tasks.accuracy(model, task.questions, 5) == right / 24
+
+
+def test_a_folder_whose_sets_list_no_options_has_no_answers_in_words(folder: Path, tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="lists its options"):
+        _tasks.answers(folder, tokenizer, 64, 4)
 
 
 @pytest.mark.parametrize("method", ["LoRA", FORA, "FoRA (B)", "FoRA (both)", "LoRA, half the rank", "AdaLoRA"])

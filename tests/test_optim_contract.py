@@ -525,16 +525,18 @@ def test_a_loaded_momentum_has_been_begun(source: str) -> None:
     torch.testing.assert_close(p.detach(), stiefel.retract(x, -0.01 * step, "qr"), rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("as_rate", [float, torch.tensor])
 @pytest.mark.parametrize("kind", PAIRS)
-def test_a_state_mapped_by_name_onto_another_order_is_taken(kind: str) -> None:
+def test_a_state_mapped_by_name_onto_another_order_is_taken(kind: str, as_rate: Any) -> None:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     model = torch.nn.ParameterDict({"a": parameter(12, 4), "b": torch.randn(5, dtype=torch.float64)})
     twin = copy.deepcopy(model)
-    optimizer = PAIRS[kind][0](list(model.values()), **COMMON[kind])
+    options = {**COMMON[kind], "lr": as_rate(COMMON[kind]["lr"])}
+    optimizer = PAIRS[kind][0](list(model.values()), **options)
     steps(optimizer, list(model.values()), range(2))
     twin.load_state_dict(model.state_dict())
-    other = PAIRS[kind][0](list(twin.values())[::-1], **COMMON[kind])
+    other = PAIRS[kind][0](list(twin.values())[::-1], **options)
     # Copied, as both would work on the same tensors otherwise, with torch's optimizers too.
     set_optimizer_state_dict(twin, other, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
     # torch makes the state to fill by a step at the rate zero.
@@ -544,11 +546,12 @@ def test_a_state_mapped_by_name_onto_another_order_is_taken(kind: str) -> None:
     assert_same(list(model.values()), list(twin.values()))
 
 
+@pytest.mark.parametrize("as_rate", [float, torch.tensor])
 @pytest.mark.parametrize("kind", PAIRS)
-def test_a_rate_of_zero_leaves_a_point_to_the_bit(kind: str) -> None:
+def test_a_rate_of_zero_leaves_a_point_to_the_bit(kind: str, as_rate: Any) -> None:
     params = mixed(torch.float32)
     before = copies(params)
-    optimizer = PAIRS[kind][0](params, **{**COMMON[kind], "lr": 0.0})
+    optimizer = PAIRS[kind][0](params, **{**COMMON[kind], "lr": as_rate(0.0)})
     steps(optimizer, params, range(3))
     assert_same(params, before)
     twin = PAIRS[kind][0](before, **COMMON[kind])

@@ -121,6 +121,20 @@ def test_retraction_into_given_memory_is_the_same(method: str) -> None:
     torch.testing.assert_close(into, expected, atol=1e-14, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [50, 2000])
+def test_a_matrix_alone_is_retracted_in_place_at_any_size(n: int, dtype: torch.dtype) -> None:
+    # The triangular factor is divided by or inverted, whichever is faster.
+    x = stiefel.random_point(n, 5, dtype=dtype)
+    u = tangent(x, 1.5)
+    expected = stiefel.retract(x.double(), -u.double(), "qr")
+    assert stiefel.retract_(x, u, -1.0, "qr", work=u, into=x) is x
+    # A few roundings of entries below one, through a factor of condition 1 + 1.5^2.
+    torch.testing.assert_close(x.double(), expected, atol=10 * torch.finfo(dtype).eps, rtol=0)
+    # Of sums over n products.
+    assert stiefel.orthogonality_error(x) < 2 * n**0.5 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize(("method", "order"), [("qr", 2), ("cayley", 2), ("polar", 3), ("exp", 3)])
 def test_order_of_the_retraction(method: str, order: int) -> None:
     """|R(tU) - geodesic(tU)| falls as t^2 for a first-order retraction and as t^3 for a second-order one.

@@ -213,10 +213,12 @@ def adam_step(
         # What is kept all the same must not make a NaN of the step.
         square = torch.where(_like(moves, square), square, exp_avg_sq)
     kept = [step, exp_avg_sq] if max_exp_avg_sq is None else [step, exp_avg_sq, max_exp_avg_sq]
-    old: list[Number] = [square, step.to(x.dtype), *kept[1:]]
+    old: list[Number] = [square, *kept]
     if x.dim() == 2:
         # The few numbers of a matrix alone are Python's, at a tenth of the cost.
         old, lr = [z if isinstance(z, float) or z.dim() else z.item() for z in old], float(lr)
+    else:
+        old[1] = step.to(x.dtype)
     least = torch.finfo(x.dtype).tiny ** 0.75
     new, size, root = adam_numbers(*old, lr=lr, betas=betas, eps=eps, least=least)
     for tensor, value in zip(kept, new, strict=True):

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -59,7 +60,8 @@ def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | floa
         norm = square**0.5
     if alone:
         size = float(size)
-        return -size * limit / max(size * float(norm), limit)
+        length = size * (norm.item() if isinstance(norm, Tensor) else norm)
+        return -size * limit / max(length, limit)
     # Zero times a norm that overflows is a step of zero.
     length = (size * norm).nan_to_num_(nan=0)
     scale: Tensor = size * (-limit / length.clamp_min_(limit))
@@ -318,7 +320,9 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     def _step_stiefel(self, buckets: list[list[Bucket]]) -> None:
         largest = max((bucket.nbytes for alike in buckets for bucket in alike), default=0)
-        with exact_products({bucket.params[0].device.type for alike in buckets for bucket in alike}):
+        # Nothing lowers the precision of float64.
+        narrow = {b.params[0].device.type for alike in buckets for b in alike if b.dtype != torch.float64}
+        with exact_products(narrow) if narrow else nullcontext():
             for group, alike in zip(self.param_groups, buckets, strict=True):
                 for bucket in alike:
                     for piece in bucket.pieces(self._workspace, largest):
@@ -329,19 +333,19 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         rgrad = riemannian_gradient_(x, piece.grad, group["metric"], piece.work)
         if group["maximize"]:
             rgrad.neg_()
-        square: Tensor | float = torch.linalg.vector_norm(rgrad, dim=None if piece.alone else (-2, -1)).square_()
-        if piece.alone:
-            square = float(square)
-            if not square < torch.inf:
-                piece.state["skipped"] += 1
-                return
+        norm = torch.linalg.vector_norm(rgrad, dim=None if piece.alone else (-2, -1))
+        square: Tensor | float = norm.item() ** 2 if piece.alone else norm.square_()
+        if isinstance(square, float) and not square <= torch.finfo(x.dtype).max:
+            piece.state["skipped"] += 1
+            return
         moves = _moves(square) if isinstance(square, Tensor) else None
         if moves is not None:
             piece.state["skipped"] += ~moves
             # From here on its gradient is finite, and all that is done with a matrix that stays is multiplied by zero.
             rgrad.nan_to_num_(0, 0, 0)
         direction, scale = self._stiefel_step(piece, rgrad, square, moves, group)
-        if not isinstance(group["lr"], Tensor) and group["lr"] == 0:
+        lr = group["lr"]
+        if (not isinstance(lr, Tensor) or reads_at_no_cost(lr)) and lr == 0:
             return  # to the very bit, which torch's set_optimizer_state_dict relies on
         # The point itself is not needed any more where it and the step have been added up.
         in_place = moves is None and RETRACTIONS[group["retraction"]].of_sum

@@ -185,6 +185,10 @@ class Bucket:
             largest: The size of the largest bucket in bytes. Three tensors of scratch a piece are to be at most two
                 copies of it.
         """
+        if len(self.params) == 1:  # the same as below, at less cost
+            if self.params[0].grad is not None:
+                yield self._piece([0], workspace)
+            return
         limit = min(_PIECE_BYTES.get(self.params[0].device.type, _PIECE_BYTES_ACCELERATOR), 2 * largest // 3)
         most = max(1, limit * self.ends[-1] // self.nbytes)
         run: list[int] = []

@@ -112,7 +112,10 @@ class RiemannianSGD(RiemannianOptimizer):
         momentum, buffer, step = group["momentum"], piece.state["momentum_buffer"], piece.state["step"]
         if piece.alone:
             count = step.item()
-            buffer.mul_(momentum).add_(rgrad, alpha=1 - group["dampening"] * (count > 0))
+            if group["dampening"] == 0:
+                torch.add(rgrad, buffer, alpha=momentum, out=buffer)  # in one call
+            else:
+                buffer.mul_(momentum).add_(rgrad, alpha=1 - group["dampening"] * (count > 0))
             step.fill_(count + 1)
         else:
             # The buffer of a skipped matrix stays: its factor is one and what is added is zero.
