@@ -21,6 +21,7 @@ import subprocess  # noqa: S404  asks git for the revision
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,6 +65,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
+    _limit_blas(args.threads)
     # A quick run must not take the place of a committed result.
     output = args.output or (Path("runs") / f"{name}-quick.json" if args.quick else RESULTS / f"{name}.json")
     envelope: dict[str, Any] = {
@@ -106,6 +108,14 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     save(results, "finished")
     print(study.report(results))
     print(f"\nwritten to {output}")
+
+
+def _limit_blas(threads: int) -> None:
+    """Limit NumPy's linear algebra, which some peers work with, as torch's is."""
+    with suppress(ImportError):  # as in the tests, which have no such peers
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(threads)
 
 
 def add_common(parser: argparse.ArgumentParser, threads: int | None = None) -> None:

@@ -117,7 +117,8 @@ class Rotation:
 
     Q = I - V T^-1 V^T with T the upper triangle of V^T V, half of its diagonal.
 
-    Reference: Joffrain, Low, Quintana-Orti, van de Geijn, Van Zee (2006), "Accumulating Householder transformations".
+    Reference: Joffrain, Low, Quintana-Orti, van de Geijn, Van Zee (2006), "Accumulating Householder
+    transformations, revisited".
     """
 
     def __init__(self, n: int, generator: torch.Generator) -> None:

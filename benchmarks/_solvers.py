@@ -152,10 +152,11 @@ FIRST_ORDER: dict[str, Callable[[Problem], Descent]] = {
 
 @dataclass
 class Path:
-    """What a batch solver went through: its distinct points, and the CPU seconds at which it came to each."""
+    """What a batch solver went through: its distinct points, the CPU seconds at which it came to each, and in all."""
 
     points: list[Tensor]
     seconds: list[float]
+    total: float = 0.0
 
 
 def conjugate_gradient(problem: Problem, iterations: int, seconds: float) -> Path:
@@ -197,6 +198,7 @@ def _pymanopt(problem: Problem, name: str, iterations: int, seconds: float) -> P
     solver.run(
         pymanopt.Problem(manifold, cost, euclidean_gradient=gradient), initial_point=problem.start.numpy().copy()
     )
+    path.total = time.process_time() - begin
     return path
 
 

@@ -133,7 +133,7 @@ def _measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
         median = statistics.median(times[name])
         if name in paths:
             # The clock of the one run, in units of the median one.
-            clock = [s / (paths[name].seconds[-1] or 1) * median for s in paths[name].seconds]
+            clock = [s / (paths[name].total or 1) * median for s in paths[name].seconds]
         else:
             clock = [i * median / steps for i in range(budget + 1)]
             row["times_choice"] = _ratio(times, name)

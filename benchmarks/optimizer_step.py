@@ -99,6 +99,9 @@ def _compare(label: str, down: list[Tensor], up: list[Tensor], rounds: int, devi
         **{ours: [make(down + up)] for ours, make in OURS.items()},
         "geoopt, EuclideanStiefel": [_peers.geoopt_adam(down + up)],
     }
+    if up:
+        # As one would who does not leave the ordinary parameters to geoopt, which moves them one by one.
+        optimizers["geoopt (A), fused AdamW (B)"] = [_peers.geoopt_adam(down), _peers.fused_adamw(up)]
     absent: dict[str, str] = {}
     slow: dict[str, int] = {}
     if max(p.shape[0] for p in down) <= CANONICAL_LIMIT:
@@ -134,6 +137,10 @@ def _compare(label: str, down: list[Tensor], up: list[Tensor], rounds: int, devi
         }
         if name in OURS:
             rows[name]["geoopt_euclidean_times_ours"] = _harness.median_ratio(times, "geoopt, EuclideanStiefel", name)
+            if up:
+                rows[name]["geoopt_and_fused_times_ours"] = _harness.median_ratio(
+                    times, "geoopt (A), fused AdamW (B)", name
+                )
             rows[name].update(_memory(group[0], down))
         if name in slow:
             rows[name]["times_ours_qr"] = _harness.median_ratio(times, name, "ours, qr")
