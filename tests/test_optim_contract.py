@@ -11,6 +11,7 @@ import geoopt
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from stiefel_lora import stiefel
@@ -650,12 +651,22 @@ def test_schedulers_set_the_step(kind: str) -> None:
 def test_one_cycle_scheduler(kind: str) -> None:
     p = parameter(12, 4)
     optimizer = PAIRS[kind][0]([p], **COMMON[kind])
+    (twin,) = copies([p])
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)
+    cycled = ("lr", "momentum") if kind == "sgd" else ("lr", "betas")
+    by_hand = PAIRS[kind][0]([twin], **COMMON[kind])
+    seen = set()
     for seed in range(5):
+        options = {name: optimizer.param_groups[0][name] for name in cycled}
+        seen.add(str(options))
         set_grads([p], seed)
         optimizer.step()
         scheduler.step()
-    assert float(stiefel.orthogonality_error(p)) < 1e-13
+        by_hand.param_groups[0].update(options)
+        set_grads([twin], seed)
+        by_hand.step()
+    assert len(seen) == 5, "the scheduler changes both at every step"
+    assert_same([p], [twin])
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -820,6 +831,15 @@ def test_a_step_that_does_not_look_whether_all_gradients_are_finite_is_the_same(
         torch.testing.assert_close(a.detach().as_subclass(Tensor), b.detach().as_subclass(Tensor), atol=1e-13, rtol=0)
 
 
+class NothingIsRead(TorchDispatchMode):
+    """Refuses to give a number of a tensor to the host, whoever asks, in Python or beneath."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            pytest.fail("a number is read in step()")
+        return func(*args, **(kwargs or {}))
+
+
 def test_no_host_synchronisation_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """No number is read from a tensor of the manifold part: what would wait for the device on an accelerator."""
     forbid_reading(monkeypatch)
@@ -834,4 +854,5 @@ def test_no_host_synchronisation_in_a_step(monkeypatch: pytest.MonkeyPatch) -> N
             with monkeypatch.context() as patch:
                 for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy"):
                     patch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} in step()"))
-                optimizer.step()
+                with NothingIsRead():
+                    optimizer.step()
