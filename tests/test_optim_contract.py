@@ -11,8 +11,8 @@ import geoopt
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stiefel_lora import stiefel
 from stiefel_lora.errors import InputError, ManifoldError

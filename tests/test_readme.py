@@ -50,7 +50,8 @@ def test_the_quoted_comparison_is_what_the_committed_results_say(text: str, leas
         for line in text.splitlines()
         if re.search(r"\| [\d.]+M \|", line)
     ]
-    quoted = {row[0]: row[1:] for row in rows if row[0] in METHODS}
+    quoted = {row[0]: row[1:] for row in rows}
+    assert quoted.keys() <= METHODS.keys()
     assert len(quoted) > least
     for method, (trainable, rates, seeds, loss, share) in quoted.items():
         found = _finetune_table.at_best_rate(cells, "code", method)
@@ -131,6 +132,47 @@ def test_the_quoted_early_stopping_is_what_the_committed_results_say() -> None:
     assert "the best three, and half of the layers, are not after 64" in " ".join(README.split())
     assert [rows[n]["stable"] for n in (1, 6, 3, 15)] == [True, True, False, False]
     assert rows[3]["samples"] == rows[15]["samples"] == 64
+
+
+def times_of_the_first(line: str, column: int) -> float | None:
+    """Return the time of our choice as a multiple of the fastest other's, from a row of the page's first table."""
+    found = re.search(r"([\d.]+) times (the time of|as fast as)", line.split("|")[column])
+    if found is None:
+        return None
+    return float(found[1]) if found[2] == "the time of" else 1 / float(found[1])
+
+
+def test_the_quoted_manifold_problems_are_what_the_committed_results_say() -> None:
+    page = (RESULTS / "README.md").read_text().split("## manifold:")[1].split("### ")[0]
+    lines = {line.split("|")[1].strip(): line for line in page.splitlines() if re.match(r"\| .* x \d+ \|", line)}
+    assert len(lines) == 14
+    peers = {name: times_of_the_first(line, 4) or 0.0 for name, line in lines.items()}
+    large = [name for name in peers if re.search("512 x 32|1000 x 20|1024 x 16|4096 x 64", name)]
+    (most,) = quoted_numbers(
+        r"1024 x 16 and 4096 x 64 ours \(Adam, QR\) is the first there or within (\d+) % of the first"
+    )
+    assert max(peers[name] for name in large) <= 1 + most / 100 + 0.005
+    leads = sorted(1 / peers[name] for name in large if "4096" in name)
+    assert quoted_numbers(
+        r"at 4096 x 64 it is ([\d.]+) and ([\d.]+) times as fast as the fastest peer"
+    ) == pytest.approx(leads, abs=0.005)
+    middle = sorted(peers[name] for name in peers if re.search("500 x 10|512 x 16", name))
+    below = [peers[name] for name in peers if int(re.findall(r"(\d+) x", name)[-1]) <= 200]
+    *two, least, highest = quoted_numbers(
+        r"is faster, by ([\d.]+) and ([\d.]+) times at 500 x 10 and 512 x 16 and ([\d.]+) to ([\d.]+) times below"
+    )
+    assert two == pytest.approx(middle, abs=0.005)
+    assert [least, highest] == pytest.approx([min(below), max(below)], abs=0.05)
+    searching = {name: found for name, line in lines.items() if (found := times_of_the_first(line, 6)) is not None}
+    ahead = sorted((found for name, found in searching.items() if found > 1 and "Procrustes" not in name), reverse=True)
+    procrustes = sorted(found for name, found in searching.items() if "Procrustes" in name)
+    assert "is faster than ours on six of eleven" in " ".join(README.split())
+    assert (len(searching), len(ahead), len(procrustes)) == (11, 4, 2)
+    *two, least, highest = quoted_numbers(
+        r"on Procrustes by ([\d.]+) and ([\d.]+) times, on four others by ([\d.]+) to ([\d.]+)\."
+    )
+    assert two == pytest.approx(procrustes, abs=0.02)
+    assert [least, highest] == pytest.approx([ahead[-1], ahead[0]], abs=0.01)
 
 
 def test_the_quoted_ratios_to_geoopt_are_what_the_committed_results_say() -> None:
