@@ -7,7 +7,7 @@ linear map is a leaf module with an input and an output width, which takes rows 
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeAlias
@@ -193,7 +193,7 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
         InputError: If the name is not a ``ModuleList`` or ``Sequential``, no list holds linear maps, or two lists are
             equally long. The message lists what the model has.
     """
-    found = dict(_candidates(model))
+    found = dict(layer_lists(model))
     if layers is not None:
         return layers, _named_list(model, layers, found)
     if not found:
@@ -234,16 +234,14 @@ def find_linears(
         raise InputError(f"the layers in {prefix or type(model).__name__!r} have no linear modules")
     if targets is not None:
         names = [name for layer in linears.values() for name in layer]
-        missing = [target for target in targets if not any(matches(name, target) for name in names)]
+        wanted, known = set(targets), all_endings(names)
+        missing = [target for target in targets if target not in known]
         if missing or not targets:
             have = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             raise InputError(
                 f"no linear module is named {', '.join(missing) or '(none given)'}; the layers have: {have}"
             )
-        linears = {
-            i: {name: m for name, m in layer.items() if any(matches(name, target) for target in targets)}
-            for i, layer in linears.items()
-        }
+        linears = {i: {name: m for name, m in layer.items() if ends_in(name, wanted)} for i, layer in linears.items()}
     return {i: layer for i, layer in linears.items() if layer}
 
 
@@ -257,9 +255,22 @@ def split_at_layer(name: str) -> tuple[str, int, str]:
     return ".".join(parts[:at]), int(parts[at]) if at < len(parts) else -1, ".".join(parts[at + 1 :])
 
 
-def matches(name: str, target: str) -> bool:
-    """Tell whether a qualified name is ``target`` or ends in it, by whole components."""
-    return name == target or name.endswith("." + target)
+def endings(name: str) -> Iterator[str]:
+    """Yield what matches a qualified name: the name and all that it ends in by whole components, the longest first."""
+    rest: str | None = name
+    while rest is not None:
+        yield rest
+        rest = rest.partition(".")[2] if "." in rest else None
+
+
+def all_endings(names: Iterable[str]) -> set[str]:
+    """Return what matches at least one of the names, of which a mixture's experts have thousands."""
+    return {ending for name in names for ending in endings(name)}
+
+
+def ends_in(name: str, targets: Set[str]) -> bool:
+    """Tell whether one of the targets matches a qualified name."""
+    return any(ending in targets for ending in endings(name))
 
 
 def _named_list(model: nn.Module, name: str, found: dict[str, Layers]) -> Layers:
@@ -275,7 +286,7 @@ def _named_list(model: nn.Module, name: str, found: dict[str, Layers]) -> Layers
     return blocks
 
 
-def _candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, Layers]]:
+def layer_lists(module: nn.Module, name: str = "") -> Iterator[tuple[str, Layers]]:
     """Yield the lists of blocks with linears, without those nested in a repeated block of another."""
     inner = dict(module.named_children())
     if isinstance(module, nn.ModuleList | nn.Sequential):
@@ -284,7 +295,7 @@ def _candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, Layers
             yield name, module
         inner = {key: child for key, child in inner.items() if counts[type(child)] < 2}
     for key, child in inner.items():
-        yield from _candidates(child, join(name, key))
+        yield from layer_lists(child, join(name, key))
 
 
 def _block_counts(blocks: Layers) -> Counter[type]:

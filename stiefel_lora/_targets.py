@@ -2,17 +2,20 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import nn
 
 from stiefel_lora._models import (
     Layers,
+    all_endings,
+    endings,
+    ends_in,
     find_layers,
     join,
+    layer_lists,
     linear_shape,
-    matches,
     named_linears,
     own_names,
     split_at_layer,
@@ -44,8 +47,11 @@ def find_targets(
 ) -> list[str]:
     """Return the qualified names of the linears to adapt, layer by layer; see `add_adapters`.
 
+    What matches in some of the layers only is logged as a warning: a hybrid model's layers are not alike.
+
     Raises:
-        InputError: If a layer does not exist or a target matches nothing; the message lists what there is.
+        InputError: If a layer does not exist, a target matches in no layer of the list, a layer that was named has
+            none of the targets, or a linear cannot have an adapter. The message lists what there is.
         TypeError: If ``targets`` is a string other than "all-linear", or a layer is not an int.
     """
     if isinstance(targets, str) and targets != "all-linear":
@@ -54,25 +60,31 @@ def find_targets(
         raise TypeError(f"layers must be a sequence of ints or None, got {layers!r}")
     prefix, blocks = find_layers(model, path)
     chosen = _layer_indices(blocks, layers, prefix)
-    linears = {i: [name for name, _ in wrappable_linears(blocks[i], join(prefix, i))] for i in chosen}
-    if targets == "all-linear":
-        empty = [str(i) for i, names in linears.items() if not names]
-        if empty and layers is not None:
-            raise InputError(f"no linear modules in layer {', '.join(empty)} of {prefix!r}")
-        return _each_once(model, _flat(linears))
-    wanted = _default_targets(linears) if targets is None else list(targets)
-    try:
-        _check_targets(linears, wanted, each=layers is not None)
-    except InputError as error:
-        raise InputError(f"{error}{_elsewhere(model, linears, wanted)}") from None
-    if layers is None and targets is not None:
-        _warn_of_gaps(linears, wanted)
-    return _each_once(model, [name for name in _flat(linears) if any(matches(name, t) for t in wanted)])
+    linears = {i: [name for name, _ in wrappable_linears(b, join(prefix, i))] for i, b in enumerate(blocks)}
+    found = {i: linears[i] for i in chosen}
+    if targets != "all-linear":
+        wanted = _default_targets(found) if targets is None else list(targets)
+        _check_targets(model, linears, wanted)
+        found = {i: _ending_in(names, set(wanted)) for i, names in found.items()}
+        _warn_of_gaps(found, wanted)
+    empty = [i for i, names in found.items() if not names]
+    if empty and layers is not None:
+        have = last_names(_flat({i: linears[i] for i in empty}))
+        raise InputError(
+            f"no target module is in layer {ranges(sorted(empty))} of {prefix!r}, which has {have or 'no linear'}"
+        )
+    names = _each_once(model, _flat(found))
+    check_called(dict(model.named_modules()), names)
+    return names
 
 
 def _each_once(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Return the names without those of modules that were named before, as where layers share one."""
     return list(dict.fromkeys(own_names(model, names)))
+
+
+def _ending_in(names: Iterable[str], targets: Set[str]) -> list[str]:
+    return [name for name in names if ends_in(name, targets)]
 
 
 def _flat(linears: Mapping[int, Sequence[str]]) -> list[str]:
@@ -132,8 +144,9 @@ def check_called(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None
 
 
 def _default_targets(linears: Mapping[int, Sequence[str]]) -> list[str]:
+    known = [all_endings(names) for names in linears.values()]
     for targets in DEFAULT_TARGETS:
-        if all(any(matches(name, t) for name in names) for names in linears.values() for t in targets):
+        if all(each.issuperset(targets) for each in known):
             return list(targets)
     raise InputError(
         "no default target modules for this architecture; give target_modules from: "
@@ -141,33 +154,47 @@ def _default_targets(linears: Mapping[int, Sequence[str]]) -> list[str]:
     )
 
 
-def _check_targets(linears: Mapping[int, Sequence[str]], targets: Sequence[str], *, each: bool) -> None:
-    """Raise unless every target matches: in each of the layers, or in any of them."""
+def _check_targets(model: nn.Module, linears: Mapping[int, Sequence[str]], targets: Sequence[str]) -> None:
+    """Raise InputError unless there are targets, each of which matches in at least one of all the layers."""
+    names = _flat(linears)
+    have = last_names(names) or "no linear"
     if not targets:
-        raise InputError(f"target_modules is empty; the layers have: {last_names(_flat(linears))}")
-    groups = linears if each else {-1: _flat(linears)}
-    for i, names in groups.items():
-        missing = [t for t in targets if not any(matches(name, t) for name in names)]
-        if missing:
-            where = f"layer {i} has" if each else "the layers have"
-            what = ", ".join(map(repr, missing))
-            raise InputError(f"target module {what} matches nothing: {where} {last_names(names) or 'no linear'}")
+        raise InputError(f"target_modules is empty; the layers have: {have}")
+    known = all_endings(names)
+    missing = [target for target in targets if target not in known]
+    if missing:
+        what = ", ".join(map(repr, missing))
+        raise InputError(
+            f"target module {what} matches nothing: the layers have {have}{_elsewhere(model, set(missing))}"
+        )
 
 
-def _warn_of_gaps(linears: Mapping[int, Sequence[str]], targets: Sequence[str]) -> None:
+def _warn_of_gaps(found: Mapping[int, Sequence[str]], targets: Sequence[str]) -> None:
     """Say which targets match in some of the layers only; a target with a layer's number is meant for that one."""
-    for target in targets:
-        found = [i for i, names in linears.items() if any(matches(name, target) for name in names)]
-        if len(found) < len(linears) and not any(part.isdigit() for part in target.split(".")):
-            logger.warning("target module %r matches in layers %s of %d only", target, ranges(found), len(linears))
+    places: dict[str, list[int]] = {target: [] for target in targets}
+    for i in sorted(found):
+        for target in places.keys() & all_endings(found[i]):
+            places[target].append(i)
+    for target, layers in places.items():
+        if len(layers) < len(found) and not any(part.isdigit() for part in target.split(".")):
+            where = f"in layers {ranges(layers)} of {len(found)} only" if layers else "in none of the layers"
+            logger.warning("target module %r matches %s", target, where)
 
 
-def _elsewhere(model: nn.Module, linears: Mapping[int, Sequence[str]], targets: Sequence[str]) -> str:
-    """Return where targets that the layers lack are, such as the output head, and how to adapt it all the same."""
-    missing = [target for target in targets if not any(matches(name, target) for name in _flat(linears))]
-    everything = [name for name, _ in wrappable_linears(model)]
-    found = [name for name in everything if any(matches(name, target) for target in missing)]
-    return f"; {listed(found)} is not in them: stiefel_lora.adapters.insert_adapters takes it" if found else ""
+def _elsewhere(model: nn.Module, missing: Set[str]) -> str:
+    """Return where targets that the layers lack are, such as the output head, and how to adapt them all the same."""
+    lists = [path for path, _ in layer_lists(model) if path]
+    places: dict[str, list[str]] = {}
+    for name in _ending_in((name for name, _ in wrappable_linears(model)), missing):
+        around = [path for path in lists if name.startswith(f"{path}.")]
+        places.setdefault(max(around, key=len, default=""), []).append(name)
+    hints = {
+        path: f"is in another list of layers: layers_path={path!r} takes it"
+        if path
+        else "is not in them: stiefel_lora.adapters.insert_adapters takes it"
+        for path in places
+    }
+    return "".join(f"; {listed(names)} {hints[path]}" for path, names in places.items())
 
 
 def describe(names: Iterable[str]) -> str:
@@ -213,15 +240,17 @@ def module_ranks(
         TypeError: If a rank is not an int.
     """
     pattern = pattern or {}
-    unused = [key for key in pattern if not any(matches(target, key) for target in targets)]
+    known = all_endings(targets)
+    unused = [key for key in pattern if key not in known]
     if unused:
         # The same linears of layers left out are no mistake: which layers are chosen may depend on the data.
         inner = {split_at_layer(target)[2] for target in targets}
-        alike = [name for name, _ in wrappable_linears(model) if split_at_layer(name)[2] in inner]
-        unused = [key for key in unused if not any(matches(name, key) for name in alike)]
+        alike = all_endings(name for name, _ in wrappable_linears(model) if split_at_layer(name)[2] in inner)
+        unused = [key for key in unused if key not in alike]
     if unused:
         raise InputError(f"rank_pattern {', '.join(unused)} matches none of the adapted linears: {listed(targets)}")
-    best = {target: max((k for k in pattern if matches(target, k)), key=len, default=None) for target in targets}
+    # The longest ending comes first.
+    best = {target: next((ending for ending in endings(target) if ending in pattern), None) for target in targets}
     ranks = {target: rank if key is None else pattern[key] for target, key in best.items()}
     shapes = {target: _shape(model, target) for target in ranks}
     # The smallest first: its limit is the one to know.

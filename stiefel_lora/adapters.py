@@ -92,13 +92,13 @@ def add_adapters(
         name: Name of this set of adapters.
 
     Returns:
-        The qualified names of the adapted linears, in the model's order. They are also logged, at level INFO; with
-        ``layers=None`` a target that some layers lack is logged as a warning.
+        The qualified names of the adapted linears, in the model's order. They are also logged, at level INFO; a target
+        that some of the layers lack, as in a hybrid model, is logged as a warning.
 
     Raises:
-        InputError: If a target matches nothing in one of the layers (with ``layers=None``: in any), a layer does not
-            exist, a rank is too large for a target, or a linear has an adapter already, or within `disable_adapters`.
-            The model is left as it was.
+        InputError: If a target matches in no layer of the list, a layer does not exist or is named and has none of the
+            targets, a rank is too large for a target, or a linear has an adapter already or cannot have one, or within
+            `disable_adapters`. The model is left as it was.
     """
     model = unwrap(model, adding=True)
     targets = find_targets(model, layers, target_modules, layers_path)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stiefel_lora._batches import to_device
 from stiefel_lora._losses import LossFn, batch_losses
-from stiefel_lora._models import is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
+from stiefel_lora._models import find_linears, is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
 from stiefel_lora._precision import wide_dtype
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
@@ -212,7 +212,8 @@ def select_and_start(
         model: The bare base model; it comes back as it was.
         batches: As for `fisher_scores`.
         rank: As for `add_adapters`.
-        budget: As for `fisher_select`: the share or number of layers to choose. All their linear maps count.
+        budget: As for `fisher_select`: the share or number of layers to choose, of those that hold a target. All their
+            linear maps count.
         target_modules: As for `add_adapters`.
         orthonormal: As for `add_adapters`: right singular vectors for "A", left for "B", pairs for "both".
         rank_pattern: As for `add_adapters`.
@@ -240,6 +241,7 @@ def select_and_start(
     sketches = _sketches(candidates, shapes, oversampling, seed)
     scoring = Scoring(
         layers=layers_path,
+        modules=_of_layers_with_targets(model, target_modules, layers_path),
         loss_fn=loss_fn,
         max_samples=max_samples,
         budget=budget,
@@ -260,6 +262,20 @@ def select_and_start(
         vectors = sketches.leading(name, r)
         starts[name] = None if vectors is None else _start(*vectors[:2], orthonormal)
     return layers, _completed(model, starts, ranks, orthonormal, seed)
+
+
+def _of_layers_with_targets(
+    model: nn.Module, targets: Sequence[str] | Literal["all-linear"] | None, path: str | None
+) -> list[str] | None:
+    """Return all linear maps of the layers that hold a target, None for those of all layers.
+
+    A hybrid model's other layers cannot be adapted, so they must not be chosen.
+    """
+    if targets is None or isinstance(targets, str):
+        return None
+    everything = find_linears(model, layers=path)
+    holders = find_linears(model, layers=path, targets=targets)
+    return None if len(holders) == len(everything) else [name for i in holders for name in everything[i]]
 
 
 def _sketches(

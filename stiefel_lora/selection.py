@@ -54,7 +54,8 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
     scores = score_layers(model, train, config, config.granularity)
     selected = choose(scores, config)
     if config.granularity == "layer":
-        targets = find_targets(model, selected, config.target_modules, None)
+        # By name those that were scored: the default of the chosen layers alone may be another.
+        targets = find_targets(model, selected, adaptable(model, config), None)
     else:
         targets = [scores.names[i] for i in selected]
     ranks = module_ranks(model, targets, config.rank)

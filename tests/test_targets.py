@@ -4,12 +4,18 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from stiefel_lora._targets import describe
+from stiefel_lora._models import find_linears
+from stiefel_lora._targets import describe, find_targets, module_ranks
 from stiefel_lora.adapters import adapter_layers, add_adapters
+from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.errors import InputError
+from stiefel_lora.fisher import fisher_select
+from stiefel_lora.initialisation import allocate_ranks, gradient_init, select_and_start
+from stiefel_lora.selection import adaptable
 from tests.test_adapters import LLAMA, adapted, names
 
 
@@ -87,7 +93,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "target": (
         {"target_modules": ["q_proj", "query"]},
         InputError,
-        "'query' matches nothing: layer 0 has q_proj, k_proj",
+        "'query' matches nothing: the layers have q_proj, k_proj",
     ),
     "head": ({"target_modules": ["q_proj", "lm_head"]}, InputError, "lm_head is not in them: .*insert_adapters"),
     "no target": ({"target_modules": []}, InputError, "target_modules is empty; the layers have: q_proj"),
@@ -116,25 +122,131 @@ def test_bad_arguments_leave_the_model_alone(case: str) -> None:
     assert not hasattr(model, "_stiefel_adapters")
 
 
-def test_a_target_must_match_in_each_named_layer(caplog: pytest.LogCaptureFixture) -> None:
+def without_one_up_proj() -> Any:
+    """A model whose layers are not alike, as those of hybrid models."""
     model = LLAMA.build()
     model.model.layers[1].mlp.up_proj = nn.Identity()
+    return model
+
+
+def test_a_target_that_only_some_layers_have_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    targets = ["up_proj", "layers.1.mlp.down_proj", "v_proj"]
+    for layers, where in ((None, "in layers 0, 2 of 3 only"), ([1, 0], "in layers 0 of 2 only"), ([1], "in none")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="stiefel_lora"):
+            added = add_adapters(without_one_up_proj(), layers=layers, rank=2, target_modules=targets)
+        stacks = {i: {"self_attn.v_proj", "mlp.down_proj" if i == 1 else "mlp.up_proj"} for i in layers or range(3)}
+        assert set(added) == {f"model.layers.{i}.{name}" for i, names in stacks.items() for name in names}
+        # What matched is logged, and what did not; a target that names its layer is not missed elsewhere.
+        warning, info = caplog.records
+        assert (warning.levelname, info.levelname) == ("WARNING", "INFO")
+        assert warning.getMessage().startswith(f"target module 'up_proj' matches {where}")
+        assert info.getMessage() == f"adapter 'default' is on {describe(added)}"
+
+
+def test_a_named_layer_holds_one_target_at_least() -> None:
+    model = without_one_up_proj()
     with pytest.raises(
-        InputError, match="'up_proj' matches nothing: layer 1 has q_proj, k_proj, v_proj, o_proj, gate_proj"
+        InputError,
+        match="no target module is in layer 1 of 'model.layers', which has q_proj, k_proj, v_proj, o_proj, gate_proj",
     ):
         add_adapters(model, layers=[0, 1], rank=2, target_modules=["up_proj"])
-    with caplog.at_level(logging.INFO, logger="stiefel_lora"):
-        added = add_adapters(model, layers=None, rank=2, target_modules=["up_proj", "layers.1.mlp.down_proj", "v_proj"])
-    assert len(added) == 6
-    # What matched is logged, and what did not; a target that names its layer is not missed elsewhere.
-    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", "target module 'up_proj' matches in layers 0, 2 of 3 only"),
-        (
-            "INFO",
-            "adapter 'default' is on model.layers 0, 2: self_attn.v_proj, mlp.up_proj; "
-            "model.layers 1: self_attn.v_proj, mlp.down_proj",
-        ),
-    ]
+    with pytest.raises(InputError, match="'upp_proj' matches nothing: the layers have q_proj, .*, up_proj, down_proj$"):
+        add_adapters(model, layers=[0], rank=2, target_modules=["up_proj", "upp_proj"])
+    assert add_adapters(model, layers=[0], rank=2, target_modules=["up_proj"]) == ["model.layers.0.mlp.up_proj"]
+
+
+class Hybrid(nn.Module):
+    """Three layers of one linear each, of which the second has no other name than "conv", and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.ModuleDict({n: nn.Linear(4, 4)}) for n in ("q_proj", "conv", "q_proj")])
+        self.others = nn.ModuleList([nn.ModuleDict({"qkv": nn.Linear(4, 4)}) for _ in range(2)])
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for block in [*self.blocks, *self.others]:
+            # The layer without a target has by far the largest gradients.
+            x = x + sum((100 * m(x / 100) if n == "conv" else 0.01 * m(x)) for n, m in block.items())
+        return {"loss": self.head(x).square().mean()}
+
+
+def test_layers_without_a_target_are_not_chosen() -> None:
+    model, targets = Hybrid(), ["q_proj"]
+    batches = [{"x": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))}]
+    assert fisher_select(model, batches, budget=1, progress=False) == [1]
+    layers, starts = select_and_start(model, batches, rank=2, budget=1, target_modules=targets, progress=False)
+    assert layers == fisher_select(model, batches, budget=1, modules=targets, progress=False)
+    assert add_adapters(model, layers=layers, rank=2, target_modules=targets, init=starts) == list(starts)
+
+
+def test_another_list_of_layers_is_named() -> None:
+    message = r"have q_proj, conv; others.0.qkv, others.1.qkv is in another list of layers: layers_path='others' takes"
+    with pytest.raises(InputError, match=message):
+        add_adapters(Hybrid(), layers=None, rank=2, target_modules=["qkv"])
+    with pytest.raises(InputError, match=rf"{message} it; head is not in them: .*insert_adapters takes it$"):
+        add_adapters(Hybrid(), layers=[0], rank=2, target_modules=["qkv", "head", "q_proj"])
+    assert add_adapters(Hybrid(), layers=[1], rank=2, target_modules=["qkv"], layers_path="others") == ["others.1.qkv"]
+
+
+class Past(nn.Module):
+    """Reads the weight of one of its linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.past = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x) @ self.past.weight
+
+
+@pytest.mark.parametrize(
+    "early",
+    [
+        lambda model, batches, targets: select_and_start(model, batches, rank=2, target_modules=targets),
+        lambda model, batches, targets: gradient_init(model, batches, layers=[0], rank=2, target_modules=targets),
+        lambda model, batches, targets: allocate_ranks(model, batches, rank=2, target_modules=targets),
+        lambda model, _, targets: adaptable(model, FinetuneConfig(rank=2, target_modules=targets)),
+    ],
+    ids=["select_and_start", "gradient_init", "allocate_ranks", "adaptable"],
+)
+def test_what_cannot_have_an_adapter_is_refused_before_the_pass(early: Any) -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([Past(), Past()])
+    batches = iter([{"x": torch.ones(2, 4)}])
+    with pytest.raises(InputError, match="layers.0.past.* cannot have an adapter: Past reads its weight"):
+        early(model, batches, ("used", "past"))
+    assert next(batches)
+
+
+class Counted(str):
+    """A name that counts with what it is compared."""
+
+    comparisons = 0
+
+    def __eq__(self, other: object) -> bool:
+        Counted.comparisons += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_matching_takes_time_in_proportion_to_the_names() -> None:
+    """As many targets as linears, as `allocate_ranks` returns them for a mixture's experts."""
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2, device="meta") for _ in range(64)]) for _ in range(2)])
+    targets = [Counted(f"layers.{i}.{j}") for i in range(2) for j in range(64)]
+    for work in (
+        lambda: find_targets(model, None, targets, None),
+        lambda: [name for layer in find_linears(model, targets=targets).values() for name in layer],
+        lambda: list(module_ranks(model, targets, 1, dict.fromkeys(targets, 2))),
+    ):
+        Counted.comparisons = 0
+        assert work() == targets
+        Counted.comparisons -= len(targets)  # those of the line above
+        assert Counted.comparisons < 20 * len(targets)
 
 
 def test_names_are_described_by_layer() -> None:
