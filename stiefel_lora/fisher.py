@@ -31,6 +31,7 @@ from stiefel_lora._models import (
     unwrap,
 )
 from stiefel_lora._precision import wide_dtype
+from stiefel_lora._processes import is_distributed
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._types import Granularity, Labels, Normalize
@@ -201,7 +202,7 @@ class Scoring:
             raise InputError(f"max_samples must be at least 1, got {self.max_samples}")
         if self.tol is not None and not 0 < self.tol < 1:
             raise InputError(f"tol must be in (0, 1), got {self.tol}")
-        if self.tol is not None and _distributed():
+        if self.tol is not None and is_distributed():
             raise InputError("tol= is not supported in a distributed job, whose ranks would stop at different batches")
 
 
@@ -222,7 +223,7 @@ def score(
         rows = _measured(model, batches, options, groups, norms, stop)
     samples, skipped = _gathered(rows)
     _check_measured(samples, norms)
-    if sketches is not None and _distributed():
+    if sketches is not None and is_distributed():
         sketches.add_other_ranks()
     chosen_by = samples / divisor
     return FisherScores(
@@ -289,7 +290,7 @@ def _measured(
     rows: list[Tensor] = []
     losses = SampleLosses(model, norms, options.loss_fn)
     # Ranks must not draw the same numbers for their different samples.
-    rank = torch.distributed.get_rank() if _distributed() else 0
+    rank = torch.distributed.get_rank() if is_distributed() else 0
     sampler = LabelSampler(model, options.seed + rank) if options.labels == "model" else None
     bar = progress_bar(total=options.max_samples, label="Fisher scores", enabled=None if options.progress else False)
     with bar:
@@ -346,7 +347,7 @@ def _gathered(rows: list[Tensor]) -> tuple[Tensor, int]:
     """Return the finite samples of all ranks, (N, scores) in float64 on the CPU, and how many were not finite."""
     total = sum(map(len, rows))
     found = [_finite(rows).cpu()] if rows else []
-    if _distributed():
+    if is_distributed():
         # A rank without batches takes part as well: the others wait for it.
         parts: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, ([part.numpy() for part in found], total))
@@ -361,10 +362,6 @@ def _gathered(rows: list[Tensor]) -> tuple[Tensor, int]:
     if skipped:
         warn(f"{skipped} of {total} samples were left out: their loss or gradient was not finite", stacklevel=4)
     return samples, skipped
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class _Looks:

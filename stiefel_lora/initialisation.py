@@ -1,6 +1,7 @@
 """Start the orthonormal factors from the directions in which a calibration set wants to move the weights."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 from warnings import warn
 
@@ -11,6 +12,7 @@ from stiefel_lora._batches import to_device
 from stiefel_lora._losses import LossFn, batch_losses
 from stiefel_lora._models import find_linears, is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
 from stiefel_lora._precision import wide_dtype
+from stiefel_lora._processes import add_up
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora._types import Normalize, Orthonormal
@@ -39,6 +41,7 @@ def gradient_init(
 
     With A orthonormal the update can first move the weight only within the span of A's columns; these starts are the
     spans that hold most of the gradient. The memory is that of one gradient of the weights to adapt.
+    In a torch.distributed job the gradients of all ranks' batches add up, and all get the same starts.
 
     Args:
         model: The bare base model; it comes back as it was.
@@ -338,19 +341,42 @@ def _gradients(
 def _total_gradients(
     model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Any], loss_fn: LossFn | None
 ) -> list[Tensor]:
-    totals = [torch.zeros_like(w, dtype=wide_dtype(w.dtype)) for w in weights]
-    empty = True
-    with undisturbed(model):
-        for weight in weights:
-            weight.requires_grad_(True)
+    """Return the sums of the weights' gradients over the batches of all processes of a distributed job."""
+    # A weight that several linear maps share has one.
+    totals = {weight: torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for weight in weights}
+    count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
+    with undisturbed(model), _added_up(totals):
         for batch in batches:
-            empty = False
+            count += 1
             batch = to_device(batch, weights[0].device)
             loss = batch_losses(model, batch, loss_fn).mean()
             if not loss.requires_grad:
                 raise InputError("the loss depends on none of the linear maps to adapt")
-            for total, gradient in zip(totals, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True):
-                total.add_(gradient)
-    if empty:
+            # Not backward(), which would leave gradients in what else a loss depends on.
+            torch.autograd.grad(loss, list(totals), allow_unused=True)
+    # A process without batches takes part as well: the others wait for it.
+    add_up([count, *totals.values()])
+    if not count:
         raise InputError("no batches to take gradients of")
-    return totals
+    return [totals[weight] for weight in weights]
+
+
+@contextmanager
+def _added_up(totals: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Within the context gradients of the weights go into their totals as soon as each is there.
+
+    What autograd keeps in their place has no memory, so no more than one gradient is there besides the totals.
+    """
+
+    def hook(total: Tensor) -> Callable[[Tensor], Tensor]:
+        def take(gradient: Tensor) -> Tensor:
+            total.add_(gradient)
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        return take
+
+    with ExitStack() as stack:
+        for weight, total in totals.items():
+            weight.requires_grad_(True)
+            stack.callback(weight.register_hook(hook(total)).remove)
+        yield

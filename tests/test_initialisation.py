@@ -1,5 +1,6 @@
 """Gradient starts against a dense SVD of autograd's gradients."""
 
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,37 @@ def test_bad_input() -> None:
     add_adapters(model, layers=[1], rank=2)
     with pytest.raises(InputError, match="the model has adapters"):
         gradient_init(model, [batch], layers=[1], rank=2)
+
+
+def test_one_gradient_at_a_time_is_there_besides_the_totals() -> None:
+    model, batches = FAMILIES["llama"].build(), [FAMILIES["llama"].batch(2, 7)] * 2
+    names = find_targets(model, None, None, None)
+    arrived: list[Any] = []
+    alive = []
+
+    def see(gradient: Tensor) -> None:
+        arrived.append(weakref.ref(gradient))  # lives on as long as autograd holds the tensor
+        alive.append(sum(each() is not None for each in arrived))
+
+    for name in names:
+        model.get_submodule(name).weight.register_hook(see)
+    gradient_init(model, batches, layers=None, rank=2)
+    assert len(alive) == 2 * len(names) == 30
+    assert max(alive) == 1
+
+
+def test_other_gradients_are_left_alone() -> None:
+    """Those of what else a loss depends on, and those of a step before; the uses of a shared weight add up."""
+    torch.manual_seed(1)
+    model = Reused().double()
+    x, y = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    before = model.layers[0][0].weight.grad = torch.ones(6, 6, dtype=torch.float64)
+    options: dict[str, Any] = {"layers": None, "rank": 2, "target_modules": "all-linear"}
+    starts = gradient_init(model, [{"x": x, "y": y}], **options, loss_fn=lambda m, b: m(**b)["loss"] * scale)
+    assert scale.grad is None and model.layers[0][0].weight.grad is before and bool((before == 1).all())
+    assert not any(p._backward_hooks for p in model.parameters())
+    check_spans(starts, mean_gradients(model, starts, [{"x": x, "y": y}]), 2)
 
 
 def test_of_one_loss_a_sample_the_mean_is_taken() -> None:
@@ -517,17 +549,38 @@ def test_no_weight_gradient_is_kept() -> None:
         assert a.shape == (k, n_in) and g.shape == (k, n_out)
 
 
+def _starts(model: nn.Module, batches: list[Any]) -> tuple[Any, ...]:
+    """Exact starts of some layers, and exact ranks and starts of all."""
+    starts = gradient_init(model, batches, layers=[0, 2], rank=2, target_modules=["1"])
+    return starts, *allocate_ranks(model, batches, rank=2, target_modules=["1", "3"])
+
+
+def _parts() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    batch = to_double(plain_batch(5, 4))
+    return FAMILIES["sequential"].build().double(), [
+        {k: v[rows] for k, v in batch.items()} for rows in ([0, 1, 2], [3, 4])
+    ]
+
+
 def _start_on_rank(rank: int, folder: str) -> None:
-    model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(5, 4))
-    mine = [{k: v[[[0, 1, 2], [3, 4]][rank]] for k, v in batch.items()}] if rank < 2 else []
-    torch.save(select_and_start(model, mine, rank=2, target_modules=["1"], **EXACT), Path(folder) / f"{rank}.pt")
+    model, parts = _parts()
+    mine = parts[rank : rank + 1]
+    one_pass = select_and_start(model, mine, rank=2, target_modules=["1"], **EXACT)
+    exact = _starts(model, mine)
+    with pytest.raises(InputError, match="no batches to take gradients of"):
+        _starts(model, [])
+    torch.save((one_pass, exact), Path(folder) / f"{rank}.pt")
 
 
 def test_ranks_of_a_distributed_job_get_the_starts_of_all_samples(tmp_path: Path) -> None:
     """Also one that has no samples of its own."""
     run_on_ranks(3, _start_on_rank, tmp_path)
-    model, batch = FAMILIES["sequential"].build().double(), to_double(plain_batch(5, 4))
+    model, parts = _parts()
+    batch = to_double(plain_batch(5, 4))
+    expected = _starts(model, parts)
     for rank in range(3):
-        layers, starts = torch.load(tmp_path / f"{rank}.pt")
+        (layers, starts), exact = torch.load(tmp_path / f"{rank}.pt")
         assert layers == fisher_select(model, [batch], progress=False)
         check_spans(starts, mean_gradients(model, starts, [batch]), 2)
+        # Sums of two terms in float64 are the same in either order.
+        torch.testing.assert_close(exact, expected, rtol=0, atol=0)
