@@ -163,9 +163,9 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--granularity",
         choices=CHOICES["granularity"],
         default=defaults.granularity,
-        help="choose whole layers, single linear maps by score per parameter, or single directions of their gradients, "
-        "which gives each linear map a rank of its own; not with layers, the budget is a share of the adapters' "
-        "parameters, or with module a number of linear maps",
+        help="choose whole layers, single linear maps, or single directions of their gradients, which gives each of "
+        "these maps a rank of its own; not with layers, the budget is a share of the adapters' parameters, spent by "
+        "score per parameter, or with module a number, which takes that many of the highest scores",
     )
     parser.add_argument(
         "--alpha",
@@ -236,8 +236,8 @@ def _add_select(commands: Any) -> None:
         "--granularity",
         choices=get_args(Granularity),
         default="layer",
-        help="score whole layers, or single linear maps, and rank these by score per parameter; the budget then is a "
-        "share of the adapters' parameters, or a number of linear maps",
+        help="score whole layers, or single linear maps; the budget then is a share of the adapters' parameters, spent "
+        "by score per parameter, or a number, which takes that many of the highest scores",
     )
     parser.add_argument(
         "--output", type=Path, default=argparse.SUPPRESS, help="also write the scores to this JSON file"
@@ -307,8 +307,9 @@ def run_finetune(args: argparse.Namespace) -> None:
             resume=args.resume,
             on_start=start,
         )
-    files = report.write_run(folder, metrics)
-    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+        # Before another run may take the folder.
+        files = report.write_run(folder, metrics)
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     print(report.table(metrics))
     print(f"\nadapter     {folder / ADAPTER_FOLDER}\n" + "\n".join(f"{file.suffix[1:]:11} {file}" for file in files))
     if len(files) == 1:

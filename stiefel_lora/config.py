@@ -47,9 +47,10 @@ class FinetuneConfig:
         rank: Rank of the adapters.
         alpha: Numerator of their scaling; None for twice the rank.
         budget: Share of the layers to adapt in (0, 1], or their number. With another granularity: share of the
-            parameters that adapters on all linear maps would have; with "module" also a number of linear maps.
-        granularity: What is chosen: whole layers ("layer") or, by score per parameter, single linear maps ("module") or
-            single directions of their gradients ("direction"; `allocate_ranks`).
+            parameters that adapters on all linear maps would have, spent by score per parameter; with "module" also a
+            number, which takes that many linear maps of the highest scores.
+        granularity: What is chosen: whole layers ("layer"), single linear maps ("module") or single directions of their
+            gradients ("direction"; `allocate_ranks`).
         calibration_samples: Samples that the layers are scored on.
         steps: Optimizer steps.
         batch_size: Samples of a forward pass.

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,19 +45,20 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Make a folder that is writable, and leave no trace of it if nothing comes of it."""
-    fresh = not folder.exists()
+    """Make a folder that is writable, and leave no trace of it and those above it if nothing comes of it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}") from error
         yield
     finally:
-        if fresh and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in missing:
+            with suppress(OSError):  # it holds something by now, or was never made
+                path.rmdir()
 
 
 def take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stiefel_lora import report
 from stiefel_lora._figures import check_picture
 from stiefel_lora._files import locked
 from stiefel_lora.adapters import add_adapters
@@ -455,6 +456,29 @@ def test_two_runs_in_one_folder_are_refused(
         assert main(finetune(base, output)) == 2
         assert "another process is at work in" in capsys.readouterr().err
     assert main(finetune(base, output, "--steps", "2")) == 0
+
+
+def test_a_run_keeps_its_folder_until_all_is_written(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run that starts while the pictures are drawn is refused, also with --overwrite."""
+    write, output = report.write_run, tmp_path / "run"
+
+    def another_starts(folder: Path, metrics: dict[str, Any]) -> list[Path]:
+        assert main(finetune(base, output, "--steps", "1", "--overwrite")) == 2
+        return write(folder, metrics)
+
+    monkeypatch.setattr(report, "write_run", another_starts)
+    assert main(finetune(base, output, "--steps", "2", "--warmup", "0")) == 0
+    assert "another process is at work in" in capsys.readouterr().err
+    assert len(json.loads((output / "metrics.json").read_text())["loss_curve"]) == 2
+    assert not (output / "checkpoint.pt").exists()
+
+
+def test_folders_of_a_run_that_came_to_nothing_are_gone(base: list[str], tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert main(finetune(base, tmp_path / "there" / "deep" / "run", "--rank", "99")) == 2
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 def test_an_export_through_a_link_to_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
