@@ -214,7 +214,8 @@ class GradientNorms:
         if not self._norms:
             raise InputError(self._no_use())
         zero = torch.zeros_like(next(iter(self._norms.values())))
-        return torch.stack([self._norms.get(row, zero) for row in range(len(self._linears))], dim=1)
+        # The layers of a model may be on several devices.
+        return torch.stack([self._norms.get(row, zero).to(zero.device) for row in range(len(self._linears))], dim=1)
 
     def _no_use(self) -> str:
         stacks = dict.fromkeys(split_at_layer(name)[0] or "the model" for name in self._names)

@@ -155,7 +155,8 @@ class SampleLosses:
         squared = self._norms.measure(forward, size)
         losses = losses.detach()
         if losses.dim() or size == 1:
-            squared = squared.masked_fill(~losses.isfinite().reshape(-1, 1), torch.nan)
+            infinite = ~losses.isfinite().reshape(-1, 1)
+            squared = squared.masked_fill(infinite.to(squared.device), torch.nan)
         return squared, losses
 
     def _keep(self, squared: Tensor, weights: Tensor) -> None:
