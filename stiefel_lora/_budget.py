@@ -1,4 +1,6 @@
-"""How many of the layers a budget allows."""
+"""How many of the layers a budget allows, and whether it is enough for one of what it is spent on."""
+
+import math
 
 from stiefel_lora.errors import InputError
 
@@ -22,3 +24,22 @@ def count_of(budget: float | int, available: int, what: str | None = None) -> in
     if not 0 < budget <= 1:
         raise InputError(f"budget as a share{f' of {what}' if what else ''} must be in (0, 1], got {budget}")
     return max(1, int(budget * available + 0.5))
+
+
+def check_least(budget: float, parameters: int, total: int, least: int, what: str) -> None:
+    """Raise InputError if a share of parameters is too small for the smallest of what it is spent on.
+
+    Args:
+        budget: The share.
+        parameters: The number of parameters that it comes to.
+        total: The number of which it is a share.
+        least: How many the smallest takes.
+        what: Says in errors what it is spent on.
+    """
+    if parameters < least:
+        steps = math.ceil(1e4 * least / total)
+        # The next one where rounding takes a parameter off.
+        share = next(n / 1e4 for n in (steps, steps + 1) if int(n / 1e4 * total) >= least)
+        raise InputError(
+            f"budget as a share of the adapters' parameters must be at least {share}, for one {what}; got {budget}"
+        )

@@ -36,7 +36,7 @@ from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._types import Granularity, Labels, Normalize
 from stiefel_lora.errors import InputError, check_choice, listed
-from stiefel_lora.scores import FisherScores, check_budget_rank, divisors
+from stiefel_lora.scores import FisherScores, budget_costs, check_budget_rank, divisors
 
 Number = TypeVar("Number", int, float)
 
@@ -87,10 +87,6 @@ def fisher_select(
     Raises:
         InputError: See `fisher_scores` and `FisherScores.select`.
     """
-    if budget_params is not None:
-        check_budget_rank(rank)
-    if budget_params is not None and tol is not None:
-        raise InputError("tol= cannot tell when a choice by budget_params is stable; give budget= with it, or no tol=")
     options = Scoring(
         layers=layers,
         modules=modules,
@@ -98,6 +94,8 @@ def fisher_select(
         labels=labels,
         max_samples=max_samples,
         budget=budget,
+        budget_params=budget_params,
+        rank=rank,
         normalize=normalize,
         tol=tol,
         seed=seed,
@@ -177,7 +175,7 @@ def fisher_scores(
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """The options of `fisher_scores`, and what ``stable`` is decided by.
+    """The options of `fisher_scores` and `fisher_select`.
 
     Raises:
         InputError: If one is out of range.
@@ -190,12 +188,20 @@ class Scoring:
     granularity: Granularity = "layer"
     max_samples: int | None = None
     budget: float | int = 0.5
+    budget_params: int | None = None
+    rank: int | None = None
     normalize: Normalize = "raw"
     tol: float | None = None
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
+        if self.budget_params is not None:
+            check_budget_rank(self.rank)
+        if self.budget_params is not None and self.tol is not None:
+            raise InputError(
+                "tol= cannot tell when a choice by budget_params is stable; give budget= with it, or no tol="
+            )
         check_choice("labels", self.labels, get_args(Labels))
         check_choice("granularity", self.granularity, get_args(Granularity))
         if self.max_samples is not None and self.max_samples < 1:
@@ -214,6 +220,9 @@ def score(
     model = unwrap(model)
     groups = _Groups.of(model, options)
     parameters = groups.sums(lambda linear: math.prod(linear_shape(linear)))
+    parameters_per_rank = groups.sums(lambda linear: sum(linear_shape(linear)))
+    if options.budget_params is not None:
+        budget_costs(options.budget_params, check_budget_rank(options.rank), parameters_per_rank)
     squared_weight_norm = groups.sums(_square)
     count = count_of(options.budget, len(groups.members))
     divisor = torch.tensor(divisors(options.normalize, parameters, squared_weight_norm), dtype=torch.float64)
@@ -232,7 +241,7 @@ def score(
         names=[name for name, _ in groups.members],
         layers=[layer for _, layer in groups.members],
         parameters=parameters,
-        parameters_per_rank=groups.sums(lambda linear: sum(linear_shape(linear))),
+        parameters_per_rank=parameters_per_rank,
         squared_weight_norm=squared_weight_norm,
         granularity=options.granularity,
         n_samples=len(samples),

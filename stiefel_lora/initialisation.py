@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._batches import to_device
+from stiefel_lora._budget import check_least
 from stiefel_lora._losses import LossFn, batch_losses
 from stiefel_lora._models import find_linears, is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
 from stiefel_lora._precision import wide_dtype
@@ -139,6 +140,10 @@ def allocate_ranks(
         raise InputError(f"max_rank must be at least 1, got {most}")
     if not isinstance(budget, float) or not 0 < budget <= 1:
         raise InputError(f"budget must be a share of the adapters' parameters, a float in (0, 1], got {budget!r}")
+    total = sum(adapter_size(*shape, rank, orthonormal) for shape in shapes.values())
+    parameters = int(budget * total)
+    least = min(adapter_size(*shape, 1, orthonormal) for shape in shapes.values())
+    check_least(budget, parameters, total, least, "direction")
     highest = {name: min(most, *shape) for name, shape in shapes.items()}
     if oversampling is None:
         gradients = _gradients(model, targets, batches, loss_fn)
@@ -149,10 +154,9 @@ def allocate_ranks(
         leading = {name: sketches.leading(name, r) for name, r in highest.items()}
         found = {name: vectors for name, vectors in leading.items() if vectors is not None}
     spectra = {name: values for name, (_, _, values) in found.items()}
-    parameters = int(budget * sum(adapter_size(*shape, rank, orthonormal) for shape in shapes.values()))
     ranks = _steepest(spectra, shapes, parameters, orthonormal)
     if not ranks:
-        raise InputError(f"the budget of {parameters} parameters is too small for one direction of a gradient")
+        raise InputError(f"no gradient has a direction that takes at most {parameters} parameters, the budget")
     starts: dict[str, Init] = {}
     for name, r in ranks.items():
         right, left, _ = found[name]

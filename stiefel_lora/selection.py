@@ -1,21 +1,19 @@
 """Choose on calibration samples what a run adapts: layers, single linear maps, or single directions of gradients."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from stiefel_lora._budget import count_of
+from stiefel_lora._budget import check_least, count_of
 from stiefel_lora._models import linear_shape
 from stiefel_lora._precision import autocast_like
 from stiefel_lora._progress import progress
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora._types import Granularity
 from stiefel_lora.config import FinetuneConfig
-from stiefel_lora.data import Dataset
-from stiefel_lora.errors import InputError
+from stiefel_lora.data import Dataset, batch_indices
 from stiefel_lora.factors import adapter_size
 from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.initialisation import allocate_ranks, gradient_init
@@ -77,13 +75,14 @@ def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig, granu
     modules = adaptable(model, config)
     if granularity == "module":
         _check_budget(model, modules, config)
+    batches = _calibration(train, config)
     with autocast_like(model):
         return fisher_scores(
             model,
-            _calibration(train, config),
+            batches,
             modules=modules,
             granularity=granularity,
-            max_samples=min(config.calibration_samples, len(train)),
+            max_samples=sum(len(batch["input_ids"]) for batch in batches),  # all; the bar counts to it
             budget=config.budget,
         )
 
@@ -94,12 +93,8 @@ def _check_budget(model: nn.Module, modules: Sequence[str], config: FinetuneConf
         count_of(config.budget, len(modules), "linear maps")
         return
     sizes = [adapter_size(*linear_shape(model.get_submodule(name)), config.rank) for name in modules]
-    if round(config.budget * sum(sizes)) < min(sizes):
-        least = math.ceil(1e4 * min(sizes) / sum(sizes)) / 1e4
-        raise InputError(
-            f"budget as a share of the adapters' parameters must be at least {least}, for one linear map; "
-            f"got {config.budget}"
-        )
+    total = sum(sizes)
+    check_least(config.budget, round(config.budget * total), total, min(sizes), "linear map")
 
 
 def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
@@ -141,7 +136,7 @@ def _select_directions(model: nn.Module, train: Dataset, config: FinetuneConfig)
 
 
 def _calibration(train: Dataset, config: FinetuneConfig) -> list[dict[str, Tensor]]:
+    """Return as many samples as are asked for, or all there are, each once; the last batch may be smaller."""
     samples = min(config.calibration_samples, len(train))
-    return [
-        train.shuffled_batch(config.batch_size, i, config.seed) for i in range(math.ceil(samples / config.batch_size))
-    ]
+    order = batch_indices(len(train), samples, 0, config.seed)
+    return [train.batch(order[i : i + config.batch_size]) for i in range(0, samples, config.batch_size)]

@@ -315,7 +315,9 @@ class _Run:
         self.step += 1
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         self.tokens += tokens
-        self.orthogonality = max(self.orthogonality, *(float(orthogonality_error(p)) for p in self.points.values()))
+        errors = torch.stack([orthogonality_error(p) for p in self.points.values()])
+        # Read once, as a device waits for it; max() of Python would pass over NaN.
+        self.orthogonality = float(errors.max().clamp_min(self.orthogonality))
         return tokens
 
     def metrics(self, after: dict[str, float]) -> dict[str, Any]:

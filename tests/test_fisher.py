@@ -715,6 +715,12 @@ def test_errors_say_what_is_wrong() -> None:
         (lambda: fisher_select(model, [batch], budget=4), InputError, r"in \[1, 3\].*got 4"),
         (lambda: fisher_select(model, [batch], budget=True), TypeError, "got bool"),
         (lambda: fisher_select(model, [], budget_params=100), InputError, "give rank >= 1, got None"),
+        # Before the pass, which would find no batches.
+        (
+            lambda: fisher_select(model, [], budget_params=100, rank=2),
+            InputError,
+            r"budget_params must be at least \d+, one at rank 2, got 100",
+        ),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):

@@ -166,7 +166,7 @@ def test_bad_input_for_allocated_ranks() -> None:
         ({"budget": 0.0}, InputError, r"\(0, 1\], got 0.0"),
         ({"budget": True}, InputError, r"\(0, 1\], got True"),
         ({"budget": 1}, InputError, r"a float in \(0, 1\], got 1"),
-        ({"budget": 1e-4}, InputError, "too small for one direction"),
+        ({"budget": 1e-4}, InputError, r"must be at least 0\.\d+, for one direction; got 0.0001"),
         ({"max_rank": 0}, InputError, "max_rank must be at least 1, got 0"),
         ({"max_rank": 2.5}, TypeError, "max_rank must be an int, got float"),
         ({"max_rank": True}, TypeError, "max_rank must be an int, got bool"),
@@ -177,10 +177,23 @@ def test_bad_input_for_allocated_ranks() -> None:
         consumed = iter([batch])
         with pytest.raises(error, match=message):  # type: ignore[call-overload]
             allocate_ranks(model, consumed, **{"rank": 2, **options})  # type: ignore[arg-type]
-        if "too small" not in message:
-            assert next(consumed) is batch  # told before the pass
-    with pytest.raises(InputError, match="too small for one direction"):
+        assert next(consumed) is batch  # told before the pass
+    with pytest.raises(InputError, match=r"no gradient has a direction that takes at most \d+ parameters, the budget"):
         allocate_ranks(model, [batch], rank=2, loss_fn=lambda m, b: 0 * m(**b).loss)
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "both"])
+def test_the_least_budget_that_is_named_is_enough(orthonormal: Any) -> None:
+    model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(2, 7)
+    options: dict[str, Any] = {"rank": 4, "orthonormal": orthonormal}
+    with pytest.raises(InputError, match="for one direction") as caught:
+        allocate_ranks(model, [batch], **options, budget=1e-4)
+    least = float(str(caught.value).split("at least ")[1].split(",")[0])
+    ranks, _ = allocate_ranks(model, [batch], **options, budget=least)
+    # Of the smallest, whose adapters of rank 1 have 32 + 16 parameters (key and value), and 1 for S.
+    assert list(ranks.values()) == [1] and next(iter(ranks)).endswith(("k_proj", "v_proj"))
+    with pytest.raises(InputError, match="for one direction"):
+        allocate_ranks(model, [batch], **options, budget=least - 1e-4)
 
 
 def test_the_model_comes_back_as_it_was_also_after_an_error() -> None:

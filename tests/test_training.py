@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from stiefel_lora import allocate_ranks, report, training
+from stiefel_lora import allocate_ranks, initialisation, report, training
+from stiefel_lora._losses import batch_losses
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.checkpoint import load_adapter, read_adapter
 from stiefel_lora.config import CHECKPOINT_FILE, FinetuneConfig
-from stiefel_lora.data import load_data
+from stiefel_lora.data import Dataset, load_data
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import load_pretrained
+from stiefel_lora.selection import select
 from stiefel_lora.training import evaluate, finetune, learning_rate
+from tests.models import FAMILIES
 from tests.tiny import TEXT, save_tiny_model, write_jsonl
 
 
@@ -343,7 +347,7 @@ def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change
             {"budget": 0.001, "granularity": "module"},
             "share of the adapters' parameters must be at least 0.0375, for one",
         ),
-        ({"budget": 1e-4, "granularity": "direction"}, "too small for one direction of a gradient"),
+        ({"budget": 1e-4, "granularity": "direction"}, r"must be at least 0\.\d+, for one direction; got"),
         ({"seq_len": 129}, "--seq-len must be at most 128, the positions of the model, got 129"),
     ],
 )
@@ -359,3 +363,41 @@ def test_a_run_that_diverges_stops_and_says_so(config: FinetuneConfig, tmp_path:
     with pytest.raises(InputError, match=r"loss at step \d is (nan|inf); a lower learning rate"):
         finetune(replace(config, lr=1e30), tmp_path)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_an_orthogonality_error_that_is_not_finite_stays(
+    config: FinetuneConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one factor after the first of three steps: every comparison with NaN is false, in either order."""
+    own, seen = training.orthogonality_error, []
+
+    def error(factor: Tensor) -> Tensor:
+        seen.append(own(factor))
+        return seen[-1] * torch.nan if len(seen) == 6 else seen[-1]
+
+    monkeypatch.setattr(training, "orthogonality_error", error)
+    metrics = finetune(replace(config, steps=3, warmup=0), tmp_path)
+    assert len(seen) > 12 and math.isnan(metrics["greatest_orthogonality_error"])
+
+
+@pytest.mark.parametrize(("available", "batch_size", "sizes"), [(20, 2, [2, 2, 1]), (20, 4, [4, 1]), (3, 4, [3])])
+def test_as_many_calibration_samples_are_taken_as_were_asked_for(
+    config: FinetuneConfig, available: int, batch_size: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each sample once: where there are fewer, no one counts twice."""
+    ids = [torch.full((4,), 3 + i) for i in range(available)]
+    data = Dataset(ids, ids, "")
+    seen: list[Tensor] = []
+
+    def losses(model: Any, batch: Any, loss_fn: Any) -> Tensor:
+        seen.append(batch["input_ids"])
+        return batch_losses(model, batch, loss_fn)
+
+    monkeypatch.setattr(initialisation, "batch_losses", losses)
+    for change in ({"init": "gradient"}, {"granularity": "direction"}):
+        seen.clear()
+        some = replace(config, calibration_samples=5, batch_size=batch_size, **change)
+        selection, _ = select(FAMILIES["llama"].build(), data, some)
+        assert [len(batch) for batch in seen] == sizes
+        assert len(torch.cat(seen).unique()) == sum(sizes)
+        assert selection.scores is None or selection.scores.n_samples == sum(sizes)
