@@ -1,6 +1,7 @@
 """Write files and folders so that a reader never sees half of one."""
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -25,8 +26,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder whose files appear in ``path`` when the context ends without an error.
 
     A new folder appears whole, by one rename, and on Linux takes the place of one with the same files by one rename. In
-    a folder with other files, which are left alone, or on other systems each file is replaced whole, one after another.
-    After an error or a kill the files that were there before are still there, complete.
+    a folder with other files, which are left alone, a mount point, one beside which nothing may be made, or on other
+    systems each file is replaced whole, one after another. After an error or a kill the files that were there before
+    are still there, complete. A link stays, and its target is written.
 
     Args:
         path: The folder to write; missing parents are made.
@@ -41,28 +43,60 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise InputError(
             f"{path} is a link to {path.readlink()}, which does not exist; make that folder or give another"
         )
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    temporary.mkdir()
+    temporary = _folder_for(path)
     try:
         yield temporary
-        if path.exists():
-            if _replaces(temporary, path):
-                shutil.copymode(path, temporary)
-                if _exchange(temporary, path):
-                    return
-            for file in sorted(temporary.iterdir()):
-                file.replace(path / file.name)
-        else:
+        if not path.exists():
             temporary.rename(path)
+        elif not _swap(temporary, path):
+            _fill(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _replaces(new: Path, old: Path) -> bool:
-    """Tell whether a folder can make way for another: it has the same files, and nobody here stands in it."""
-    same = {file.name for file in new.iterdir()} == {file.name for file in old.iterdir()}
-    return same and not old.is_symlink() and not Path.cwd().is_relative_to(old.resolve())
+def _folder_for(path: Path) -> Path:
+    """Make a temporary folder whose files can be moved into another: beside it, or else inside."""
+    home = path.parent
+    if path.exists() and path.stat().st_dev != home.stat().st_dev:
+        home = path
+    temporary = _temporary(home)
+    try:
+        temporary.mkdir()
+    except OSError:  # nothing may be made beside it
+        if home == path or not path.exists():
+            raise
+        temporary = _temporary(path)
+        temporary.mkdir()
+    return temporary
+
+
+def _swap(new: Path, old: Path) -> bool:
+    """Put a folder in the place of one with the same files, unless someone here stands in that; False if it is not."""
+    if new.parent == old or Path.cwd().is_relative_to(old):
+        return False
+    if {file.name for file in new.iterdir()} != {file.name for file in old.iterdir()}:
+        return False
+    shutil.copymode(old, new)
+    return _exchange(new, old)
+
+
+def _fill(folder: Path, new: Path) -> None:
+    """Move files into a folder, each over the one of its name."""
+    try:
+        for file in sorted(new.iterdir()):
+            file.replace(folder / file.name)
+    except OSError as error:
+        if error.errno != errno.EXDEV or new.parent == folder:
+            raise
+        # A mount point can be of the same device as its parent. Nothing has been moved so far.
+        inside = _temporary(folder)
+        try:
+            shutil.copytree(new, inside)
+            _fill(folder, inside)
+        finally:
+            shutil.rmtree(inside, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -78,12 +112,14 @@ def _exchange(a: Path, b: Path) -> bool:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path whose file takes the place of ``path`` when the context ends without an error.
 
+    A link stays, and its target is written.
+
     Args:
         path: The file to write; missing parents are made.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = _temporary(path.parent)
     try:
         yield temporary
         temporary.replace(path)
@@ -119,9 +155,9 @@ def fill_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _temporary(path: Path) -> Path:
-    # Not after the path's own name, which may be as long as the file system takes.
-    return path.parent / f".{uuid.uuid4().hex}.tmp"
+def _temporary(home: Path) -> Path:
+    # Not after the name of what is written, which may be as long as the file system takes.
+    return home / f".{uuid.uuid4().hex}.tmp"
 
 
 def remove(path: Path) -> None:
