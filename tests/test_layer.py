@@ -140,6 +140,8 @@ def test_dropout_acts_on_the_update_only_and_only_in_training() -> None:
     mean = torch.stack([layer.train()(x) for _ in range(4000)]).mean(0)
     # The mean of 4000 draws has a standard error of |update| / sqrt(4000), below 0.1 here.
     torch.testing.assert_close(mean, layer.eval()(x), rtol=0, atol=0.5)
+    nn.init.zeros_(layer.lora_B)
+    assert torch.equal(layer.train()(x), layer.base(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -182,8 +182,6 @@ def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
 )
 def test_options_of_the_trainer(options: dict[str, Any], tmp_path: Path) -> None:
     model = adapted()
-    if options.get("gradient_checkpointing_kwargs"):
-        model.enable_input_require_grads()  # re-entrant checkpointing needs it: the embedding is frozen
     before = factors(model)
     trainer = StiefelTrainer(model, arguments(tmp_path, **options), train_dataset=EXAMPLES)
     trainer.train()
