@@ -6,8 +6,8 @@ name then stands inside all names in the block. A saved adapter is for the plain
 
 from torch import nn
 
-_CHECKPOINTED = "_checkpoint_wrapped_module"
-_WRAPPED = ("_orig_mod", _CHECKPOINTED)
+_COMPILED, _CHECKPOINTED = "_orig_mod", "_checkpoint_wrapped_module"
+_WRAPPED = (_COMPILED, _CHECKPOINTED)
 
 
 def plain_name(name: str) -> str:
@@ -18,6 +18,11 @@ def plain_name(name: str) -> str:
 def is_checkpointed(name: str) -> bool:
     """Tell whether what has this name is inside a checkpoint wrapper, whose state leaves its own component out."""
     return _CHECKPOINTED in name.split(".")
+
+
+def is_compiled(name: str) -> bool:
+    """Tell whether what has this name is itself what was compiled, which calls it even when another takes its place."""
+    return name.rpartition(".")[2] == _COMPILED
 
 
 def name_in(model: nn.Module, name: str) -> str:

@@ -9,15 +9,16 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
-from warnings import warn
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stiefel_lora._models import first_tensor, own_names, unwrap
-from stiefel_lora._names import plain_name
-from stiefel_lora._targets import check_called, describe, find_targets, last_names, module_ranks, wrappable_linears
+from stiefel_lora._bases import by_own_name, named_bases
+from stiefel_lora._models import unwrap
+from stiefel_lora._names import name_in, plain_name
+from stiefel_lora._targets import describe, find_targets, module_ranks
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.factors import factor_metrics
@@ -138,12 +139,12 @@ def insert_adapters(
     model = unwrap(model, adding=True)
     check_enabled(model)
     check_home(model)
-    registry = getattr(model, "_stiefel_adapters", None) or _Registry(active=name)
+    registry = _registry(model, name)
     if name in registry.stored:
         raise InputError(f"the adapter {name!r} exists already; switch to it with use_adapter, or remove it")
     present = adapter_layers(model) if registry.active == name else {}
-    options = _by_own_name(model, options)
-    bases = _bases(model, options, present)
+    options = by_own_name(model, options)
+    bases = named_bases(model, options, present)
     if registry.active != name:
         _check_shapes(model, registry.base)
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -221,14 +222,15 @@ def use_adapter(model: nn.Module, name: str) -> None:
     from what they are then.
 
     Raises:
-        InputError: If the model has no such set, a parameter that is to be switched has another shape now, or within
-            `disable_adapters`. The model is left as it was.
+        InputError: If the model has no such set or is in DistributedDataParallel, a parameter that is to be switched
+            has another shape now, or within `disable_adapters`. The model is left as it was.
     """
-    model, registry = unwrap(model), _registry(model)
+    given, model, registry = model, unwrap(model), _registry(model)
     check_home(model)
     if name not in adapter_names(model):
         raise InputError(f"no adapter is named {name!r}; the model has: {', '.join(adapter_names(model)) or 'none'}")
     if name != registry.active:
+        unwrap(given, adding=True)
         _check_shapes(model, registry.stored[name].parameters)
         _take_out(model, registry)
         aside = registry.stored.pop(name)
@@ -328,48 +330,6 @@ def remove_adapters(model: Model, name: str | None = None) -> Model:
     return bare  # type: ignore[return-value]
 
 
-def _by_own_name(model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the options by the first name of each module that there is."""
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}.intersection(options)
-    first = dict(zip(known, own_names(model, known), strict=True))
-    found: dict[str, Mapping[str, Any]] = {}
-    for name, own in options.items():
-        if first.get(name, name) in found:
-            raise InputError(f"{name} and {first[name]} are one module, which takes one adapter; name it once")
-        found[first.get(name, name)] = own
-    return found
-
-
-def _bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Return the modules to wrap, in the model's order, or list what is wrong with the names."""
-    everything = dict(model.named_modules())
-    missing = [name for name in names if name not in everything]
-    if missing or not names:
-        linears = last_names(n for n, _ in wrappable_linears(model))
-        raise InputError(
-            f"the model has no module {listed(missing) or '(none given)'}; its linears are named {linears}"
-        )
-    again = [name for name in names if name in present]
-    if again:
-        raise InputError(f"{listed(again)} has an adapter already; remove it first or choose another name=")
-    check_called(everything, names)
-    _warn_of_statistics(everything)
-    bases = {name: module for name, module in everything.items() if name in names}
-    bases = {name: m.base if isinstance(m, StiefelLoRALinear) else m for name, m in bases.items()}
-    # On the meta device without accelerate's hook, a model is one that is to be loaded later.
-    away = [name for name, m in bases.items() if hasattr(m, "_hf_hook") and any(p.is_meta for p in m.parameters())]
-    if away:
-        raise InputError(f"{listed(away)} is offloaded, where an adapter cannot be trained; load the base as a whole")
-    tied = tied_names(model, bases)
-    if tied:
-        warn(
-            f"the weight of {listed(tied)} is shared with another module, which the adapter does not change; "
-            "merging will untie them",
-            stacklevel=4,
-        )
-    return bases
-
-
 def _wrap(name: str, base: nn.Module, options: Mapping[str, Any]) -> StiefelLoRALinear:
     try:
         return StiefelLoRALinear(base, **options)
@@ -377,35 +337,17 @@ def _wrap(name: str, base: nn.Module, options: Mapping[str, Any]) -> StiefelLoRA
         raise type(error)(f"{name}: {error}") from error
 
 
-def _warn_of_statistics(modules: Mapping[str, nn.Module]) -> None:
-    """Warn of what training changes in a frozen base besides its parameters."""
-    moving = [n for n, m in modules.items() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    if moving:
-        warn(
-            f"{listed(moving)} takes running statistics while in training mode, which a saved adapter does not hold; "
-            "put it into eval mode after each model.train()",
-            stacklevel=5,
-        )
-
-
-def tied_names(model: nn.Module, names: Mapping[str, nn.Module]) -> list[str]:
-    """Return those names whose own weight is a parameter of another module too."""
-    owners: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(module)
-    tied = []
-    for name, module in names.items():
-        adapted = isinstance(module, StiefelLoRALinear)
-        base = module.base if adapted else module
-        weight = module.base_weight if adapted else module._parameters.get("weight")
-        if weight is not None and any(owner is not base for owner in owners.get(id(weight), ())):
-            tied.append(name)
-    return tied
-
-
-def _registry(model: nn.Module) -> _Registry:
-    return getattr(unwrap(model), "_stiefel_adapters", None) or _Registry()
+def _registry(model: nn.Module, name: str = DEFAULT_NAME) -> _Registry:
+    """Return what a model knows of its adapters, by present names: blocks may have been wrapped since it was noted."""
+    model = unwrap(model)
+    registry = getattr(model, "_stiefel_adapters", None) or _Registry(active=name)
+    now = partial(name_in, model)
+    registry.trainable = tuple(map(now, registry.trainable))
+    registry.base = {now(key): value for key, value in registry.base.items()}
+    for aside in registry.stored.values():
+        aside.layers = {now(key): layer for key, layer in aside.layers.items()}
+        aside.parameters = {now(key): value for key, value in aside.parameters.items()}
+    return registry
 
 
 def _homes(model: nn.Module) -> dict[str, nn.Module]:
@@ -439,11 +381,8 @@ def forget_adapters(model: nn.Module) -> None:
 
 def _put_in(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
     for layer in layers.values():
-        # The model may have moved, or changed mode, while the layer was aside.
-        device = cast(Tensor, first_tensor(layer.base)).device
-        for factor in layer.parameters(recurse=False):
-            factor.data = factor.data.to(device)
-        layer.train(layer.base.training)
+        # The model may have been moved or converted, or changed mode, while the layer was aside.
+        layer.follow_base()
         layer.is_known = True
     replace_modules(model, layers)
 

@@ -79,8 +79,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         path: The folder; its parents are made.
 
     Raises:
-        InputError: If the model has no adapters, a tensor has a NaN or infinity, ``path`` is a file, or a parameter of
-            an adapted linear itself was trained.
+        InputError: If the model has no adapters, a tensor has a NaN or infinity, ``path`` is a file, a parameter of an
+            adapted linear itself was trained, or a trained one is split over processes.
     """
     write_adapter(adapter_state(model), path)
 
@@ -99,7 +99,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, name: str = DEFAULT_NAME
 
     Raises:
         InputError: If the folder is missing, damaged, of another kind or of a newer version, holds a factor that is not
-            on the manifold, or does not fit the model (names or shapes are listed). The model is left as it was.
+            on the manifold, or does not fit the model (names or shapes are listed); or if something would become
+            trainable in DistributedDataParallel. The model is left as it was.
 
     Saved parameters of the base, such as a head, overwrite the model's and are trainable again; the model has its own
     back when the set is removed, unless they were trainable before (being trained along with the adapters in use).
@@ -179,6 +180,12 @@ def _other_names(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, s
 def _trained_parameters(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> dict[str, Tensor]:
     inside = {f"{name}.{key}" for name, layer in layers.items() for key in layer.factors()}
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in inside}
+    split = [name for name, tensor in trained.items() if hasattr(tensor, "full_tensor")]  # a DTensor, slow to import
+    if split:
+        raise InputError(
+            f"{listed(split)} is split over processes by FSDP; before saving, call unshard() in all of them, of the "
+            "module that holds it and was given to fully_shard, and reshard() afterwards"
+        )
     adapted = [name for name in trained if name.startswith(tuple(f"{layer}." for layer in layers))]
     if adapted:
         raise InputError(
@@ -189,12 +196,15 @@ def _trained_parameters(model: nn.Module, layers: Mapping[str, StiefelLoRALinear
 
 def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str = DEFAULT_NAME) -> list[str]:
     """Put a set of adapters into a model; see `load_adapter`. ``what`` names it in errors."""
-    model = unwrap(model)
+    given, model = model, unwrap(model)
     check_enabled(model)
     state = _without_tied(renamed(state, partial(name_in, model)), model, what)
     present = adapter_layers(model)
     _check_parameters(model, state, what)
-    if present and adapter_names(model)[0] == name:
+    in_place = bool(present) and adapter_names(model)[0] == name
+    parameters = base_parameters(model)
+    unwrap(given, adding=not in_place or not all(parameters[key].requires_grad for key in state.parameters))
+    if in_place:
         _check_same(state, present)
         for layer in present.values():
             layer.unmerge()

@@ -284,6 +284,12 @@ class StiefelLoRALinear(nn.Module):
         self._keep_manifold(polish=self.lora_A.dtype != before)
         return self
 
+    def follow_base(self) -> None:
+        """Take the device and the mode of the base, and the dtype that factors over it are created with."""
+        example = _example(self.base)
+        self._apply(lambda tensor: tensor.to(example.device, wide_dtype(example.dtype)), recurse=False)
+        self.train(self.base.training)
+
     def _check_manifold(self) -> None:
         """Raise where something has put plain parameters in place of points, which training would let drift off."""
         for name, factor in self.manifold_parameters().items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from stiefel_lora._bases import tied_names
 from stiefel_lora._models import is_plain, named_linears, unwrap
 from stiefel_lora.adapters import (
     Model,
@@ -14,7 +15,6 @@ from stiefel_lora.adapters import (
     forget_adapters,
     replace_modules,
     required_layers,
-    tied_names,
 )
 from stiefel_lora.layer import StiefelLoRALinear
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from stiefel_lora.adapters import (
+    adapter_factors,
     adapter_layers,
     adapter_metrics,
     adapter_names,
@@ -28,6 +29,7 @@ from stiefel_lora.adapters import (
     use_adapter,
 )
 from stiefel_lora.checkpoint import load_adapter, save_adapter
+from stiefel_lora.convert import export_peft, import_peft
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import StiefelLoRALinear
 from stiefel_lora.merging import merge_adapters, unmerge_adapters
@@ -389,6 +391,22 @@ def test_stored_adapters_follow_the_model() -> None:
 
 
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_stored_adapters_take_the_precision_of_a_model_that_was_converted(orthonormal: Any) -> None:
+    model = LLAMA.build()
+    for name in ("first", "second"):
+        add_adapters(model, layers=[0], rank=3, orthonormal=orthonormal, name=name)
+    # Float64's eps of 2e-16, and float32's of 1e-7, over sums of up to 64 products.
+    for convert, dtype, most in (("double", torch.float64, 1e-14), ("bfloat16", torch.float32, 1e-5)):
+        getattr(model, convert)()
+        use_adapter(model, "first")
+        assert {factor.dtype for factor in adapter_factors(model).values()} == {dtype}
+        assert all(m["orthogonality_error"] < most for m in adapter_metrics(model).values())
+        for layer in adapter_layers(model).values():
+            assert all(isinstance(p, geoopt.ManifoldParameter) for p in layer.manifold_parameters().values())
+        use_adapter(model, "second")
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
 def test_metrics_are_those_of_the_update(orthonormal: Any) -> None:
     model = adapted(orthonormal=orthonormal)
     with torch.no_grad():
@@ -454,6 +472,34 @@ def test_distributed_data_parallel() -> None:
             torch.testing.assert_close(a.grad, b.grad)
     with pytest.raises(InputError, match=r"add the adapters to model.module"):
         add_adapters(nn.parallel.DistributedDataParallel(LLAMA.build()), layers=[0], rank=2)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel_takes_no_adapters_from_elsewhere(tmp_path: Path) -> None:
+    """Whatever was not trainable when it was made is not synchronised: the processes would drift apart."""
+    model = adapted()
+    model.lm_head.weight.requires_grad_(True)
+    save_adapter(model, tmp_path)
+    export_peft(model, tmp_path)
+    bare = nn.parallel.DistributedDataParallel(LLAMA.build())
+    for load in (load_adapter, import_peft):
+        with pytest.raises(InputError, match=r"add the adapters to model.module"):
+            load(bare, tmp_path)
+    assert not adapter_names(bare)
+    two = adapted()
+    add_adapters(two, layers=[1], rank=2, name="second")
+    wrapped = nn.parallel.DistributedDataParallel(two)
+    use_adapter(wrapped, "second")  # is in use
+    with pytest.raises(InputError, match=r"add the adapters to model.module"):
+        use_adapter(wrapped, "default")
+    assert adapter_names(wrapped) == ["second", "default"]
+    frozen = nn.parallel.DistributedDataParallel(adapted())
+    with pytest.raises(InputError, match=r"add the adapters to model.module"):
+        load_adapter(frozen, tmp_path)  # the head would become trainable
+    resumed = adapted()
+    resumed.lm_head.weight.requires_grad_(True)
+    load_adapter(nn.parallel.DistributedDataParallel(resumed), tmp_path)
+    assert torch.equal(logits(resumed), logits(model))
 
 
 def test_compiled_model_trains_without_graph_breaks_in_adapters() -> None:
@@ -629,6 +675,20 @@ def test_an_offloaded_base_is_refused() -> None:
     with pytest.raises(InputError, match="q_proj.* is offloaded, where an adapter cannot be trained"):
         add_adapters(model, layers=[0], rank=2)
     assert not adapter_layers(model)
+
+
+def test_a_linear_that_is_compiled_by_itself_is_refused(tmp_path: Path) -> None:
+    """What is compiled goes on calling the linear that it was made of."""
+    save_adapter(adapted(), tmp_path)
+    model = LLAMA.build()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = torch.compile(mlp.up_proj, backend="eager")
+    refused = r"layers.0.mlp.up_proj._orig_mod is compiled by itself.*once the adapters are in"
+    with pytest.raises(InputError, match=refused):
+        add_adapters(model, layers=[0], rank=2, target_modules="all-linear")
+    with pytest.raises(InputError, match=refused):
+        load_adapter(model, tmp_path)
+    assert not adapter_layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_an_averaged_model_is_unwrapped() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from stiefel_lora import RiemannianAdam, add_adapters, load_adapter, orthogonality_error, save_adapter
+from stiefel_lora import RiemannianSGD, add_adapters, load_adapter, orthogonality_error, save_adapter
 from stiefel_lora.adapters import adapter_factors
+from stiefel_lora.checkpoint import read_adapter
 from stiefel_lora.distributed import replicate_adapters
 from stiefel_lora.errors import InputError, ManifoldError
 from tests.models import FAMILIES, causal_batch
@@ -39,7 +40,8 @@ def split(model: Any, **options: Any) -> None:
 
 
 def steps(model: Any, batches: list[dict[str, torch.Tensor]]) -> None:
-    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    # Not Adam, which takes the same steps whatever the gradients are multiplied by.
+    optimizer = RiemannianSGD([p for p in model.parameters() if p.requires_grad], lr=30.0)
     for _ in range(3):
         for batch in batches:  # gradients add up over two backward passes
             (model(**batch).loss / len(batches)).backward()
@@ -73,11 +75,34 @@ def test_two_processes_train_as_one_does() -> None:
     for name, expected in adapter_factors(alone).items():
         first, second = (adapter_factors(model)[name] for model in loaded)
         assert torch.equal(first, second)
-        assert not torch.allclose(first, before[name], atol=1e-3)
-        # Adam divides by gradients, whose float32 sums are taken in another order.
+        assert not torch.allclose(first, before[name], atol=1e-4)
+        # Float32 sums of gradients are taken in another order: gradients that are off by 1e-6 of their size move a
+        # factor by 3e-6, and gradients of twice the size by 5e-3 or more.
         torch.testing.assert_close(first, expected, rtol=0, atol=1e-4)
         if name.endswith("lora_A"):
             assert float(orthogonality_error(first)) < 2e-6
+
+
+def _save_head_on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    model = adapted()
+    model.lm_head.weight.requires_grad_(True)
+    split(model, ignored_params=replicate_adapters(model))
+    with pytest.raises(InputError, match=r"lm_head.weight is split over processes by FSDP.*unshard\(\).*reshard\(\)"):
+        save_adapter(model, Path(folder) / f"adapter-{rank}")
+    model.unshard()
+    save_adapter(model, Path(folder) / f"adapter-{rank}")
+    model.reshard()
+
+
+@needs_ignored
+def test_a_head_that_is_split_is_saved_once_it_is_whole() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run_on_ranks(2, _save_head_on_rank, folder, seconds=200)
+        for rank in range(2):
+            saved = read_adapter(Path(folder) / f"adapter-{rank}").parameters
+            assert list(saved) == ["lm_head.weight"]
+            assert torch.equal(saved["lm_head.weight"], LLAMA.build().lm_head.weight.detach())
 
 
 @needs_ignored

@@ -13,7 +13,7 @@ import pytest
 from stiefel_lora import _files
 from stiefel_lora._files import atomic_file, atomic_folder
 
-SHARED = Path("/dev/shm")
+SHARED = Path("/dev/shm")  # noqa: S108
 NAMES = ("a", "b")
 
 
@@ -61,7 +61,7 @@ def test_a_link_to_a_file_stays(tmp_path: Path, other_device: Path) -> None:
 
 def test_a_mount_point_is_filled_from_inside(other_device: Path) -> None:
     if SHARED.parent.stat().st_dev == SHARED.stat().st_dev:
-        pytest.skip("/dev/shm is no mount point")
+        pytest.skip(f"{SHARED} is no mount point")
     own = SHARED / f"test-{uuid.uuid4().hex}"
     before = set(SHARED.iterdir())
     try:

@@ -29,6 +29,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "factors": set(),
         "layer": {"factors"},
         "_targets": {"factors", "layer"},
+        "_bases": {"_targets", "layer"},
         "scores": set(),
         "_entropy": set(),
         "_sketches": set(),

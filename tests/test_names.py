@@ -12,7 +12,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from stiefel_lora import _names, checkpoint
 from stiefel_lora._names import name_in, plain_name
-from stiefel_lora.adapters import adapter_layers, adapter_names, add_adapters
+from stiefel_lora.adapters import (
+    adapter_layers,
+    adapter_names,
+    add_adapters,
+    disable_adapters,
+    remove_adapters,
+    use_adapter,
+)
 from stiefel_lora.checkpoint import load_adapter, read_adapter, save_adapter
 from stiefel_lora.convert import export_peft, from_peft, import_peft, to_peft
 from stiefel_lora.errors import InputError
@@ -115,6 +122,35 @@ def test_exports_and_imports(how: str, expected: Tensor, tmp_path: Path) -> None
     model = wrapped(LLAMA.build(), how)
     import_peft(model, tmp_path / "plain")
     torch.testing.assert_close(outputs(model), expected, **SAME)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("how", ["compiled", "checkpointed", "both"])
+def test_blocks_may_be_wrapped_once_the_adapters_are_in(how: str, loaded: bool, tmp_path: Path) -> None:
+    """Parameters in the blocks that are trained along, or are to train again, are found by their new names."""
+    model = LLAMA.build()
+    base = outputs(model)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    if loaded:
+        save_adapter(trained("none"), tmp_path)
+        load_adapter(model, tmp_path)
+    else:
+        add_adapters(model, layers=[0], rank=2)
+        train(model)
+        model.model.layers[1].input_layernorm.weight.requires_grad_(True)
+    expected = outputs(model)
+    add_adapters(model, layers=[1], rank=2, name="second")
+    wrapped(model, how)
+    use_adapter(model, "default")
+    torch.testing.assert_close(outputs(model), expected, **SAME)
+    assert model.get_parameter(name_in(model, "model.layers.1.input_layernorm.weight")).requires_grad
+    with disable_adapters(model):
+        torch.testing.assert_close(outputs(model), base, **SAME)
+    remove_adapters(model, "default")
+    torch.testing.assert_close(outputs(model), base, **SAME)
+    remove_adapters(model)
+    assert [p.requires_grad for p in model.parameters()] == flags
 
 
 def test_models_in_memory(tmp_path: Path) -> None:
