@@ -429,6 +429,11 @@ def _modules_to_save(state: AdapterState, model: nn.Module | None, spell: Callab
         frozen = [key for inner, _ in rest if (key := spell(f"{place}.{inner}")) not in whole]
         if frozen or not name:
             raise InputError(f"PEFT saves modules whole: {listed(frozen) or 'the root'} was not trained with the rest")
+    # PEFT takes all modules whose names end in one of these, by letters, and leaves such linears without adapters.
+    for other in state.modules if model is None else _outside_of_adapters(model, spell):
+        ends = [name for name in names if other.endswith(name)]
+        if ends and other not in names:
+            raise InputError(f"PEFT cannot save {listed(ends)} apart from {other}, whose name ends alike; freeze it")
     return names or None
 
 
@@ -445,9 +450,7 @@ def _describe_targets(names: list[str], model: nn.Module | None, spell: Callable
     by_name: dict[str, Any] = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
     if model is None:
         return by_name
-    adapted = adapter_layers(model)
-    outside = [name for name, _ in model.named_modules() if not any(above in adapted for above in _parents(name))]
-    everything = list(dict.fromkeys(map(spell, outside)))
+    everything = _outside_of_adapters(model, spell)
     if [name for name in everything if _peft_would_adapt({**by_name, "target_modules": set(names)}, name)] != names:
         # A list takes all names that end in one of its own; a string is a regular expression for whole names.
         by_name["target_modules"] = "|".join(map(re.escape, names))
@@ -468,6 +471,13 @@ def _describe_targets(names: list[str], model: nn.Module | None, spell: Callable
         if [name for name in everything if _peft_would_adapt(short, name)] == names:
             return short
     return by_name
+
+
+def _outside_of_adapters(model: nn.Module, spell: Callable[[str], str]) -> list[str]:
+    """Return the names of all modules, adapted linears among them, but not of those inside of adapters."""
+    adapted = adapter_layers(model)
+    outside = [name for name, _ in model.named_modules() if not any(above in adapted for above in _parents(name))]
+    return list(dict.fromkeys(map(spell, outside)))
 
 
 def _peft_would_adapt(config: Mapping[str, Any], name: str) -> bool:

@@ -473,6 +473,53 @@ def test_a_name_that_ends_another_one_keeps_its_own_options(own: Any, others: An
         torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("adapted", ["proj", "in_proj"])
+def test_a_trained_module_whose_name_ends_others_is_refused(adapted: str, tmp_path: Path) -> None:
+    """PEFT would take those for modules that it saved, and miss them in the file or leave them without an adapter."""
+    model, x = Net(), torch.randn(5, 16)
+    for block in model.blocks:
+        block[adapted] = block.pop("proj")
+    add_adapters(model, layers=None, rank=2, target_modules=[adapted])
+    train(model)
+    model.proj.requires_grad_(True)
+    expected = model(x) if adapted == "proj" else None
+    refused = rf"PEFT cannot save proj apart from blocks.0.{adapted}, whose name ends alike; freeze it"
+    for convert in (lambda m: export_peft(m, tmp_path / "peft"), to_peft):
+        with pytest.raises(InputError, match=refused):
+            convert(model)
+    save_adapter(model, tmp_path / "ours")
+    with pytest.raises(InputError, match=refused):
+        write_peft(read_adapter(tmp_path / "ours"), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists() and len(adapter_layers(model)) == 3
+    assert expected is None or torch.equal(model(x), expected)
+
+
+class Deeper(Net):
+    """Has linears of other names as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block["out"] = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block["out"](block["proj"](x)))
+        return self.proj(x)
+
+
+def test_modules_whose_names_end_alike_are_saved_together(tmp_path: Path) -> None:
+    model, x = Deeper(), torch.randn(5, 16)
+    add_adapters(model, layers=None, rank=2, target_modules=["out"])
+    train(model)
+    for module in (model.proj, *(block["proj"] for block in model.blocks)):
+        nn.init.normal_(module.requires_grad_(True).weight)
+    export_peft(model, tmp_path)
+    loaded = peft.PeftModel.from_pretrained(Deeper(), tmp_path)
+    # Numbers of size 4 that are sums of 16 products of such.
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         config = config_of(folder)
