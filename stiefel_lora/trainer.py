@@ -1,5 +1,6 @@
 """transformers' Trainer with Stiefel adapters: a Riemannian optimizer, small checkpoints and metrics."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -11,11 +12,15 @@ import torch
 from geoopt import ManifoldParameter
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from stiefel_lora.adapters import adapter_layers, adapter_metrics, adapter_names, required_layers
 from stiefel_lora.checkpoint import load_adapter, save_adapter
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, listed
+from stiefel_lora.factors import FREE
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
+
+logger = logging.getLogger("stiefel_lora")
 
 
 def trainer_optimizer(args: TrainingArguments, **options: Any) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -46,12 +51,13 @@ def trainer_optimizer(args: TrainingArguments, **options: Any) -> tuple[type[tor
 class AdapterMetricsCallback(TrainerCallback):
     """Logs "orthogonality_error" (greatest) and "effective_rank" (mean) whenever the Trainer logs.
 
-    They go to all that the Trainer reports to. `StiefelTrainer` has one; for a plain Trainer call
-    ``trainer.add_callback(AdapterMetricsCallback(trainer))``.
+    They go to all that the Trainer reports to. It warns once if all updates are zero still after two steps or more.
+    `StiefelTrainer` has one; for a plain Trainer call ``trainer.add_callback(AdapterMetricsCallback(trainer))``.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self._has_warned = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log once per logging step; Trainer's own record of the loss follows."""
@@ -59,9 +65,25 @@ class AdapterMetricsCallback(TrainerCallback):
         if control.should_log and adapter_layers(model):
             self.trainer.log(summary(model))
             control.should_log = True  # logging resets it, and Trainer's own record is still to come
+            self._warn_of_untrained(model, state.global_step)
 
     # With logging_strategy="epoch" it is here that logging is due.
     on_epoch_end = on_step_end
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        """Warn if nothing was trained, where nothing was logged."""
+        self._warn_of_untrained(_model_of(self.trainer), state.global_step)
+
+    def _warn_of_untrained(self, model: nn.Module, steps: int) -> None:
+        # A warm-up starts from a learning rate of zero.
+        if steps < 2 or self._has_warned or _is_trained(model):
+            return
+        self._has_warned = True
+        logger.warning(
+            "all updates are zero after %d steps: the learning rate is zero, or no gradient reaches the adapters, "
+            "as in re-entrant checkpoints of blocks whose inputs require none (give use_reentrant=False)",
+            steps,
+        )
 
 
 class StiefelTrainer(Trainer):
@@ -79,8 +101,8 @@ class StiefelTrainer(Trainer):
         kwargs: As Trainer's.
 
     Raises:
-        InputError: If the model has no adapters, ``lr_ratio`` is not positive, or FSDP or DeepSpeed is on, which split
-            what must stay whole.
+        InputError: If the model has no adapters, ``lr_ratio`` is not positive, ``optim`` has no Riemannian form, or
+            FSDP or DeepSpeed is on, which split what must stay whole; in ``train``, if the adapters are merged.
     """
 
     def __init__(
@@ -100,10 +122,16 @@ class StiefelTrainer(Trainer):
                 "loop of your own fully_shard with stiefel_lora.distributed.replicate_adapters"
             )
         required_layers(_model_of(self))
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            trainer_optimizer(self.args, **self.optimizer_options)  # refuses here what it would in train()
         self.add_callback(AdapterMetricsCallback(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the Riemannian optimizer, anew if the one before holds the factors of another set of adapters."""
+        """Create the Riemannian optimizer, anew if the one before holds the factors of another set of adapters.
+
+        Trainer asks for it before it trains, once the model is there: the model is made ready for that as well.
+        """
+        _make_ready(_model_of(self))
         if self._is_ours and not self._is_complete():
             self.optimizer = None
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
@@ -149,6 +177,14 @@ class StiefelTrainer(Trainer):
             tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer uploads the output folder, into which it copies only files that it knows, unless it uploads still.
+        pending: Any = self.push_in_progress
+        waits = pending is not None and not pending.is_done() and not self.args.hub_always_push
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and not waits:
+            save_adapter(_model_of(self), str(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapted = _model_of(self)
         load_adapter(adapted, resume_from_checkpoint, name=adapter_names(adapted)[0])
@@ -159,6 +195,26 @@ class StiefelTrainer(Trainer):
 
 def _model_of(trainer: Trainer) -> nn.Module:
     return cast(nn.Module, trainer.model)
+
+
+def _make_ready(model: nn.Module) -> None:
+    """Let gradients reach the adapters, or raise InputError if they are merged.
+
+    A re-entrant checkpoint has none for what is in it unless one of its inputs requires some. transformers sees to that
+    in models of tokens only.
+    """
+    merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
+    if merged:
+        raise InputError(f"{listed(merged)} is merged, so it cannot be trained; call unmerge_adapters first")
+    if any(map(_is_reentrant, model.modules())) and not getattr(model, "_require_grads_hook", None):
+        enable = getattr(model, "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+
+
+def _is_reentrant(block: nn.Module) -> bool:
+    options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(getattr(block, "gradient_checkpointing", False) and options.get("use_reentrant"))
 
 
 @contextmanager
@@ -172,6 +228,10 @@ def _adapters_accepted(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def _is_trained(model: nn.Module) -> bool:
+    return any(bool(layer.factors()[FREE[layer.orthonormal]].any()) for layer in adapter_layers(model).values())
 
 
 def summary(model: nn.Module) -> dict[str, float]:

@@ -2,11 +2,14 @@
 
 import json
 import math
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from geoopt import ManifoldParameter
@@ -14,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from stiefel_lora.adapters import adapter_factors, adapter_metrics, add_adapters, use_adapter
-from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from stiefel_lora.adapters import adapter_factors, adapter_layers, adapter_metrics, add_adapters, use_adapter
+from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter
 from stiefel_lora.errors import InputError
+from stiefel_lora.merging import merge_adapters, unmerge_adapters
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.trainer import AdapterMetricsCallback, StiefelTrainer, trainer_optimizer
 from tests.models import FAMILIES
@@ -252,10 +256,87 @@ def test_quantised_base_passes_the_trainers_check(tmp_path: Path) -> None:
 def test_bad_use_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="LlamaForCausalLM has no adapters"):
         StiefelTrainer(LLAMA.build(), arguments(tmp_path), train_dataset=EXAMPLES)
+    other = arguments(tmp_path, optim="adafactor")
     with pytest.raises(InputError, match="optim='adafactor' has no Riemannian form"):
-        trainer_optimizer(arguments(tmp_path, optim="adafactor"))
+        StiefelTrainer(adapted(), other, train_dataset=EXAMPLES)
+    model = adapted()
+    optimizer = RiemannianAdam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    StiefelTrainer(model, other, train_dataset=EXAMPLES, optimizers=(optimizer, None))
     with pytest.raises(InputError, match="optim_args='momentum=0.9' is not read"):
         trainer_optimizer(arguments(tmp_path, optim="sgd", optim_args="momentum=0.9"))
+
+
+def test_merged_adapters_are_not_trained(tmp_path: Path) -> None:
+    """Not even a head beside them, which would be trained alone."""
+    model = adapted()
+    model.lm_head.weight.requires_grad_(True)
+    trainer = StiefelTrainer(model, arguments(tmp_path), train_dataset=EXAMPLES)
+    merge_adapters(model, keep=True)
+    before = model.lm_head.weight.detach().clone()
+    with pytest.raises(InputError, match="q_proj.* is merged, so it cannot be trained; call unmerge_adapters first"):
+        trainer.train()
+    assert torch.equal(model.lm_head.weight, before)
+    unmerge_adapters(model)
+    trainer.train()
+    assert not torch.equal(model.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_reentrant_checkpoints_of_a_model_without_tokens(late: bool, tmp_path: Path) -> None:
+    """transformers lets gradients into them only in models of tokens, and a head that trains hides it."""
+
+    def build() -> Any:
+        model = FAMILIES["vit"].build()
+        add_adapters(model, layers=[0, 1], rank=2)
+        model.classifier.requires_grad_(True)
+        return model
+
+    batch = FAMILIES["vit"].batch(4)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(4)]
+    args = arguments(
+        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True},
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = StiefelTrainer(None if late else build(), args, train_dataset=data, model_init=build if late else None)
+    trainer.train()
+    assert all(bool(layer.lora_B.any()) for layer in adapter_layers(trainer.model).values())
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_adapters_that_nothing_reaches_are_named_once(
+    strategy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rate, times in ((1e-2, 0), (0.0, 1)):
+        args = arguments(tmp_path, learning_rate=rate, logging_strategy=strategy, logging_steps=1)
+        StiefelTrainer(adapted(), args, train_dataset=EXAMPLES).train()
+        assert sum("all updates are zero after" in text for text in caplog.messages) == times
+
+
+def test_the_hub_gets_the_adapter_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[list[Any]] = []
+
+    def upload(repo_id: str, folder_path: str, **options: Any) -> Any:
+        sent.append([read_adapter(folder_path), {path.name for path in Path(folder_path).iterdir()}])
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def prepare(self: Any, *args: Any, **options: Any) -> None:
+        self.hub_model_id, self.push_in_progress = "me/it", None
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", prepare)
+    if hasattr(transformers.trainer, "hf_api"):
+        monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload))
+    else:
+        monkeypatch.setattr(transformers.trainer, "upload_folder", upload)
+    args = arguments(tmp_path, push_to_hub=True, hub_strategy="every_save", hub_model_id="me/it", max_steps=3)
+    trainer = StiefelTrainer(adapted(), args, train_dataset=EXAMPLES)
+    trainer.train()
+    assert sent
+    state, names = sent[-1]
+    assert names >= {CONFIG_FILE, WEIGHTS_FILE, "training_args.bin"} and "model.safetensors" not in names
+    saved = {f"{name}.{key}": factor for name, own in state.factors.items() for key, factor in own.items()}
+    assert same(saved, factors(trainer.model))
 
 
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
