@@ -48,8 +48,7 @@ def named_bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str
     compiled = [name for name in bases if is_compiled(name)]
     if compiled:
         raise InputError(
-            f"{listed(compiled)} is compiled by itself, where an adapter has no effect; compile the linear, or better "
-            "the block around it, once the adapters are in"
+            f"{listed(compiled)} is compiled by itself, where an adapter has no effect; compile the block instead"
         )
     tied = tied_names(model, bases)
     if tied:
