@@ -70,11 +70,12 @@ COMPARISONS = (
     ("Ranks by the gradient and a faster A, at half the parameters, beat DoRA", FASTER, "DoRA"),
     ("Ranks by the gradient and a faster A beat rsLoRA at half the rank", FASTER, "rsLoRA, half the rank"),
     ("A faster A helps with ranks by the gradient", FASTER, ALLOCATED),
+    ("The constraint and a faster A help with ranks by the gradient", FASTER, "LoRA, ranks by gradient"),
     ("The same with the gradient of 128 samples, at half the parameters, beats LoRA", CALIBRATED, "LoRA"),
     ("The same with the gradient of 128 samples, at half the parameters, beats DoRA", CALIBRATED, "DoRA"),
     ("The same with the gradient of 128 samples, at half the parameters, beats rsLoRA", CALIBRATED, "rsLoRA"),
     ("The gradient of 128 samples is better than that of 32", CALIBRATED, FASTER),
-    ("The constraint and a faster A help with it", CALIBRATED, "LoRA, ranks by gradient of 128 samples"),
+    ("The constraint and a faster A help with that of 128", CALIBRATED, "LoRA, ranks by gradient of 128 samples"),
 )
 
 
