@@ -131,7 +131,10 @@ class StiefelTrainer(Trainer):
 
         Trainer asks for it before it trains, once the model is there: the model is made ready for that as well.
         """
-        _make_ready(_model_of(self))
+        # Older releases of transformers make the checkpoints later.
+        options = self.args.gradient_checkpointing and self.args.gradient_checkpointing_kwargs
+        reentrant = isinstance(options, Mapping) and bool(options.get("use_reentrant"))
+        _make_ready(_model_of(self), reentrant=reentrant)
         if self._is_ours and not self._is_complete():
             self.optimizer = None
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
@@ -197,16 +200,16 @@ def _model_of(trainer: Trainer) -> nn.Module:
     return cast(nn.Module, trainer.model)
 
 
-def _make_ready(model: nn.Module) -> None:
+def _make_ready(model: nn.Module, *, reentrant: bool) -> None:
     """Let gradients reach the adapters, or raise InputError if they are merged.
 
     A re-entrant checkpoint has none for what is in it unless one of its inputs requires some. transformers sees to that
-    in models of tokens only.
+    in models of tokens only. ``reentrant`` says that there will be such ones; those that there are count as well.
     """
     merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
     if merged:
         raise InputError(f"{listed(merged)} is merged, so it cannot be trained; call unmerge_adapters first")
-    if any(map(_is_reentrant, model.modules())) and not getattr(model, "_require_grads_hook", None):
+    if (reentrant or any(map(_is_reentrant, model.modules()))) and not getattr(model, "_require_grads_hook", None):
         enable = getattr(model, "enable_input_require_grads", None)
         if enable is not None:
             enable()
