@@ -57,7 +57,7 @@ def instructions(folder: str | Path, tokenizer: Any, seq_len: int, questions: in
     parts = []
     for path, other in _sets(folder):
         asked = _by_one_token(path, other, tokenizer, seq_len, questions)
-        parts.append((*_split(path, path, other, other, tokenizer, seq_len), asked))
+        parts.append((*_split(path, other, tokenizer, seq_len), asked))
     return _task("instructions", parts, questions)
 
 
@@ -82,7 +82,7 @@ def answers(folder: str | Path, tokenizer: Any, seq_len: int, questions: int) ->
                 file.write_text("".join(json.dumps(_written_out(o)) + "\n" for o in found), encoding="utf-8")
             chosen = [listed[1][i] for i in spread(len(listed[1]), questions)]
             asked = [_in_words(options, tokenizer, seq_len) for options in chosen]
-            parts.append((*_split(files[0], path, files[1], other, tokenizer, seq_len), asked))
+            parts.append((*_split(*files, tokenizer, seq_len), asked))
     if not parts:
         raise InputError(f"no question set in {folder} lists its options, as Answer1: ... Answer2: ...")
     return _task("answers", parts, questions)
@@ -117,12 +117,10 @@ def _sets(folder: str | Path) -> list[tuple[Path, Path]]:
     return [(path, path.with_name(path.name.replace("_train.", "_test."))) for path in sets]
 
 
-def _split(
-    train: Path, train_name: Path, test: Path, test_name: Path, tokenizer: Any, seq_len: int
-) -> tuple[Dataset, Dataset, Dataset]:
-    """Return training, validation and test data of two files, which are called by other names."""
-    learned, held_out = _named(train_name.name, load_data(train, tokenizer, seq_len=seq_len))
-    return learned, held_out, _joined(_named(test_name.name, load_data(test, tokenizer, seq_len=seq_len)))
+def _split(train: Path, test: Path, tokenizer: Any, seq_len: int) -> tuple[Dataset, Dataset, Dataset]:
+    """Return training, validation and test data of two files."""
+    learned, held_out = _named(train.name, load_data(train, tokenizer, seq_len=seq_len))
+    return learned, held_out, _joined(_named(test.name, load_data(test, tokenizer, seq_len=seq_len)))
 
 
 def _task(name: str, parts: Sequence[tuple[Dataset, Dataset, Dataset, list[Question]]], questions: int) -> Task:

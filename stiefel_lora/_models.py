@@ -257,10 +257,9 @@ def split_at_layer(name: str) -> tuple[str, int, str]:
 
 def endings(name: str) -> Iterator[str]:
     """Yield what matches a qualified name: the name and all that it ends in by whole components, the longest first."""
-    rest: str | None = name
-    while rest is not None:
-        yield rest
-        rest = rest.partition(".")[2] if "." in rest else None
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def all_endings(names: Iterable[str]) -> set[str]:

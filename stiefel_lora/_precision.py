@@ -1,6 +1,6 @@
 """The precision to compute in: types, and products that autocast and the TF32 and bf16 switches leave exact."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -35,12 +35,14 @@ def under_autocast(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def exact_products(devices: Iterable[str]) -> AbstractContextManager[object]:
+def exact_products(devices: Collection[str]) -> AbstractContextManager[object]:
     """Return a context in which products on these types of devices have the precision of their operands.
 
     A point is orthonormal to float32 rounding only if its Gram matrices are. ``set_float32_matmul_precision("high")``,
     as training scripts often have it, would leave three digits of them, and autocast two. What was set comes back.
     """
+    if not devices:
+        return nullcontext()
     autocast = [device for device in devices if under_autocast(device)]
     # A compiled function keeps the precision that it was compiled under.
     reduced = not torch.compiler.is_compiling() and _is_reduced()

@@ -222,7 +222,7 @@ def score(
     parameters = groups.sums(lambda linear: math.prod(linear_shape(linear)))
     parameters_per_rank = groups.sums(lambda linear: sum(linear_shape(linear)))
     if options.budget_params is not None:
-        budget_costs(options.budget_params, check_budget_rank(options.rank), parameters_per_rank)
+        budget_costs(options.budget_params, options.rank, parameters_per_rank)  # before the slow pass
     squared_weight_norm = groups.sums(_square)
     count = count_of(options.budget, len(groups.members))
     divisor = torch.tensor(divisors(options.normalize, parameters, squared_weight_norm), dtype=torch.float64)

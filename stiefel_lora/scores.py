@@ -91,7 +91,7 @@ class FisherScores:
         return sorted(self.layers[i] if self.granularity == "layer" else i for i in chosen)
 
     def _fill(self, budget_params: int, rank: int | None, normalize: Normalize) -> list[int]:
-        cost = budget_costs(budget_params, check_budget_rank(rank), self.parameters_per_rank)
+        cost = budget_costs(budget_params, rank, self.parameters_per_rank)
         values = self.normalized(normalize)
         chosen, left = [], budget_params
         for i in sorted(range(len(self)), key=lambda i: (-values[i] / cost[i], i)):
@@ -238,8 +238,9 @@ def divisors(normalize: Normalize, parameters: Sequence[int], squared_weight_nor
     return squared_weight_norm
 
 
-def budget_costs(budget_params: int, rank: int, parameters_per_rank: Sequence[int]) -> list[int]:
+def budget_costs(budget_params: int, rank: int | None, parameters_per_rank: Sequence[int]) -> list[int]:
     """Return what each takes of a budget of parameters, or raise InputError if that is not enough for any."""
+    rank = check_budget_rank(rank)
     cost = [rank * size for size in parameters_per_rank]
     if budget_params < min(cost):
         raise InputError(f"budget_params must be at least {min(cost)}, one at rank {rank}, got {budget_params}")

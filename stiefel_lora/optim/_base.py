@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -322,7 +321,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         largest = max((bucket.nbytes for alike in buckets for bucket in alike), default=0)
         # Nothing lowers the precision of float64.
         narrow = {b.params[0].device.type for alike in buckets for b in alike if b.dtype != torch.float64}
-        with exact_products(narrow) if narrow else nullcontext():
+        with exact_products(narrow):
             for group, alike in zip(self.param_groups, buckets, strict=True):
                 for bucket in alike:
                     for piece in bucket.pieces(self._workspace, largest):
