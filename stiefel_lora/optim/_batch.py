@@ -15,7 +15,7 @@ from stiefel_lora.errors import InputError
 
 # Matrices are updated in pieces of about this size, so that on a CPU the handful of passes over a piece stay in its
 # cache and everywhere the scratch memory is a few pieces instead of a few copies of the whole group.
-_PIECE_BYTES = {"cpu": 8 << 20}
+_PIECE_BYTES = {"cpu": 4 << 20}
 _PIECE_BYTES_ACCELERATOR = 32 << 20
 
 
