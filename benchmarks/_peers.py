@@ -26,9 +26,9 @@ def geoopt_adam(params: Sequence[Tensor]) -> torch.optim.Optimizer:
     return geoopt.optim.RiemannianAdam(params)
 
 
-def geoopt_sgd(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+def geoopt_sgd(params: Sequence[Tensor], *, nesterov: bool = False) -> torch.optim.Optimizer:
     """Take geoopt's RiemannianSGD with momentum 0.9; the retraction as for Adam."""
-    return geoopt.optim.RiemannianSGD(params, lr=1e-3, momentum=0.9)
+    return geoopt.optim.RiemannianSGD(params, lr=1e-3, momentum=0.9, nesterov=nesterov)
 
 
 def pogo(params: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -36,9 +36,9 @@ def pogo(params: Sequence[Tensor]) -> torch.optim.Optimizer:
     return _pogo(params, "VectorAdam")
 
 
-def pogo_sgd(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+def pogo_sgd(params: Sequence[Tensor], *, nesterov: bool = False) -> torch.optim.Optimizer:
     """POGO with SGD of momentum 0.9."""
-    return _pogo(params, "SGD", momentum=0.9)
+    return _pogo(params, "SGD", momentum=0.9, nesterov=nesterov)
 
 
 def _pogo(params: Sequence[Tensor], kind: str, **options: float) -> torch.optim.Optimizer:

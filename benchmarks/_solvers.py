@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import geoopt
@@ -83,9 +84,10 @@ def our_adam(problem: Problem, retraction: str) -> Descent:
     return _descent(problem, lambda p: RiemannianAdam(p, retraction=retraction))  # type: ignore[arg-type]
 
 
-def our_sgd(problem: Problem, retraction: str) -> Descent:
+def our_sgd(problem: Problem, retraction: str, *, nesterov: bool = False) -> Descent:
     """RiemannianSGD with momentum 0.9."""
-    return _descent(problem, lambda p: RiemannianSGD(p, momentum=0.9, retraction=retraction))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"momentum": 0.9, "nesterov": nesterov, "retraction": retraction}
+    return _descent(problem, lambda p: RiemannianSGD(p, **options))
 
 
 def geoopt_adam(problem: Problem) -> Descent:
@@ -93,9 +95,9 @@ def geoopt_adam(problem: Problem) -> Descent:
     return _descent(problem, _peers.geoopt_adam)
 
 
-def geoopt_sgd(problem: Problem) -> Descent:
+def geoopt_sgd(problem: Problem, *, nesterov: bool = False) -> Descent:
     """Take geoopt's RiemannianSGD with its QR retraction and momentum 0.9."""
-    return _descent(problem, _peers.geoopt_sgd)
+    return _descent(problem, partial(_peers.geoopt_sgd, nesterov=nesterov))
 
 
 def geoopt_canonical_adam(problem: Problem) -> Descent:
@@ -104,10 +106,10 @@ def geoopt_canonical_adam(problem: Problem) -> Descent:
     return _descent(problem, _peers.geoopt_adam, geoopt.CanonicalStiefel())
 
 
-def geoopt_canonical_sgd(problem: Problem) -> Descent:
+def geoopt_canonical_sgd(problem: Problem, *, nesterov: bool = False) -> Descent:
     """Take geoopt's RiemannianSGD with its Cayley retraction and momentum 0.9."""
     _check_rows(problem, "it solves an n x n system")
-    return _descent(problem, _peers.geoopt_sgd, geoopt.CanonicalStiefel())
+    return _descent(problem, partial(_peers.geoopt_sgd, nesterov=nesterov), geoopt.CanonicalStiefel())
 
 
 def pogo_adam(problem: Problem) -> Descent:
@@ -115,9 +117,9 @@ def pogo_adam(problem: Problem) -> Descent:
     return _descent(problem, _peers.pogo)
 
 
-def pogo_sgd(problem: Problem) -> Descent:
+def pogo_sgd(problem: Problem, *, nesterov: bool = False) -> Descent:
     """POGO with SGD, momentum 0.9."""
-    return _descent(problem, _peers.pogo_sgd)
+    return _descent(problem, partial(_peers.pogo_sgd, nesterov=nesterov))
 
 
 def geotorch_adam(problem: Problem) -> Descent:
@@ -138,14 +140,18 @@ def geotorch_adam(problem: Problem) -> Descent:
 
 
 FIRST_ORDER: dict[str, Callable[[Problem], Descent]] = {
-    **{f"ours, Adam, {name}": lambda problem, name=name: our_adam(problem, name) for name in stiefel.RETRACTIONS},
-    **{f"ours, SGD, {name}": lambda problem, name=name: our_sgd(problem, name) for name in stiefel.RETRACTIONS},
-    "geoopt Adam, Euclidean": geoopt_adam,
+    **{f"ours, Nesterov, {name}": partial(our_sgd, retraction=name, nesterov=True) for name in stiefel.RETRACTIONS},
+    "ours, SGD, qr": partial(our_sgd, retraction="qr"),
+    **{f"ours, Adam, {name}": partial(our_adam, retraction=name) for name in stiefel.RETRACTIONS},
+    "geoopt Nesterov, Euclidean": partial(geoopt_sgd, nesterov=True),
     "geoopt SGD, Euclidean": geoopt_sgd,
-    "geoopt Adam, canonical": geoopt_canonical_adam,
+    "geoopt Adam, Euclidean": geoopt_adam,
+    "geoopt Nesterov, canonical": partial(geoopt_canonical_sgd, nesterov=True),
     "geoopt SGD, canonical": geoopt_canonical_sgd,
-    "POGO, VectorAdam": pogo_adam,
+    "geoopt Adam, canonical": geoopt_canonical_adam,
+    "POGO, Nesterov": partial(pogo_sgd, nesterov=True),
     "POGO, SGD": pogo_sgd,
+    "POGO, VectorAdam": pogo_adam,
     "geotorch, torch Adam": geotorch_adam,
 }
 

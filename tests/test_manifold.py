@@ -125,8 +125,15 @@ def test_each_target_is_read_off_the_run_that_was_tuned_for_it(monkeypatch: pyte
         for target in targets:
             assert row["reached"][target][0] == next(i for i, gap in trace if gap <= float(target))
     assert row["reached"]["1e-06"][0] < row["reached"]["1e-09"][0]
+    # A stream is tuned once, with other batches, for less than what is read off.
+    aims: list[float] = []
+    tune = manifold._tune
+    monkeypatch.setattr(
+        manifold, "_tune", lambda p, m, n, aim, *a, **k: aims.append(aim) or tune(p, m, n, aim, *a, **k)
+    )
     stream = manifold._measure(streaming_pca(12, 2, 16, budget=30), args)["rows"][name]
     assert list(stream["settings"]) == ["1e-06"]
+    assert aims == [5e-7]
 
 
 def test_a_run_stops_at_the_hurdle_and_where_the_point_is_lost() -> None:
