@@ -4,8 +4,9 @@ For y = x W^T with the inputs a (T x in) and the output gradients g (T x out) of
 
     |dL/dW|_F^2 = sum((a a^T) * (g g^T)),
 
-which costs O(T^2 (in + out)) and never forms the (out x in) matrix; where T is so long that forming it is cheaper,
-it is formed for one linear map at a time. (Goodfellow, "Efficient per-example gradient computations", 2015; for
+which costs O(T^2 (in + out)) and never forms the (out x in) matrix; both products are symmetric, so that little more
+than half of each is computed. Where T is so long that forming the matrix is cheaper, it is formed for one linear map at
+a time. (Goodfellow, "Efficient per-example gradient computations", 2015; for
 sequences Li et al., "Large language models can be strong differentially private learners", ICLR 2022, section 4.)
 """
 
@@ -22,6 +23,10 @@ from stiefel_lora._entropy import LeanCrossEntropy, Rows
 from stiefel_lora._models import linear_shape, split_at_layer
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError, listed
+
+# A symmetric product is computed in so many blocks of rows, if they have at least so many rows each.
+_BLOCKS = 4
+_BLOCK_ROWS = 64
 
 # Python's part of the time is that of many small calls, each of which would take the way through LeanCrossEntropy.
 _unwatched = torch._C.DisableTorchFunction
@@ -113,7 +118,7 @@ class GradientNorms:
         self._over_logits = True
         self.rows: Rows | None = None
         # The last input and its Gram matrix: query, key and value projections share theirs.
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, list[Tensor]] | None = None
 
     def __enter__(self) -> "GradientNorms":
         for module in dict.fromkeys(self._linears.values()):
@@ -258,8 +263,8 @@ class GradientNorms:
         if not self._keep_inputs and weight.uses > 1:
             raise _UsedAgainError
         if not self._keep_inputs and self._gram_is_cheaper(x.numel() // n_in // self._batch_size, n_in, n_out):
-            grams = [self._input_gram(x, n_in)]
-            return lambda g: self._add(weight, _gram_norms(grams.pop(), self._by_sample(g, n_out)))
+            held = [self._input_gram(x, n_in)]
+            return lambda g: self._add(weight, _gram_norms(held.pop(), self._by_sample(g, n_out)))
         kept = [_Kept(self._by_sample(x, n_in))]
         self._count(kept[0].x)
         if self._keep_inputs:
@@ -300,13 +305,14 @@ class GradientNorms:
         return x if x.dim() == 3 and len(x) == self._batch_size else x.reshape(self._batch_size, -1, width)
 
     def _gram_is_cheaper(self, length: int, n_in: int, n_out: int) -> bool:
-        return length * (n_in + n_out) < n_in * n_out
+        entries = sum((end - start) * end for start, end in _row_blocks(length))
+        return entries * (n_in + n_out) < length * n_in * n_out
 
-    def _input_gram(self, x: Tensor, width: int) -> Tensor:
+    def _input_gram(self, x: Tensor, width: int) -> list[Tensor]:
         if self._last is None or self._last[0] is not x:
-            a = self._by_sample(x, width)
-            self._last = (x, _products(a, a.mT))
-            self._count(self._last[1])
+            self._last = (x, _gram(self._by_sample(x, width)))
+            for block in self._last[1]:
+                self._count(block)
         return self._last[1]
 
     def _finish(self, weight: _Weight) -> None:
@@ -316,7 +322,7 @@ class GradientNorms:
         a, g = (torch.cat(parts, dim=1) for parts in zip(*weight.arrived, strict=True))
         weight.arrived.clear()
         cheaper = self._gram_is_cheaper(a.shape[1], a.shape[2], g.shape[2])
-        self._add(weight, _gram_norms(_products(a, a.mT), g) if cheaper else _direct_norms(a, g))
+        self._add(weight, _gram_norms(_gram(a), g) if cheaper else _direct_norms(a, g))
 
     def _add(self, weight: _Weight, norms: Tensor) -> None:
         for row in weight.rows:
@@ -351,8 +357,25 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b, out=a.new_empty(len(a), a.shape[1], b.shape[2]))
 
 
-def _gram_norms(gram: Tensor, g: Tensor) -> Tensor:
-    return _products(g, g.mT).mul_(gram).sum(dim=(1, 2))
+def _row_blocks(length: int) -> list[tuple[int, int]]:
+    """Return where each block of the rows of a symmetric matrix starts and ends."""
+    rows = max(_BLOCK_ROWS, -(-length // _BLOCKS))
+    return [(start, min(start + rows, length)) for start in range(0, length, rows)]
+
+
+def _gram(a: Tensor) -> list[Tensor]:
+    """Return a a^T of each sample by blocks of rows, each up to the block's own columns: the rest is their mirror."""
+    return [_products(a[:, start:end], a[:, :end].mT) for start, end in _row_blocks(a.shape[1])]
+
+
+def _gram_norms(gram: list[Tensor], g: Tensor) -> Tensor:
+    total = g.new_zeros(len(g))
+    for block, other in zip(gram, _gram(g), strict=True):
+        product = other.mul_(block)
+        before = block.shape[2] - block.shape[1]
+        # What is left of the diagonal blocks stands for its mirror image as well.
+        total = total + product.sum(dim=(1, 2)) + product[:, :, :before].sum(dim=(1, 2))
+    return total
 
 
 def _direct_norms(a: Tensor, g: Tensor) -> Tensor:

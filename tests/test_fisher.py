@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from stiefel_lora import _gradnorms
 from stiefel_lora._entropy import LeanCrossEntropy
 from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import SampleLosses
@@ -102,6 +103,16 @@ def test_both_forms_of_the_norm(length: int) -> None:
     """Short sequences go through Gram matrices, long ones through the gradient itself; 12 x 20 maps change at 7.5."""
     family = FAMILIES["sequential"]
     model, batch = family.build().double(), {k: v.double() for k, v in plain_batch(3, length).items()}
+    torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 6])
+def test_gram_matrices_by_blocks_of_rows(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most four blocks of at least two rows: 1, 2 + 2, 2 + 2 + 1 and 2 + 2 + 2."""
+    monkeypatch.setattr(_gradnorms, "_BLOCK_ROWS", 2)
+    family = FAMILIES["sequential"]
+    model, batch = family.build().double(), {k: v.double() for k, v in plain_batch(3, length).items()}
+    monkeypatch.setattr(_gradnorms, "_direct_norms", None)
     torch.testing.assert_close(by_module(model, [batch]).double(), expected_by_module(model, batch), rtol=1e-6, atol=0)
 
 
