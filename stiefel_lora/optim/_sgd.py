@@ -30,7 +30,8 @@ class RiemannianSGD(RiemannianOptimizer):
         dampening: Dampening of the momentum.
         weight_decay: L2 penalty on ordinary parameters, as in torch's SGD, and on other manifolds; it has no tangent
             part on a Stiefel manifold.
-        nesterov: Use Nesterov momentum.
+        nesterov: Use Nesterov momentum. With ``momentum=0.9`` it is the choice for problems on the manifold itself, of
+            which smooth ones need a half to a third of the iterations (``benchmarks/results``, manifold).
         retraction: "qr", "cayley", "polar" or "exp"; see ``stiefel_lora.stiefel.retract``.
         metric: "euclidean" or "canonical": which Riemannian gradient a Stiefel parameter follows.
         maximize: Ascend instead of descend.
