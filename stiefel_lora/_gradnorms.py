@@ -6,8 +6,8 @@ For y = x W^T with the inputs a (T x in) and the output gradients g (T x out) of
 
 which costs O(T^2 (in + out)) and never forms the (out x in) matrix; both products are symmetric, so that little more
 than half of each is computed. Where T is so long that forming the matrix is cheaper, it is formed for one linear map at
-a time. (Goodfellow, "Efficient per-example gradient computations", 2015; for
-sequences Li et al., "Large language models can be strong differentially private learners", ICLR 2022, section 4.)
+a time. (Goodfellow, "Efficient per-example gradient computations", 2015; for sequences Li et al., "Large language
+models can be strong differentially private learners", ICLR 2022, section 4.)
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -373,7 +373,7 @@ def _gram_norms(gram: list[Tensor], g: Tensor) -> Tensor:
     for block, other in zip(gram, _gram(g), strict=True):
         product = other.mul_(block)
         before = block.shape[2] - block.shape[1]
-        # What is left of the diagonal blocks stands for its mirror image as well.
+        # What is left of the diagonal block stands for its mirror image as well.
         total = total + product.sum(dim=(1, 2)) + product[:, :, :before].sum(dim=(1, 2))
     return total
 
