@@ -4,9 +4,9 @@ For y = x W^T with the inputs a (T x in) and the output gradients g (T x out) of
 
     |dL/dW|_F^2 = sum((a a^T) * (g g^T)),
 
-which costs O(T^2 (in + out)) and never forms the (out x in) matrix; both products are symmetric, so that little more
-than half of each is computed. Where T is so long that forming the matrix is cheaper, it is formed for one linear map at
-a time. (Goodfellow, "Efficient per-example gradient computations", 2015; for sequences Li et al., "Large language
+which costs O(T^2 (in + out)) and never forms the (out x in) matrix; both products are symmetric, so that of long ones
+five eighths are computed. Where T is so long that forming the matrix is cheaper, it is formed for one linear map at a
+time. (Goodfellow, "Efficient per-example gradient computations", 2015; for sequences Li et al., "Large language
 models can be strong differentially private learners", ICLR 2022, section 4.)
 """
 
