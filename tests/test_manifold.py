@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks import _harness, manifold
 from benchmarks._problems import Problem, pca, streaming_pca
@@ -77,6 +78,23 @@ def test_picture_is_drawn_from_results_alone(tmp_path: Path) -> None:
     path = tmp_path / "new.png"
     manifold.plot(results(chosen=1.0, geoopt=2.0), path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_sets_off_the_choice_and_the_fastest_of_each_other_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+    found = results(chosen=2.0, own=1.0, geoopt=2.0, pogo=None)
+    rows = found["problems"]["problem"]["rows"]
+    rows["geoopt Adam, Euclidean"] = row(1.5)
+    # None of this library reaches 1e-6; the one that ends nearer to it stands for it.
+    rows["POGO, Nesterov"] = {**row(None), "gaps": [1, 1e-2, 1e-4]}
+    manifold.plot(found, Path("x.png"))
+    (panel,) = drawn[0].axes
+    named = {line.get_label() for line in panel.lines if not line.get_label().startswith("_")}
+    assert named == {manifold.CHOICE, "geoopt Adam, Euclidean", "POGO, Nesterov", "pymanopt, trust regions"}
+    assert len(panel.lines) == len(rows) + len(manifold.TARGETS)
 
 
 def test_checkpoints_are_at_most_three_percent_apart_and_include_the_last() -> None:
