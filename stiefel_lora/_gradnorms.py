@@ -28,6 +28,11 @@ from stiefel_lora.errors import InputError, listed
 _BLOCKS = 4
 _BLOCK_ROWS = 64
 
+# Gradients of float16 are taken of the loss times this, as most are below the type's range and would be zeros; where
+# that is too much for one of them, times the next smaller factor.
+_LOSS_SCALE = 2.0**15
+_SCALE_STEP = 2.0**5
+
 # Python's part of the time is that of many small calls, each of which would take the way through LeanCrossEntropy.
 _unwatched = torch._C.DisableTorchFunction
 
@@ -112,6 +117,8 @@ class GradientNorms:
         self._batch_size = 0
         self._norms: dict[int, Tensor] = {}  # shape (batch,), by the row of the linear map
         self._in_backward = False
+        self._loss_scale = _LOSS_SCALE
+        self._scale = 1.0
         self._keep_inputs = len(self._weights) < len(linears)
         self._parameters = {_address(p) for p in model.parameters()}
         self._saved: dict[int, int] = {}
@@ -175,14 +182,19 @@ class GradientNorms:
             self._keep_inputs = True
             loss = self._forward(forward)
         self._in_backward = True
-        loss.backward()
+        loss.backward(torch.full_like(loss, self._scale))
         for weight in self._weights.values():
             self._finish(weight)
-        return self._measured()
+        norms = self._measured()
+        if self._scale > 1 and bool(loss.isfinite()) and not bool(norms.isfinite().all()):
+            self._loss_scale /= _SCALE_STEP
+            return self._measure(forward)
+        return norms
 
     def _forward(self, forward: Callable[[], Tensor]) -> Tensor:
         self._forget()
         self._saved.clear()
+        self._scale = 1.0
         entropy = LeanCrossEntropy(in_place=self._over_logits)
         with torch.enable_grad(), entropy, torch.autograd.graph.saved_tensors_hooks(self._save, methodcaller("get")):
             loss = forward()
@@ -253,6 +265,8 @@ class GradientNorms:
                     # A checkpointed segment runs again. Its first run is what counts, but the same must be saved.
                     return _tap(output, lambda g: None)
                 weight.uses += 1
+                if output.dtype == torch.float16:
+                    self._scale = self._loss_scale
                 arrive = self._arrival(weight, x, n_in, n_out)
                 return _tap(output, self._with_sketches(arrive, weight, x, n_in, n_out))
 
@@ -264,12 +278,12 @@ class GradientNorms:
             raise _UsedAgainError
         if not self._keep_inputs and self._gram_is_cheaper(x.numel() // n_in // self._batch_size, n_in, n_out):
             held = [self._input_gram(x, n_in)]
-            return lambda g: self._add(weight, _gram_norms(held.pop(), self._by_sample(g, n_out)))
+            return lambda g: self._add(weight, _gram_norms(held.pop(), self._gradient(g, n_out)))
         kept = [_Kept(self._by_sample(x, n_in))]
         self._count(kept[0].x)
         if self._keep_inputs:
-            return lambda g: weight.arrived.append((kept.pop().get(), self._by_sample(g, n_out)))
-        return lambda g: self._add(weight, _direct_norms(kept.pop().get(), self._by_sample(g, n_out)))
+            return lambda g: weight.arrived.append((kept.pop().get(), self._gradient(g, n_out)))
+        return lambda g: self._add(weight, _direct_norms(kept.pop().get(), self._gradient(g, n_out)))
 
     def _with_sketches(
         self, arrive: Callable[[Tensor], None], weight: _Weight, x: Tensor, n_in: int, n_out: int
@@ -284,11 +298,16 @@ class GradientNorms:
 
         def arrive_and_stage(g: Tensor) -> None:
             arrive(g)
-            inputs, gradients = self._by_sample(kept.pop().get(), n_in), self._by_sample(g, n_out)
+            inputs, gradients = self._by_sample(kept.pop().get(), n_in), self._gradient(g, n_out)
             for name in names:
                 sketches.stage(name, inputs, gradients)
 
         return arrive_and_stage
+
+    def _gradient(self, g: Tensor | None, width: int) -> Tensor:
+        """Return an output gradient as (batch, T, width) in float32 or wider, without the factor of the loss."""
+        g = self._by_sample(g, width)
+        return g if self._scale == 1 else g / self._scale
 
     def _by_sample(self, x: Tensor | None, width: int) -> Tensor:
         """Return ``x`` as (batch, T, width) in float32 or wider."""

@@ -71,7 +71,8 @@ class FinetuneConfig:
         dropout: Dropout of the adapters' input.
         eval_samples: Held-out samples that are evaluated.
         seed: Seed of the adapters, the order of the data and dropout.
-        dtype: "float32", "bfloat16" or "float16"; None for the device's default.
+        dtype: "float32", "bfloat16" or "float16" (trained with torch's scaling of the loss); None for the
+            device's default.
     """
 
     model: str | None = None

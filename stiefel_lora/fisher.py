@@ -125,6 +125,7 @@ def fisher_scores(
     The model is evaluated in eval mode; only gradients of activations are computed. It comes back as it was: training
     mode, ``requires_grad``, gradients, hooks, configuration and random state, also after an error. Linear maps are
     modules that are called: projections inside ``nn.MultiheadAttention`` and experts kept as one tensor are not scored.
+    Gradients of float16 are taken of a scaled loss, so that those below its range count.
 
     Args:
         model: A model with a list of repeated layers, on any device.

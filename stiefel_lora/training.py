@@ -232,6 +232,9 @@ class _Run:
             if self.config.optimizer == "adam"
             else RiemannianSGD(self._groups(), momentum=0.9, **options)
         )
+        # Most gradients of float16 are below its range.
+        first = next(self.model.parameters())
+        self.scaler = torch.amp.GradScaler(first.device.type, enabled=first.dtype == torch.float16)
         if saved is None:
             self.save()
             return
@@ -239,6 +242,7 @@ class _Run:
             for name, factor in self.factors.items():
                 factor.copy_(saved["factors"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         if torch.cuda.is_available() and saved["cuda_rng"]:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
@@ -263,6 +267,7 @@ class _Run:
                     "step": self.step,
                     "factors": {name: factor.detach().as_subclass(Tensor) for name, factor in self.factors.items()},
                     "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
                     "rng": torch.get_rng_state(),
                     "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                     "losses": self.losses,
@@ -302,14 +307,15 @@ class _Run:
             with autocast_like(self.model):
                 # Each token of the step counts the same, in whichever batch it is.
                 part = self.model(**batch).loss * (count / sum(counts))
-            part.backward()
+            self.scaler.scale(part).backward()
             loss += float(part.detach())
         if not math.isfinite(loss):
             raise InputError(f"the loss at step {self.step + 1} is {loss}; {_REMEDY}")
         with self.clock.time("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["ratio"] * learning_rate(config, self.step)
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.optimizer.zero_grad()
         self.losses.append(loss)
         self.step += 1

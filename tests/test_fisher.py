@@ -496,6 +496,27 @@ def test_autocast_stays_close_to_full_precision() -> None:
     assert not torch.equal(low, plain)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_gradients_of_float16_may_be_far_below_its_range_or_near_its_end(size: float) -> None:
+    model, batch = LLAMA.build(), causal_batch(3, 8)
+    plain = by_module(model, [batch])
+    low = by_module(model.half(), [batch], loss_fn=lambda model, batch: size * model(**batch).loss) / size**2
+    # float16 has 11 bits; squared norms over three layers of it.
+    torch.testing.assert_close(low, plain, rtol=0.02, atol=1e-3 * float(plain.max()))
+
+
+def test_a_sample_of_float16_that_is_not_finite_costs_no_range() -> None:
+    model, batch = LLAMA.build(), causal_batch(3, 8)
+    plain = by_module(model, [causal_batch(3, 8)])
+    model = model.half()
+    model.get_input_embeddings().weight.data[5] = torch.nan
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == 5, 6)
+    broken = {**batch, "input_ids": torch.full_like(batch["input_ids"], 5)}
+    with pytest.warns(UserWarning, match="3 of 6 samples"):
+        low = by_module(model, [broken, batch], loss_fn=lambda model, batch: 1e-4 * model(**batch).loss) / 1e-8
+    torch.testing.assert_close(low, plain, rtol=0.02, atol=1e-3 * float(plain.max()))
+
+
 def test_it_works_inside_no_grad_and_on_frozen_models() -> None:
     model, batch = LLAMA.build(), causal_batch(3, 8)
     plain = by_module(model, [batch])
