@@ -124,7 +124,7 @@ def ours(
         names = add_adapters(model, **where, **options)
         extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
         trainable = [p for p in model.parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in trainable if isinstance(p, ManifoldParameter)], "lr": rate_on_manifold * setting.lr},
             {"params": [p for p in trainable if not isinstance(p, ManifoldParameter)]},
         ]
@@ -171,7 +171,7 @@ def lora(
         peft = _peft()
         rank, chosen = round(share * setting.rank), list(layers(setting))
         begin = time.perf_counter()
-        alike = {"layers": chosen, "rank": rank, "target_modules": list(targets)}
+        alike: dict[str, Any] = {"layers": chosen, "rank": rank, "target_modules": list(targets)}
         where = _allocated(model, setting, share, samples) if allocate else alike
         starts, ranks = where.get("init", {}), where.get("rank_pattern", {})
         if gradient_start:
@@ -240,7 +240,7 @@ def _with_adamw(model: Any, setting: Setting, extra: dict[str, Any]) -> Tuned:
                 yield b.weight.detach(), a.weight.detach()
             else:
                 # AdaLoRA: P diag(E) Q, with zeros in E for what was pruned.
-                yield b.detach() * module.lora_E["default"].detach().mT, a.detach()  # type: ignore[index, operator, union-attr]
+                yield b.detach() * module.lora_E["default"].detach().mT, a.detach()
 
     return Tuned(model, optimizer, updates, extra=extra)
 

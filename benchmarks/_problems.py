@@ -96,8 +96,8 @@ class Problem:
 
         Of ``x`` itself it would be meaningless where ``x`` is off the manifold: a longer matrix has a lower PCA cost.
         """
-        x = nearest(x)
-        return float("inf") if x is None else (float(self.cost(x)) - self.optimum) / abs(self.optimum)
+        point = nearest(x)
+        return float("inf") if point is None else (float(self.cost(point)) - self.optimum) / abs(self.optimum)
 
 
 def nearest(x: Tensor) -> Tensor | None:

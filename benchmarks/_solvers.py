@@ -64,7 +64,7 @@ class Parametrised(Descent):
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad()
         x = self.module.weight
-        x.backward(self.oracle(x.detach()))  # type: ignore[operator, union-attr, arg-type]
+        x.backward(self.oracle(x.detach()))  # type: ignore[operator]
         self.optimizer.step()
 
 

@@ -77,12 +77,12 @@ def answers(folder: str | Path, tokenizer: Any, seq_len: int, questions: int) ->
             listed = [[o for r in _read(file) if (o := _options(r)) is not None] for file in (path, other)]
             if not all(listed):
                 continue
-            files = [Path(scratch) / file.name for file in (path, other)]
-            for file, found in zip(files, listed, strict=True):
+            written, held_out = (Path(scratch) / file.name for file in (path, other))
+            for file, found in zip((written, held_out), listed, strict=True):
                 file.write_text("".join(json.dumps(_written_out(o)) + "\n" for o in found), encoding="utf-8")
             chosen = [listed[1][i] for i in spread(len(listed[1]), questions)]
             asked = [_in_words(options, tokenizer, seq_len) for options in chosen]
-            parts.append((*_split(*files, tokenizer, seq_len), asked))
+            parts.append((*_split(written, held_out, tokenizer, seq_len), asked))
     if not parts:
         raise InputError(f"no question set in {folder} lists its options, as Answer1: ... Answer2: ...")
     return _task("answers", parts, questions)
@@ -92,7 +92,7 @@ def tiny() -> tuple[nn.Module, Task]:
     """Return a random model of a few thousand weights and random data for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, hidden_size=32, intermediate_size=64, vocab_size=99)).eval()
     ids = list(torch.randint(99, (16, 16)))
     data = Dataset(ids, ids, "random tokens")
@@ -258,7 +258,7 @@ def _mean_log_likelihood(logits: Tensor, question: Question, choice: Tensor) -> 
 
 
 def _logits(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(_device(model))
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(_device(model))
     # Padding is behind what counts, where a causal model does not see it.
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)
     mask = torch.arange(ids.shape[1], device=ids.device)[None] < lengths[:, None]

@@ -52,7 +52,7 @@ def _drift(dtype: str, steps: int, lr: float, shape: tuple[int, int]) -> list[di
     }
     groups = [{"params": [p], "retraction": retraction} for retraction, p in params.items()]
     optimizer = RiemannianAdam(groups, lr=lr)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"retraction": retraction, "dtype": dtype, "largest": 0.0, "curve": [], "bound": BOUNDS[dtype]}
         for retraction in params
     ]

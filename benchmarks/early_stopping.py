@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Select with each budget and tolerance, and from all samples."""
     if args.quick:
+        model: Any
         model, task = _tasks.tiny()
         samples = len(task.train)
     else:

@@ -222,7 +222,7 @@ def _plan(args: argparse.Namespace, cells: list[Cell]) -> Iterator[Key]:
 
 
 def _key(cell: Cell) -> Key:
-    return tuple(cell[name] for name in _KEY)  # type: ignore[return-value]
+    return tuple(cell[name] for name in _KEY)
 
 
 # -- in the process of a cell ------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sys.exit(0)
     rounds = 1 if args.quick else args.rounds
     lengths = {128: args.samples, 512: args.long_samples} if not args.quick else {16: 4}
-    model = _tasks.tiny()[0] if args.quick else load_pretrained(args.model)[0]
+    model: Any = _tasks.tiny()[0] if args.quick else load_pretrained(args.model)[0]
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     compared = {str(t): _compare(model, _batches(model, n, t), rounds) for t, n in lengths.items()}
     able = {name for part in compared.values() for name in part["rows"]}
@@ -81,7 +81,7 @@ def _batches(model: Any, samples: int, length: int, size: int = 4) -> list[Batch
     return [{"input_ids": part, "labels": part} for part in ids.split(size)]
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
+def _weights(model: nn.Module) -> dict[str, Any]:
     return {name: m.weight for layer in find_linears(model).values() for name, m in layer.items()}
 
 
@@ -110,7 +110,7 @@ def loop(model: Any, batches: list[Batch]) -> Tensor:
         for n in range(len(batch["labels"])):
             model.zero_grad(set_to_none=True)
             model(**{key: value[n : n + 1] for key, value in batch.items()}, use_cache=False).loss.backward()
-            total += torch.stack([w.grad.square().sum() for w in weights.values()])  # type: ignore[union-attr]
+            total += torch.stack([w.grad.square().sum() for w in weights.values()])
     model.zero_grad(set_to_none=True)
     model.requires_grad_(False)
     return _by_layer(model, total / sum(len(batch["labels"]) for batch in batches))
@@ -132,7 +132,7 @@ def ghost(model: Any, batches: list[Batch]) -> Tensor:
     total = torch.zeros(len(weights))
     for batch in batches:
         wrapped(**batch, use_cache=False).loss.backward()
-        total += torch.stack([w._norm_sample.square().sum() for w in weights.values()])  # type: ignore[attr-defined]
+        total += torch.stack([w._norm_sample.square().sum() for w in weights.values()])
         wrapped.zero_grad(set_to_none=True)
     wrapped.to_standard_module()
     model.requires_grad_(False).eval()
@@ -251,7 +251,7 @@ def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden = 64 if quick else 2048
-    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(**sizes, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=1000)
     model = LlamaForCausalLM(config).eval()
     # What is found out once, from the first sample alone, is shared by as many as elsewhere in this study.

@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def _cpu_times(
         timed[name]()
         seconds[name].append(time.process_time() - begin)
 
-    turns = {name: lambda name=name: clocked(name) for name in timed}  # type: ignore[misc]
+    turns = {name: partial(clocked, name) for name in timed}
     counted = _harness.interleave(turns, rounds=rounds, slow=slow, label=label)
     return {name: seconds[name][-len(counted[name]) :] for name in timed}
 
@@ -434,11 +435,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     lines = max(1, math.ceil(len(problems) / columns))
     figure = Figure(figsize=(4.2 * columns, 3.3 * lines + 0.3), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flat
-    for panel, (name, problem) in itertools.zip_longest(panels, problems.items(), fillvalue=(None, None)):
+    for panel, name in itertools.zip_longest(panels, problems):
         if name is None:
             panel.set_axis_off()
             continue
-        _draw(panel, problem["rows"])
+        _draw(panel, problems[name]["rows"])
         panel.set(xscale="log", yscale="log", title=name, ylim=(1e-15, None))
         panel.tick_params(labelsize=8)
         panel.set_xlabel("seconds", fontsize=8)
@@ -453,7 +454,7 @@ def _draw(panel: Any, rows: dict[str, Any]) -> None:
         points = [
             (s, max(gap, 1e-13)) for s, gap in zip(row["seconds"], row["gaps"], strict=True) if s and gap is not None
         ]
-        style = {"linewidth": 0.8, "alpha": 0.25}
+        style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.25}
         if solver in outstanding:
             style = {"linewidth": 2.4 if solver == CHOICE else 1.4, "label": solver, "zorder": 3}
         panel.plot(*zip(*points, strict=True) if points else ([], []), color=_COLOURS[_library(solver)], **style)

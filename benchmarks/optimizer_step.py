@@ -12,8 +12,9 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import geoopt
 import torch
@@ -22,13 +23,13 @@ from torch import Tensor
 from benchmarks import _harness, _peers
 from benchmarks._shapes import MODELS
 from stiefel_lora import stiefel
+from stiefel_lora._types import Retraction
 from stiefel_lora.optim import RiemannianAdam
 from stiefel_lora.optim._kinds import is_stiefel
 
 Make = Callable[[Sequence[Tensor]], torch.optim.Optimizer]
 OURS: dict[str, Make] = {
-    f"ours, {name}": lambda params, name=name: RiemannianAdam(params, retraction=name, fused=True)
-    for name in stiefel.RETRACTIONS
+    f"ours, {name}": partial(RiemannianAdam, retraction=name, fused=True) for name in get_args(Retraction)
 }
 FLOOR = "torch AdamW, fused"
 # Rows above which geoopt's canonical retraction (an n x n solve for each matrix) is left out: one step of the
@@ -117,7 +118,11 @@ def _compare(label: str, down: list[Tensor], up: list[Tensor], rounds: int, devi
         absent["POGO (A), fused AdamW (B)"] = str(error)
 
     def step(group: list[torch.optim.Optimizer]) -> Callable[[], None]:
-        return lambda: [optimizer.step() for optimizer in group] and None
+        def go() -> None:
+            for optimizer in group:
+                optimizer.step()
+
+        return go
 
     times = _harness.interleave(
         {name: step(group) for name, group in optimizers.items()},
@@ -191,7 +196,7 @@ def _exponents(device: str, *, quick: bool) -> dict[str, Any]:
             for size in grid
         }
         times = _harness.interleave(
-            {key: lambda o=o: o.step() for key, o in optimizers.items()},
+            {key: o.step for key, o in optimizers.items()},
             rounds=rounds,
             device=device,
             label=f"cost against {axis}",
