@@ -52,20 +52,30 @@ class LeanCrossEntropy(TorchFunctionMode):
         if func is cross_entropy:
             call = _SIGNATURE.bind(*args, **(kwargs or {}))
             call.apply_defaults()
-            if _fits(call.arguments):
-                logits, target, ignored = (call.arguments[k] for k in ("input", "target", "ignore_index"))
-                mean, losses = _Mean.apply(logits, target, ignored, self._in_place)
+            logits, target, ignored = (call.arguments[k] for k in ("input", "target", "ignore_index"))
+            if _is_plain_mean(call.arguments):
+                # Autocast would widen a low precision.
+                if logits.dtype in (torch.float32, torch.float64):
+                    mean, losses = _Mean.apply(logits, target, ignored, self._in_place)
+                else:
+                    mean, losses = func(*args, **(kwargs or {})), _rows(logits.detach().float(), target, ignored)
                 self._taken.append((mean, Rows(losses, target)))
                 return mean
         return func(*args, **(kwargs or {}))
 
 
-def _fits(call: dict[str, Any]) -> bool:
+def _rows(logits: Tensor, target: Tensor, ignored: int) -> Tensor:
+    losses = cross_entropy(logits, target, ignore_index=ignored, reduction="none")
+    return losses.masked_fill(target == ignored, torch.nan)
+
+
+def _is_plain_mean(call: dict[str, Any]) -> bool:
     logits, target = call["input"], call["target"]
-    plain = call["weight"] is None and call["reduction"] == "mean" and not call["label_smoothing"]
+    # torch's older arguments, where they are given, count and not the reduction.
+    mean = call["reduction"] == "mean" and call["size_average"] is None and call["reduce"] is None
+    plain = mean and call["weight"] is None and not call["label_smoothing"]
     own = logits.requires_grad and not logits.is_leaf and logits.dim() == 2
-    # Autocast would widen a low precision.
-    return plain and own and logits.dtype in (torch.float32, torch.float64) and not target.is_floating_point()
+    return plain and own and not target.is_floating_point()
 
 
 class _Mean(torch.autograd.Function):

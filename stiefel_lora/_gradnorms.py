@@ -10,7 +10,8 @@ time. (Goodfellow, "Efficient per-example gradient computations", 2015; for sequ
 models can be strong differentially private learners", ICLR 2022, section 4.)
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import methodcaller
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn.functional import silu
 
 from stiefel_lora._entropy import LeanCrossEntropy, Rows
 from stiefel_lora._models import linear_shape, split_at_layer
+from stiefel_lora._precision import LOSS_SCALES, product_eps
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError, listed
 
@@ -28,10 +30,6 @@ from stiefel_lora.errors import InputError, listed
 _BLOCKS = 4
 _BLOCK_ROWS = 64
 
-# Gradients of float16 are taken of the loss times this, as most are below the type's range and would be zeros; where
-# that is too much for one of them, times the next smaller factor.
-_LOSS_SCALE = 2.0**15
-_SCALE_STEP = 2.0**5
 
 # Python's part of the time is that of many small calls, each of which would take the way through LeanCrossEntropy.
 _unwatched = torch._C.DisableTorchFunction
@@ -117,15 +115,17 @@ class GradientNorms:
         self._batch_size = 0
         self._norms: dict[int, Tensor] = {}  # shape (batch,), by the row of the linear map
         self._in_backward = False
-        self._loss_scale = _LOSS_SCALE
+        self._is_half = False  # Whether float16 takes part in the loss
+        # The relative rounding error of the coarsest output of the linear maps.
+        self.eps = 0.0
         self._scale = 1.0
         self._keep_inputs = len(self._weights) < len(linears)
         self._parameters = {_address(p) for p in model.parameters()}
         self._saved: dict[int, int] = {}
         self._over_logits = True
         self.rows: Rows | None = None
-        # The last input and its Gram matrix: query, key and value projections share theirs.
-        self._last: tuple[Tensor, list[Tensor]] | None = None
+        # The last input, its version and its Gram matrix: query, key and value projections share theirs.
+        self._last: tuple[Tensor, int, list[Tensor]] | None = None
 
     def __enter__(self) -> "GradientNorms":
         for module in dict.fromkeys(self._linears.values()):
@@ -174,27 +174,29 @@ class GradientNorms:
             self._forget()
 
     def _measure(self, forward: Callable[[], Tensor]) -> Tensor:
-        if self.sketches is not None:
-            self.sketches.unstage()
-        try:
-            loss = self._forward(forward)
-        except _UsedAgainError:
-            self._keep_inputs = True
-            loss = self._forward(forward)
-        self._in_backward = True
-        loss.backward(torch.full_like(loss, self._scale))
-        for weight in self._weights.values():
-            self._finish(weight)
-        norms = self._measured()
-        if self._scale > 1 and bool(loss.isfinite()) and not bool(norms.isfinite().all()):
-            self._loss_scale /= _SCALE_STEP
-            return self._measure(forward)
+        for scale in LOSS_SCALES:
+            if self.sketches is not None:
+                self.sketches.unstage()
+            try:
+                loss = self._forward(forward)
+            except _UsedAgainError:
+                self._keep_inputs = True
+                loss = self._forward(forward)
+            self._scale = scale if self._is_half else 1.0
+            self._in_backward = True
+            with _own_gradients(loss):
+                loss.backward(torch.full_like(loss, self._scale))
+            for weight in self._weights.values():
+                self._finish(weight)
+            norms = self._measured()
+            if self._scale == 1 or not loss.isfinite() or norms.isfinite().all():
+                break
         return norms
 
     def _forward(self, forward: Callable[[], Tensor]) -> Tensor:
         self._forget()
         self._saved.clear()
-        self._scale = 1.0
+        self._is_half, self.eps = False, 0.0
         entropy = LeanCrossEntropy(in_place=self._over_logits)
         with torch.enable_grad(), entropy, torch.autograd.graph.saved_tensors_hooks(self._save, methodcaller("get")):
             loss = forward()
@@ -216,8 +218,9 @@ class GradientNorms:
     def _save(self, x: Tensor) -> _Kept:
         """Keep a tensor for the backward pass, or what it is cheaply computed from."""
         with _unwatched():
+            self._is_half |= x.dtype == torch.float16
             node = x.grad_fn
-            if node is not None and node.name() == "SiluBackward0":
+            if node is not None and node.name() == "SiluBackward0" and x._version == 0:
                 return _KeptAgain(silu, node._saved_self.detach())  # type: ignore[attr-defined]
             self._count(x)
             return _Kept(x)
@@ -265,8 +268,8 @@ class GradientNorms:
                     # A checkpointed segment runs again. Its first run is what counts, but the same must be saved.
                     return _tap(output, lambda g: None)
                 weight.uses += 1
-                if output.dtype == torch.float16:
-                    self._scale = self._loss_scale
+                self._is_half |= output.dtype == torch.float16
+                self.eps = max(self.eps, product_eps(output))
                 arrive = self._arrival(weight, x, n_in, n_out)
                 return _tap(output, self._with_sketches(arrive, weight, x, n_in, n_out))
 
@@ -328,11 +331,11 @@ class GradientNorms:
         return entries * (n_in + n_out) < length * n_in * n_out
 
     def _input_gram(self, x: Tensor, width: int) -> list[Tensor]:
-        if self._last is None or self._last[0] is not x:
-            self._last = (x, _gram(self._by_sample(x, width)))
-            for block in self._last[1]:
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            self._last = (x, x._version, _gram(self._by_sample(x, width)))
+            for block in self._last[2]:
                 self._count(block)
-        return self._last[1]
+        return self._last[2]
 
     def _finish(self, weight: _Weight) -> None:
         """Add up a weight whose inputs were kept: its uses, one after another, are one longer sequence."""
@@ -346,6 +349,26 @@ class GradientNorms:
     def _add(self, weight: _Weight, norms: Tensor) -> None:
         for row in weight.rows:
             self._norms[row] = norms
+
+
+@contextmanager
+def _own_gradients(loss: Tensor) -> Iterator[None]:
+    """Within the context a backward pass leaves no gradient in what a loss depends on, as a trainable ``loss_fn``."""
+    leaves, seen, nodes = [], set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            leaves.append((leaf, leaf.grad))
+            leaf.grad = None
+        nodes.extend(after for after, _ in node.next_functions)
+    try:
+        yield
+    finally:
+        for leaf, gradient in leaves:
+            leaf.grad = gradient
 
 
 def _address(x: Tensor) -> int:

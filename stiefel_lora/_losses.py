@@ -19,8 +19,10 @@ LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 IGNORED = -100  # the label of a position without a loss, as in torch's cross entropy
 
-# Of the largest share of a linear map: what low precision may change, far below what mixed-up samples do.
-_AGREEMENT = 0.02
+# A share of all, beside which the shares of single linear maps are not compared more closely than this one.
+_SMALL_SHARE = 0.03
+# Relative rounding errors above this one are those of float16, bfloat16 and TF32.
+_LOW_PRECISION = 1e-4
 # A batch is taken in parts that keep at most this share of the model's own size for the backward pass, or these bytes.
 _SHARE_OF_MODEL = 0.25
 _LEAST_BYTES = 32 * 2**20
@@ -93,15 +95,28 @@ class SampleLosses:
             for n in range(len(parts), size, rows)
         ]
         squared = torch.cat(parts)
-        if rows > 1 and not self._checked:
-            self._checked = True
-            # Sequence-first layers whose length is the batch size look as if they had the batch in front.
-            if not _same_shares(self._first_alone(batch, size)[0] if alone is None else alone, squared[0]):
-                self._fitting = set()
-                if self._sketches is not None:
-                    self._sketches.drop()
-                return self._one_by_one(batch, size)
+        # Sequence-first layers whose length is the batch size look as if they had the batch in front.
+        if rows > 1 and not self._checked and self._is_mixed_up(batch, size, squared, alone):
+            self._fitting = set()
+            if self._sketches is not None:
+                self._sketches.drop()
+            return self._one_by_one(batch, size)
         return squared
+
+    def _is_mixed_up(self, batch: Any, size: int, squared: Tensor, first: Tensor | None) -> bool:
+        """Tell whether a sample of a batch, the first that allows it, has other norms than when it is alone.
+
+        ``first`` are those of the first sample alone, if they are known.
+        """
+        eps = self._norms.eps
+        for n in range(size):
+            known = first if n == 0 else None
+            alone = self._evaluate(sample(batch, n, size), 1)[0][0] if known is None else known
+            shares = torch.stack([alone / alone.sum(), squared[n] / squared[n].sum()])
+            if shares.isfinite().all():
+                self._checked = True
+                return not _same_shares(shares[0], shares[1], eps)
+        return False
 
     def _first_alone(self, batch: Any, size: int) -> tuple[Tensor, Tensor]:
         """Return the norms and the loss of the first sample, and see how much it keeps for the backward pass."""
@@ -194,9 +209,13 @@ class SampleLosses:
             for name, weights in _reductions(batch, size).items()
             if self._fitting is None or name in self._fitting
         }
+        eps = torch.finfo(total.dtype).eps
+        if eps > _LOW_PRECISION:  # too coarse to tell one way from another
+            self._fitting = set()
+            return None
         # For each batch: one of full samples fits many ways of which another, of samples of all lengths, fits one.
         alone = self._alone(batch, size, size)
-        tolerance = _rounding(total) * float(alone.nan_to_num().abs().max())
+        tolerance = _rounding(eps) * float(alone.nan_to_num().abs().max())
         candidates = {
             name: weights
             for name, weights in candidates.items()
@@ -217,7 +236,8 @@ class SampleLosses:
             first = self._alone(batch, size, 1)[0] if first is None else first
             if not first.isfinite():
                 return None  # a sample without labels tells nothing
-            self._rows_fit = bool((rows[0].nanmean() - first).abs() <= _rounding(total) * first.abs())
+            eps = max(self._norms.eps, torch.finfo(total.dtype).eps)
+            self._rows_fit = bool((rows[0].nanmean() - first).abs() <= _rounding(eps) * first.abs())
             if not self._rows_fit:
                 return None
         counts = (~rows.isnan()).sum(1).double()
@@ -282,15 +302,14 @@ def batch_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor
     return found
 
 
-def _rounding(loss: Tensor) -> float:
-    """Return what two evaluations may differ by in this precision, relatively: batches round differently."""
-    return 100 * torch.finfo(loss.dtype).eps
+def _rounding(eps: float) -> float:
+    """Return what two evaluations may differ by in a precision, relatively: batches round differently."""
+    return (8 if eps > _LOW_PRECISION else 100) * eps
 
 
-def _same_shares(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two samples' norms have the same proportions, or are not known."""
-    shares = torch.stack([first / first.sum(), second / second.sum()])
-    return not bool(shares.isfinite().all()) or bool((shares[0] - shares[1]).abs().max() <= _AGREEMENT)
+def _same_shares(first: Tensor, second: Tensor, eps: float) -> bool:
+    """Tell whether linear maps have the same shares, up to what precision may change; far more do mixed-up samples."""
+    return bool(((first - second).abs() <= eps**0.5 * (torch.maximum(first, second) + _SMALL_SHARE)).all())
 
 
 def _entries(batch: Any) -> int:
@@ -401,14 +420,19 @@ class LabelSampler:
         return {**batch, "decoder_input_ids": self._decoder_inputs(labels)}
 
     def _find_shift(self, batch: Any) -> int:
-        """Find out from the first sample with a finite loss; 0 if there is none, as all will be left out."""
+        """Find out from samples with a finite loss, until one shift alone fits; 0 without any: all will be left out."""
         size = len(batch["labels"])
+        errors: dict[int, float] = {}
         for n in range(size):
             one = sample(batch, n, size)
             output = self._model(**one)
-            if bool(output["loss"].isfinite()):
-                return _label_shift(output["loss"], output["logits"], one["labels"])
-        return 0
+            if not output["loss"].isfinite():
+                continue
+            fitting = _label_shifts_of(output["loss"], output["logits"], one["labels"])
+            errors = {shift: error + errors.get(shift, 0.0) for shift, error in fitting.items()}
+            if len(errors) == 1:
+                break
+        return min(errors, key=errors.__getitem__, default=0)
 
 
 def _label_shifts(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
@@ -429,13 +453,21 @@ def _same_logits(output: Any, logits: Tensor) -> bool:
     return found is not None and torch.equal(found.nan_to_num(), logits.nan_to_num())
 
 
-def _label_shift(loss: Tensor, logits: Tensor, labels: Tensor) -> int:
-    """Return 1 if the loss compares logits with the next label, 0 if with the one in place."""
+def _label_shifts_of(loss: Tensor, logits: Tensor, labels: Tensor) -> dict[int, float]:
+    """Return the shifts that fit, 1 for a loss that compares logits with the next label, 0 for the one in place.
+
+    Each comes with its error. In a low precision both may fit.
+    """
+    # The model may have taken the mean in its own precision, or in float32.
+    tolerance = max(2 * torch.finfo(loss.dtype).eps, 1e-4) * float(loss.abs())
+    errors = {}
     for shift in (1, 0) if labels.dim() > 1 else (0,):
         scores = logits[..., : logits.shape[-2] - shift, :] if shift else logits
         wanted = labels[..., shift:] if shift else labels
-        ours = cross_entropy(scores.reshape(-1, scores.shape[-1]).float(), wanted.reshape(-1), ignore_index=IGNORED)
-        # The model may have taken the mean in its own precision.
-        if torch.isclose(ours, loss.float(), rtol=1e-2 if loss.dtype in (torch.bfloat16, torch.float16) else 1e-4):
-            return shift
-    raise InputError("labels='model' needs a model whose loss is the mean cross entropy of its logits and labels")
+        scores, wanted = scores.reshape(-1, scores.shape[-1]), wanted.reshape(-1)
+        ours = [cross_entropy(x, wanted, ignore_index=IGNORED) for x in (scores, scores.float())]
+        errors[shift] = min(float((x - loss).abs()) for x in ours)
+    fitting = {shift: error for shift, error in errors.items() if error <= tolerance}
+    if not fitting:
+        raise InputError("labels='model' needs a model whose loss is the mean cross entropy of its logits and labels")
+    return fitting

@@ -11,6 +11,10 @@ _SWITCHES: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends
 if not all(hasattr(switch, "fp32_precision") for switch in _SWITCHES):
     _SWITCHES = ()
 
+# Gradients of float16 are taken of the loss times a factor, as most are below the type's range and would be zeros: the
+# first of these that is not too much for any of them. Powers of two change nothing else.
+LOSS_SCALES = (2.0**12, 2.0**6, 1.0)
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype to compute in for data of one: float64 for float64, float32 for anything else."""
@@ -54,6 +58,13 @@ def exact_products(devices: Collection[str]) -> AbstractContextManager[object]:
     if reduced:
         stack.enter_context(_full_float32())
     return stack
+
+
+def product_eps(product: torch.Tensor) -> float:
+    """Return the relative rounding error of a matrix product, by its dtype and what is allowed for float32."""
+    reduced = product.dtype == torch.float32 and _is_reduced()
+    # TF32 has the mantissa of float16; bf16 products may be allowed as well.
+    return torch.finfo(torch.bfloat16 if reduced else product.dtype).eps
 
 
 def _is_reduced() -> bool:

@@ -12,7 +12,7 @@ from stiefel_lora._batches import to_device
 from stiefel_lora._budget import check_least
 from stiefel_lora._losses import LossFn, batch_losses
 from stiefel_lora._models import find_linears, is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
-from stiefel_lora._precision import wide_dtype
+from stiefel_lora._precision import LOSS_SCALES, wide_dtype
 from stiefel_lora._processes import add_up
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
@@ -349,15 +349,21 @@ def _total_gradients(
     # A weight that several linear maps share has one.
     totals = {weight: torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for weight in weights}
     count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
-    with undisturbed(model), _added_up(totals):
+    with undisturbed(model):
         for batch in batches:
             count += 1
             batch = to_device(batch, weights[0].device)
-            loss = batch_losses(model, batch, loss_fn).mean()
-            if not loss.requires_grad:
-                raise InputError("the loss depends on none of the linear maps to adapt")
-            # Not backward(), which would leave gradients in what else a loss depends on.
-            torch.autograd.grad(loss, list(totals), allow_unused=True)
+            missing: Mapping[nn.Parameter, Tensor] = totals
+            for scale in LOSS_SCALES:
+                with _added_up(missing, scale) as left:
+                    loss = batch_losses(model, batch, loss_fn).mean()
+                    if not loss.requires_grad:
+                        raise InputError("the loss depends on none of the linear maps to adapt")
+                    # Not backward(), which would leave gradients in what else a loss depends on.
+                    torch.autograd.grad(loss, list(missing), torch.full_like(loss, scale), allow_unused=True)
+                missing = left
+                if not missing:
+                    break
     # A process without batches takes part as well: the others wait for it.
     add_up([count, *totals.values()])
     if not count:
@@ -366,15 +372,20 @@ def _total_gradients(
 
 
 @contextmanager
-def _added_up(totals: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Within the context gradients of the weights go into their totals as soon as each is there.
+def _added_up(totals: Mapping[nn.Parameter, Tensor], scale: float) -> Iterator[dict[nn.Parameter, Tensor]]:
+    """Within the context gradients of the weights, times ``scale``, go into their totals as soon as each is there.
 
-    What autograd keeps in their place has no memory, so no more than one gradient is there besides the totals.
+    What autograd keeps in their place has no memory, so no more than one gradient is there besides the totals. Yielded
+    are the weights, with their totals, whose gradient was not finite at a scale above 1 and has not been added.
     """
+    left: dict[nn.Parameter, Tensor] = {}
 
-    def hook(total: Tensor) -> Callable[[Tensor], Tensor]:
+    def hook(weight: nn.Parameter, total: Tensor) -> Callable[[Tensor], Tensor]:
         def take(gradient: Tensor) -> Tensor:
-            total.add_(gradient)
+            if scale > 1 and not gradient.isfinite().all():
+                left[weight] = total
+            else:
+                total.add_(gradient, alpha=1 / scale)
             return gradient.new_zeros(()).expand_as(gradient)
 
         return take
@@ -382,5 +393,5 @@ def _added_up(totals: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
     with ExitStack() as stack:
         for weight, total in totals.items():
             weight.requires_grad_(True)
-            stack.callback(weight.register_hook(hook(total)).remove)
-        yield
+            stack.callback(weight.register_hook(hook(weight, total)).remove)
+        yield left

@@ -489,6 +489,17 @@ def test_quantised_bases_and_bfloat16_get_starts() -> None:
     assert f"model.layers.{layers[0]}.mlp.up_proj" in add_adapters(model, layers=layers, rank=2, init=starts)
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_gradients_of_float16_may_be_far_below_its_range_or_near_its_end(size: float) -> None:
+    model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(3, 8)
+    where: Any = {"layers": None, "rank": 2}
+    expected = gradient_init(model, [batch], **where)
+    got = gradient_init(model.half(), [batch], **where, loss_fn=lambda model, batch: size * model(**batch).loss)
+    for name, start in expected.items():
+        # The share of one plane in the other; float16 has 11 bits.
+        assert (start.T @ got[name]).square().sum() > 2 * (1 - 1e-3), name
+
+
 def test_one_pass_leaves_no_trace_and_repeats_itself() -> None:
     model = FAMILIES["llama"].build().train()
     model.lm_head.requires_grad_(False)
