@@ -119,8 +119,8 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
 
     Returns:
         New points, shape (..., n, r). |X^T X - I|_F is a few eps * sqrt(r) for steps of up to about a quarter turn and
-        grows like eps * |u|_2^2 beyond; an error of ``x`` itself is corrected, not carried on. bf16 and fp16 are
-        computed in float32.
+        grows like eps * |u|_2^2 beyond ("polar": up to |u|_2 = 1e4); an error of ``x`` itself is corrected, not
+        carried on. bf16 and fp16 are computed in float32.
 
     Raises:
         InputError: If the shapes differ, n < r, or the method is unknown.

@@ -547,6 +547,32 @@ def test_a_state_mapped_by_name_onto_another_order_is_taken(kind: str, as_rate: 
     assert_same(list(model.values()), list(twin.values()))
 
 
+def test_a_state_without_momentum_goes_through_a_distributed_checkpoint() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = torch.nn.ParameterDict({"a": parameter(12, 4), "b": torch.randn(5, dtype=torch.float64)})
+    optimizer = RiemannianSGD(list(model.values()), lr=0.1)
+    model["a"].grad = torch.full((12, 4), torch.nan, dtype=torch.float64)
+    model["b"].grad = torch.ones(5, dtype=torch.float64)
+    optimizer.step()
+    state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    other = RiemannianSGD(list(model.values()), lr=0.1)
+    set_optimizer_state_dict(model, other, state)
+    assert other.skipped_updates == 1
+
+
+def test_a_parameter_may_get_another_shape() -> None:
+    p = parameter(12, 4)
+    optimizer = RiemannianAdam([p], lr=0.1)
+    steps(optimizer, [p], range(1))
+    p.data = stiefel.random_point(9, 4, dtype=torch.float64)
+    before = p.detach().clone()
+    p.grad = torch.randn(9, 4, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"state 'exp_avg' of a parameter of shape \(9, 4\) has shape \(12, 4\)"):
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
 @pytest.mark.parametrize("as_rate", [float, torch.tensor])
 @pytest.mark.parametrize("kind", PAIRS)
 def test_a_rate_of_zero_leaves_a_point_to_the_bit(kind: str, as_rate: Any) -> None:

@@ -50,6 +50,20 @@ def test_adam_moves_other_manifolds_as_geoopt_does(name: str, options: dict[str,
     torch.testing.assert_close(p.detach().as_subclass(Tensor), q.detach().as_subclass(Tensor), atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_options_that_a_state_does_not_name_stay_as_they_are(kind: str) -> None:
+    ours, theirs = {"SGD": RiemannianSGD, "Adam": RiemannianAdam}[kind], getattr(geoopt.optim, f"Riemannian{kind}")
+    p = point_on("Sphere")
+    optimizer = ours([p], lr=0.1, maximize=True, foreach=False, retraction="polar")
+    optimizer.load_state_dict(theirs([p], lr=0.3).state_dict())
+    (group,) = optimizer.param_groups
+    # geoopt's Adam, which is made of torch's, names maximize and foreach itself.
+    named = kind == "Adam"
+    assert group["lr"] == 0.3
+    assert group["retraction"] == "polar"
+    assert (group["maximize"], group["foreach"]) == ((False, None) if named else (True, False))
+
+
 @pytest.mark.parametrize("name", ["Sphere", "PoincareBall"])
 def test_dampening_is_for_all_but_the_first_gradient_that_is_used(name: str) -> None:
     p = point_on(name)

@@ -247,9 +247,9 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             check_manifolds(saved, group, g)
 
     def _finish_loading(self, state_dict: dict[str, Any], groups_before: list[Group]) -> None:
-        for group, before in zip(self.param_groups, groups_before, strict=True):
-            for key in self.defaults:
-                group.setdefault(key, before[key])
+        for saved, group, before in zip(state_dict["param_groups"], self.param_groups, groups_before, strict=True):
+            # Where the state names none, torch has put in defaults of its own.
+            group.update({key: before[key] for key in self.defaults if key not in saved})
             group["manifolds"] = [manifold_name(p) for p in group["params"]]
         # torch has cast every tensor to its parameter's dtype; counts and what we keep in float32 must not be.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -389,7 +389,10 @@ class RiemannianOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped_updates(self) -> int:
-        """How many updates of single matrices were left out because of a NaN or infinity; waits for the device."""
+        """How many updates of single matrices were left out because of a NaN or infinity; waits for the device.
+
+        One in the gradient, or in the square of its norm.
+        """
         return sum(int(state["skipped"].sum()) for state in self.state.values() if "skipped" in state)
 
     def _raise_if_nonfinite(self) -> None:

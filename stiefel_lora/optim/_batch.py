@@ -125,7 +125,7 @@ class Bucket:
     def __init__(self, params: list[Tensor], spec: dict[str, StateSpec | None], state: dict[Tensor, Any]) -> None:
         self.params = params
         self._spec = spec
-        self._placement = (params[0].dtype, params[0].device)
+        self._placement = [(p.shape, p.dtype, p.device) for p in params]
         self.dtype = wide_dtype(params[0].dtype)
         self.ends = list(accumulate(p.shape[:-2].numel() for p in params))
         self.starts = [0, *self.ends[:-1]]
@@ -152,7 +152,7 @@ class Bucket:
         held = [own.get(key) for own in [state.get(p, {}) for p in self.params] for key in self.buffers]
         return (
             spec == self._spec
-            and all((p.dtype, p.device) == self._placement for p in self.params)
+            and [(p.shape, p.dtype, p.device) for p in self.params] == self._placement
             and same(held, self._held)
         )
 

@@ -128,6 +128,16 @@ class RiemannianSGD(RiemannianOptimizer):
         direction = rgrad.add_(buffer, alpha=momentum) if group["nesterov"] else buffer
         return direction, bounded_scale(direction, size)
 
+    def _step_ordinary(self, params: list[list[Tensor]]) -> None:
+        super()._step_ordinary(params)
+        if not any(any(group["manifolds"]) for group in self.param_groups):
+            return
+        # torch.distributed.checkpoint loads the state of all parameters or of none, and those on a manifold have one.
+        for group, own in zip(self.param_groups, params, strict=True):
+            for p in own if group["momentum"] == 0 else ():
+                if p.grad is not None and not self.state[p]:
+                    self.state[p]["skipped"] = torch.zeros((), dtype=torch.int64, device=p.device)
+
     def _geoopt_step(self, p: ManifoldTensor, rgrad: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
         momentum, state = group["momentum"], self.state[p]
         if momentum == 0:
