@@ -26,6 +26,7 @@ from stiefel_lora.adapters import (
     required_layers,
     set_parameters,
 )
+from stiefel_lora.config import ADAPTER_FILES
 from stiefel_lora.errors import InputError, ManifoldError, listed
 from stiefel_lora.factors import CONSTRAINED, FREE, factor_shapes, folded, manifold_error, orthonormal_factors
 from stiefel_lora.layer import OFF_MANIFOLD, StiefelLoRALinear, check_options
@@ -33,8 +34,7 @@ from stiefel_lora.stiefel import orthogonality_error
 
 logger = logging.getLogger("stiefel_lora")
 
-CONFIG_FILE = "adapter.json"
-WEIGHTS_FILE = "adapter.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 FORMAT = "stiefel_lora"
 FORMAT_VERSION = 1
 

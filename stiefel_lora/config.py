@@ -11,7 +11,9 @@ from stiefel_lora.errors import InputError, check_choice
 # What a run puts into its folder.
 RUN_FILE, METRICS_FILE, CHECKPOINT_FILE = "run.json", "metrics.json", "checkpoint.pt"
 SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE, ADAPTER_FOLDER = "fisher.png", "ranks.png", "loss.png", "adapter"
-OWN_FILES = (RUN_FILE, METRICS_FILE, SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE, CHECKPOINT_FILE, ADAPTER_FOLDER)
+PICTURES = (SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE)
+# What an adapter's folder holds.
+ADAPTER_FILES = ("adapter.json", "adapter.safetensors")
 
 # What is chosen: whole layers, single linear maps, or single directions, which gives each linear map its own rank.
 Chosen: TypeAlias = Literal["layer", "module", "direction"]

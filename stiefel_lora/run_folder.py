@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from stiefel_lora._files import leftovers, read_json, remove, write_json
-from stiefel_lora.config import METRICS_FILE, OWN_FILES, RUN_FILE, FinetuneConfig, option
+from stiefel_lora.config import (
+    ADAPTER_FILES,
+    ADAPTER_FOLDER,
+    CHECKPOINT_FILE,
+    METRICS_FILE,
+    PICTURES,
+    RUN_FILE,
+    FinetuneConfig,
+    option,
+)
 from stiefel_lora.errors import InputError
 
 
@@ -36,10 +45,10 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     """Raise InputError unless a new run may go into the folder; change nothing."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder as --output")
-    occupied = [name for name in OWN_FILES if (folder / name).exists()]
-    if occupied and not overwrite:
-        raise InputError(f"{folder} holds another run ({', '.join(occupied)}); use --overwrite, --resume or --output")
-    if folder.exists() and not occupied and set(folder.iterdir()) - set(leftovers(folder)):
+    is_run = any((folder / name).is_file() for name in (RUN_FILE, METRICS_FILE))
+    if is_run and not overwrite:
+        raise InputError(f"{folder} holds another run; use --overwrite, --resume or --output")
+    if folder.exists() and not is_run and set(folder.iterdir()) - set(leftovers(folder)):
         raise InputError(f"{folder} is not empty and holds no run; give another folder as --output")
 
 
@@ -63,8 +72,24 @@ def made(folder: Path) -> Iterator[None]:
 
 def take_folder(folder: Path, config: dict[str, Any], *, resume: bool) -> None:
     """Put a run that is about to train in the place of what the folder holds of another, or of a killed one."""
-    for name in () if resume else OWN_FILES:
+    if not resume:
+        for name in (METRICS_FILE, CHECKPOINT_FILE, *PICTURES):
+            remove(folder / name)
+        _remove_adapter(folder / ADAPTER_FOLDER)
+    for path in leftovers(folder):
+        remove(path)
+    # Last: until then this is a folder of the run before, and may be overwritten again.
+    write_json(folder / RUN_FILE, config)
+
+
+def _remove_adapter(folder: Path) -> None:
+    """Remove an adapter's files, and their folder if it holds nothing else; of a link only the link."""
+    if folder.is_symlink() or not folder.is_dir():
+        remove(folder)
+        return
+    for name in ADAPTER_FILES:
         remove(folder / name)
     for path in leftovers(folder):
         remove(path)
-    write_json(folder / RUN_FILE, config)
+    with suppress(OSError):  # it holds something else
+        folder.rmdir()

@@ -289,12 +289,30 @@ def test_other_peoples_files_are_left_alone(
     assert sorted(os.listdir(tmp_path)) == ["file", "thesis.txt"]
 
 
+def test_overwriting_leaves_other_peoples_files_in_a_run_alone(base: list[str], tmp_path: Path) -> None:
+    names = ("loss.png", "notes.txt", "adapter/thesis.tex")
+    (tmp_path / "adapter").mkdir()
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    words = finetune(base, tmp_path, "--overwrite", "--steps", "1")
+    # Names that a run has as well do not make one.
+    assert main(words) == 2
+    assert {name: (tmp_path / name).read_text() for name in names} == dict.fromkeys(names, "mine")
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter.json").write_text("{}")
+    assert main(words) == 0
+    assert {name: (tmp_path / name).read_text() for name in names[1:]} == dict.fromkeys(names[1:], "mine")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
+
+
 def test_overwriting_removes_a_link_and_keeps_its_target(base: list[str], tmp_path: Path) -> None:
     output, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     output.mkdir()
     elsewhere.mkdir()
     (elsewhere / "adapter.json").write_text("mine")
     (output / "adapter").symlink_to(elsewhere)
+    (output / "run.json").write_text("{}")
     assert main(finetune(base, output, "--overwrite")) == 0
     assert (output / "adapter" / "adapter.safetensors").is_file()
     assert not (output / "adapter").is_symlink()
