@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stiefel_lora._files import atomic_folder, fill_json, read_json
 from stiefel_lora._models import is_conv1d, unwrap
 from stiefel_lora._names import is_checkpointed, name_in, plain_name
+from stiefel_lora._peft_targets import check_not_for_experts, describe_targets, exactly, outside_of_adapters, parents
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapters import (
     DEFAULT_NAME,
@@ -74,8 +75,8 @@ def export_peft(model: nn.Module, path: str | Path) -> None:
         path: The folder; other files in it are left alone.
 
     Raises:
-        InputError: If the model has no adapters, a tensor has a NaN or infinity, ``path`` is a file, or only a part of
-            a module was trained.
+        InputError: If the model has no adapters, a tensor has a NaN or infinity, ``path`` is a file, only a part of a
+            module was trained, or PEFT would take linear maps for the fused experts of a mixture.
     """
     model = unwrap(model)
     write_peft(adapter_state(model), path, model)
@@ -170,7 +171,7 @@ def to_peft(model: nn.Module) -> "PeftModel":
 
     Raises:
         InputError: If the model has no adapters, other named sets of adapters would be lost, or a block is in torch's
-            checkpoint wrapper. The model is left as it was.
+            checkpoint wrapper, or PEFT would put the adapters elsewhere. The model is left as it was.
         ValueError: If PEFT refuses one of the linears. The adapter is in the model all the same.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -185,13 +186,18 @@ def to_peft(model: nn.Module) -> "PeftModel":
     name, bases = adapter_names(model)[0], {key: layer.base for key, layer in adapter_layers(model).items()}
     remove_adapters(model)
     config["inference_mode"] = False
+    peft_model: Any = None
     try:
         peft_model = get_peft_model(model, LoraConfig(**{k: v for k, v in config.items() if k != "peft_type"}))
+        filled: Any = set_peft_model_state_dict(peft_model, tensors)
+        if strangers := filled.unexpected_keys:
+            raise InputError(f"PEFT has no place for {listed(strangers)}; keep the adapter with save_adapter")
     except BaseException:
+        if peft_model is not None:
+            peft_model.unload()
         replace_modules(model, bases)
         insert_state(model, state, what="the adapter", name=name)
         raise
-    set_peft_model_state_dict(peft_model, tensors)
     return peft_model
 
 
@@ -326,18 +332,12 @@ def _saved_modules(where: str, config: Mapping[str, Any], tensors: Mapping[str, 
     saved = {
         name: tensors[key]
         for key, name in names.items()
-        if ".lora_" not in name and any(parent.endswith(modules) for parent in _parents(name))
+        if ".lora_" not in name and any(parent.endswith(modules) for parent in parents(name))
     }
     bad = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
     if bad:
         raise InputError(f"{where}: {listed(bad)} has NaN or infinite entries")
     return saved
-
-
-def _parents(name: str) -> list[str]:
-    """Return the names of the modules around a parameter or module: a and a.b for a.b.weight."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _pairs(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -385,6 +385,7 @@ def _peft_config(
 ) -> dict[str, Any]:
     """Return a LoraConfig's options; ``spell`` makes a name in the model one of those that PEFT is to find."""
     modules = state.modules
+    check_not_for_experts(model, modules)
     # PEFT has one use_rslora and patterns of alpha that do not go with it everywhere: keep it only where all agree.
     forms = {(o["rank"], o["alpha"], o["rslora"]) for o in modules.values()}
     rslora = len(forms) == 1 and next(iter(forms))[2]
@@ -407,15 +408,10 @@ def _peft_config(
         "bias": "none",
         "modules_to_save": _modules_to_save(state, model, spell),
         "fan_in_fan_out": any(is_conv1d(layer.base) for layer in _layers_of(model)),
-        "rank_pattern": {_exactly(name, ranks): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(name, alphas): a for name, a in alphas.items() if a != alpha},
-        **_describe_targets(list(modules), model, spell),
+        "rank_pattern": {exactly(name, ranks): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {exactly(name, alphas): a for name, a in alphas.items() if a != alpha},
+        **describe_targets(list(modules), model, spell),
     }
-
-
-def _exactly(name: str, others: Iterable[str]) -> str:
-    """Return a key of PEFT's patterns, regular expressions for the end of a name, that matches no other adapted one."""
-    return f"^{re.escape(name)}" if any(other.endswith(f".{name}") for other in others) else name
 
 
 def _modules_to_save(state: AdapterState, model: nn.Module | None, spell: Callable[[str], str]) -> list[str] | None:
@@ -430,7 +426,7 @@ def _modules_to_save(state: AdapterState, model: nn.Module | None, spell: Callab
         if frozen or not name:
             raise InputError(f"PEFT saves modules whole: {listed(frozen) or 'the root'} was not trained with the rest")
     # PEFT takes all modules whose names end in one of these, by letters, and leaves such linears without adapters.
-    for other in state.modules if model is None else _outside_of_adapters(model, spell):
+    for other in state.modules if model is None else outside_of_adapters(model, spell):
         ends = [name for name in names if other.endswith(name)]
         if ends and other not in names:
             raise InputError(f"PEFT cannot save {listed(ends)} apart from {other}, whose name ends alike; freeze it")
@@ -443,49 +439,3 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 def _layers_of(model: nn.Module | None) -> Iterable[Any]:
     return adapter_layers(model).values() if model is not None else ()
-
-
-def _describe_targets(names: list[str], model: nn.Module | None, spell: Callable[[str], str]) -> dict[str, Any]:
-    """Return target_modules, layers_to_transform and layers_pattern that mean exactly the named linears."""
-    by_name: dict[str, Any] = {"target_modules": names, "layers_to_transform": None, "layers_pattern": None}
-    if model is None:
-        return by_name
-    everything = _outside_of_adapters(model, spell)
-    if [name for name in everything if _peft_would_adapt({**by_name, "target_modules": set(names)}, name)] != names:
-        # A list takes all names that end in one of its own; a string is a regular expression for whole names.
-        by_name["target_modules"] = "|".join(map(re.escape, names))
-    # PEFT finds the layer's number only behind a component in front of the list.
-    found = [re.fullmatch(r"(.+?\.(\w+))\.(\d+)\.(.+)", name) for name in names]
-    lists = {match and match[1] for match in found}
-    if len(lists) != 1 or None in lists:
-        return by_name
-    matches = [match for match in found if match]
-    layers = sorted({int(match[3]) for match in matches})
-    some_left_out = len(layers) < len(list(model.get_submodule(name_in(model, matches[0][1])).children()))
-    for shorten in (lambda name: name.rsplit(".", 1)[-1], lambda name: name):
-        short = {
-            "target_modules": sorted({shorten(match[4]) for match in matches}),
-            "layers_to_transform": layers if some_left_out else None,
-            "layers_pattern": matches[0][2] if some_left_out else None,
-        }
-        if [name for name in everything if _peft_would_adapt(short, name)] == names:
-            return short
-    return by_name
-
-
-def _outside_of_adapters(model: nn.Module, spell: Callable[[str], str]) -> list[str]:
-    """Return the names of all modules, adapted linears among them, but not of those inside of adapters."""
-    adapted = adapter_layers(model)
-    outside = [name for name, _ in model.named_modules() if not any(above in adapted for above in _parents(name))]
-    return list(dict.fromkeys(map(spell, outside)))
-
-
-def _peft_would_adapt(config: Mapping[str, Any], name: str) -> bool:
-    """Follow PEFT's rule for a list of targets (``peft.tuners.tuners_utils.check_target_module_exists``)."""
-    parts = name.split(".")
-    if not any(".".join(parts[i:]) in config["target_modules"] for i in range(len(parts))):
-        return False
-    if config["layers_to_transform"] is None:
-        return True
-    match = re.match(rf".*?\.{config['layers_pattern']}\.(\d+)\.", name)
-    return match is not None and int(match[1]) in config["layers_to_transform"]

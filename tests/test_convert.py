@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from stiefel_lora.adapters import (
     adapter_layers,
@@ -272,6 +272,38 @@ def test_a_mixture_of_experts_in_memory() -> None:
     assert source.peft_config["default"].target_parameters in (None, set())  # PEFT itself fills it in for such models
     torch.testing.assert_close(outputs(source), expected, **SAME)
     torch.testing.assert_close(outputs(from_peft(source)), expected, **SAME)
+
+
+def test_linears_that_peft_takes_for_fused_experts_are_refused(tmp_path: Path) -> None:
+    """A dense layer of a mixture has linear maps named like parts of the experts of the others."""
+    config = Qwen3MoeConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=56,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mlp_only_layers=[0],
+    )
+    model = Qwen3MoeForCausalLM(config).eval()
+    add_adapters(model, layers=None, rank=2, target_modules=["q_proj", "up_proj"])
+    train(model)
+    before = logits(model)
+    for convert in (to_peft, lambda model: export_peft(model, tmp_path / "peft")):
+        with pytest.raises(InputError, match="would be lost: model.layers.0.mlp.up_proj; keep them with save_adapter"):
+            convert(model)
+    assert not (tmp_path / "peft").exists()
+    assert torch.equal(logits(model), before)
+    # What is not named like them is taken.
+    remove_adapters(model)
+    add_adapters(model, layers=None, rank=2, target_modules=["q_proj"])
+    train(model)
+    before = logits(model)
+    torch.testing.assert_close(logits(to_peft(model).eval()), before, atol=1e-6, rtol=1e-5)
 
 
 def test_conversion_without_a_model(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ LEVELS: list[dict[str, set[str]]] = [
     {
         "adapters": set(),
         "checkpoint": {"adapters"},
-        "convert": {"adapters", "checkpoint"},
+        "_peft_targets": {"adapters"},
+        "convert": {"_peft_targets", "adapters", "checkpoint"},
         "initialisation": {"adapters"},
         "distributed": {"adapters"},
         "merging": {"adapters"},
