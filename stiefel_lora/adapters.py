@@ -70,7 +70,8 @@ def add_adapters(
 
     Calling it again adds to the adapters that are there, so that different layers can have different targets or ranks;
     what else is trainable by then, such as a head, stays so. With another ``name`` it starts another set and puts the
-    present one aside; see `use_adapter`.
+    present one aside; what was trained along with that one is trained along with the new one too, from where it is, and
+    each set keeps its own; see `use_adapter`.
 
     Args:
         model: Any module that stacks layers.
@@ -157,16 +158,21 @@ def insert_adapters(
         raise
     if not adapter_layers(model) and not registry.stored:
         registry.trainable = tuple(trainable)
+    along = dict(trainable) if present else {}
     if registry.active != name:
+        before = registry.active
         _take_out(model, registry)
         registry.active = name
+        if before in registry.stored:
+            # They are not the base's own, so they have to be the new set's to be saved and switched with it.
+            own, values = base_parameters(model), registry.stored[before].parameters
+            along = {key: own[key] for key in values if key not in registry.base}
     model._stiefel_adapters = registry  # type: ignore[assignment]
     model.requires_grad_(False)
     _put_in(model, {**present, **new})
-    if present:
-        wrapped = {id(p) for base in bases.values() for p in base.parameters()}
-        for parameter in trainable.values():
-            parameter.requires_grad_(id(parameter) not in wrapped)
+    wrapped = {id(p) for base in bases.values() for p in base.parameters()}
+    for parameter in along.values():
+        parameter.requires_grad_(id(parameter) not in wrapped)
     logger.info("adapter %r is on %s", name, describe(map(plain_name, new)))
     return list(new)
 
@@ -218,8 +224,7 @@ def check_no_others(model: nn.Module, instead: str) -> None:
 def use_adapter(model: nn.Module, name: str) -> None:
     """Put the named set of adapters into the model, and the one in use aside; a merged one is unmerged first.
 
-    Parameters of the base that were trained along with a set, such as a head, are switched with it. A new set starts
-    from what they are then.
+    Parameters of the base that were trained along with a set, such as a head, are switched with it.
 
     Raises:
         InputError: If the model has no such set or is in DistributedDataParallel, a parameter that is to be switched

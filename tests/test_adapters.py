@@ -349,11 +349,16 @@ def _train_head(model: nn.Module, value: float) -> torch.Tensor:
     return logits(model)
 
 
-def test_a_head_that_was_trained_along_is_switched_with_its_set() -> None:
+def test_a_head_that_was_trained_along_is_switched_with_its_set(tmp_path: Path) -> None:
     model = adapted(name="first")
     first = _train_head(model, 0.1)
     add_adapters(model, layers=[1], rank=2, name="second")
-    assert not model.lm_head.weight.requires_grad
+    # Its own from now on, or what is saved would not have the head that it was trained with.
+    assert model.lm_head.weight.requires_grad
+    save_adapter(model, tmp_path)
+    other = LLAMA.build()
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
     second = _train_head(model, 0.2)
     for name, expected in (("first", first), ("second", second), ("first", first)):
         use_adapter(model, name)
