@@ -7,7 +7,7 @@ linear map is a leaf module with an input and an output width, which takes rows 
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeAlias
@@ -180,7 +180,8 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
     """Find the list of repeated blocks that the model stacks, such as ``model.layers`` of a LLaMA.
 
     The longest list wins, counted by its most frequent class of block that holds a linear map. Lists inside a repeated
-    block, such as a mixture's experts, do not compete with the list they repeat in.
+    block, such as a mixture's experts, do not compete with the list they repeat in, nor do those outside the language
+    model of one of transformers' models that read images or sound as well and generate text.
 
     Args:
         model: Any module.
@@ -198,14 +199,26 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
         return layers, _named_list(model, layers, found)
     if not found:
         raise InputError(f"{type(model).__name__} has no ModuleList or Sequential of blocks with linear modules")
-    longest = max(_repeats(blocks) for blocks in found.values())
-    best = [name for name, blocks in found.items() if _repeats(blocks) == longest]
+    competing = _in_language_model(model, found) or found
+    longest = max(_repeats(blocks) for blocks in competing.values())
+    best = [name for name, blocks in competing.items() if _repeats(blocks) == longest]
     if len(best) > 1:
         raise InputError(
             f"{type(model).__name__} has {len(best)} equally long lists of layers: {_describe(model, found)}; "
             f"name the one meant, such as {best[0]!r}, with layers_path= (of fisher_scores: layers=)"
         )
     return best[0], found[best[0]]
+
+
+def _in_language_model(model: nn.Module, found: Mapping[str, Layers]) -> dict[str, Layers]:
+    """Return the lists inside the language model of a model that has one and generates with it."""
+    reads_more = getattr(getattr(model, "config", None), "text_config", None) is not None
+    generates = getattr(model, "can_generate", lambda: False)
+    if not reads_more or not generates() or not hasattr(model, "get_decoder"):
+        return {}
+    decoder = model.get_decoder()  # type: ignore[operator]
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    return {name: blocks for name, blocks in found.items() if id(blocks) in inside}
 
 
 def find_linears(

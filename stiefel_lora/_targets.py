@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from stiefel_lora._models import (
     Layers,
@@ -56,7 +57,8 @@ def find_targets(
     """
     if isinstance(targets, str) and targets != "all-linear":
         raise TypeError(f"target_modules must be a sequence of names or 'all-linear', got the string {targets!r}")
-    if layers is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in layers):
+    given = layers if isinstance(layers, Iterable) else [None]
+    if layers is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
         raise TypeError(f"layers must be a sequence of ints or None, got {layers!r}")
     prefix, blocks = find_layers(model, path)
     chosen = _layer_indices(blocks, layers, prefix)
@@ -67,6 +69,8 @@ def find_targets(
         _check_targets(model, linears, wanted)
         found = {i: _ending_in(names, set(wanted)) for i, names in found.items()}
         _warn_of_gaps(found, wanted)
+    if targets in (None, "all-linear"):
+        _warn_of_experts(blocks[i] for i in chosen)
     empty = [i for i, names in found.items() if not names]
     if empty and layers is not None:
         have = last_names(_flat({i: linears[i] for i in empty}))
@@ -76,6 +80,20 @@ def find_targets(
     names = _each_once(model, _flat(found))
     check_called(dict(model.named_modules()), names)
     return names
+
+
+def _warn_of_experts(blocks: Iterable[nn.Module]) -> None:
+    """Log where a mixture's experts are kept as one tensor, which is no linear map to put an adapter on."""
+    kept = {
+        join(name, key): None
+        for block in blocks
+        for name, module in block.named_modules()
+        if not isinstance(module, _ConvNd)
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+    if kept:
+        logger.warning("no adapter can be put on experts that are kept as one tensor: %s", listed(kept))
 
 
 def _each_once(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -244,8 +262,8 @@ def module_ranks(
     unused = [key for key in pattern if key not in known]
     if unused:
         # The same linears of layers left out are no mistake: which layers are chosen may depend on the data.
-        inner = {split_at_layer(target)[2] for target in targets}
-        alike = all_endings(name for name, _ in wrappable_linears(model) if split_at_layer(name)[2] in inner)
+        kinds = {_without_numbers(target) for target in targets}
+        alike = all_endings(name for name, _ in wrappable_linears(model) if _without_numbers(name) in kinds)
         unused = [key for key in unused if key not in alike]
     if unused:
         raise InputError(f"rank_pattern {', '.join(unused)} matches none of the adapted linears: {listed(targets)}")
@@ -260,6 +278,10 @@ def module_ranks(
         except (InputError, TypeError) as error:
             raise type(error)(f"{target}: {error}") from None
     return ranks
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("" if part.isdigit() else part for part in name.split("."))
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:

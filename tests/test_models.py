@@ -7,7 +7,17 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from stiefel_lora._models import find_layers, find_linears, is_linear, linear_shape, named_linears
 from stiefel_lora.adapters import adapter_layers, add_adapters
@@ -26,6 +36,28 @@ def test_layers_and_linears_of_every_family(name: str) -> None:
     assert len(blocks) == family.n_layers
     prefix = f"{found}.0."
     assert set(find_linears(model)[0]) == {prefix + linear for linear in family.linears}
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_a_vision_language_model_is_adapted_in_its_language_model(depth: int) -> None:
+    """However many layers read the images."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4}
+    images = CLIPVisionConfig(**sizes, num_hidden_layers=depth, image_size=16, patch_size=8)
+    text = LlamaConfig(**sizes, num_hidden_layers=3, vocab_size=97)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=text))
+    assert find_layers(model)[0] == "model.language_model.layers"
+    add_adapters(model, layers=None, rank=2)
+    assert all(".language_model." in name for name in adapter_layers(model))
+
+
+def test_two_encoders_compete() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4}
+    config = CLIPConfig(
+        vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=16, patch_size=8),
+        text_config=CLIPTextConfig(**sizes, num_hidden_layers=3, vocab_size=97),
+    )
+    with pytest.raises(InputError, match="2 equally long lists of layers"):
+        find_layers(CLIPModel(config))
 
 
 def test_conv1d_has_its_shape_the_other_way_round() -> None:

@@ -16,6 +16,7 @@ from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_select
 from stiefel_lora.initialisation import allocate_ranks, gradient_init, select_and_start
 from stiefel_lora.selection import adaptable
+from tests.models import FAMILIES
 from tests.test_adapters import LLAMA, adapted, names
 
 
@@ -89,6 +90,14 @@ def test_rank_pattern_takes_the_longest_match() -> None:
         add_adapters(LLAMA.build(), layers=[0, 2], rank=4, rank_pattern={"o_proj": 2})
 
 
+def test_rank_pattern_may_name_layers_left_out_wherever_their_number_stands() -> None:
+    model = nn.Sequential(FAMILIES["bert"].build(), nn.Linear(97, 5))
+    names = add_adapters(model, layers=[0], rank=4, rank_pattern={"layer.2.attention.self.query": 2})
+    assert all(name.startswith("0.bert.encoder.layer.0.") for name in names)
+    with pytest.raises(InputError, match="rank_pattern layer.2.attention.self.kei matches none"):
+        add_adapters(model, layers=[1], rank=4, rank_pattern={"layer.2.attention.self.kei": 2})
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "target": (
         {"target_modules": ["q_proj", "query"]},
@@ -103,6 +112,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "twice": ({"layers": [1, -2]}, InputError, "layer 1 is given twice"),
     "a name for layers": ({"layers": "decoder.block"}, TypeError, "sequence of ints or None, got 'decoder.block'"),
     "float layer": ({"layers": [0.5]}, TypeError, "layers must be a sequence of ints"),
+    "one layer": ({"layers": 0}, TypeError, "layers must be a sequence of ints or None, got 0"),
     "rank": ({"rank": 17}, InputError, r"layers.0.self_attn.k_proj: rank must be in \[1, 16\].* got 17"),
     "dropout": ({"dropout": 2.0}, InputError, "dropout must be in"),
     "gradient": ({"init": "gradient"}, InputError, "give init=gradient_init"),
@@ -127,6 +137,17 @@ def without_one_up_proj() -> Any:
     model = LLAMA.build()
     model.model.layers[1].mlp.up_proj = nn.Identity()
     return model
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_experts_that_get_no_adapter_are_logged(targets: Any, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4}
+    config = transformers.MixtralConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    add_adapters(transformers.MixtralForCausalLM(config), layers=None, rank=2, target_modules=targets)
+    told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    kept = "mlp.experts.gate_up_proj, mlp.experts.down_proj"
+    expected = f"no adapter can be put on experts that are kept as one tensor: {kept}"
+    assert told == ([] if targets == ["q_proj"] else [expected])
 
 
 def test_a_target_that_only_some_layers_have_is_logged(caplog: pytest.LogCaptureFixture) -> None:
