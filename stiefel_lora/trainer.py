@@ -141,8 +141,7 @@ class StiefelTrainer(Trainer):
             return super().create_optimizer(*args, **kwargs)
         self._is_ours = True
         kind, options = trainer_optimizer(self.args, **self.optimizer_options)
-        if self.lr_ratio != 1:
-            options["params"] = self._groups(options["lr"])
+        options["params"] = self._groups(options["lr"])
         self.optimizer_cls_and_kwargs = kind, options
         try:
             return super().create_optimizer(*args, **kwargs)
@@ -191,6 +190,18 @@ class StiefelTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapted = _model_of(self)
         load_adapter(adapted, resume_from_checkpoint, name=adapter_names(adapted)[0])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._is_ours or self.optimizer is None:
+            return
+        # The checkpoint's rates go on, as in Trainer.
+        rates = {isinstance(g["params"][0], ManifoldParameter): g["initial_lr"] for g in self.optimizer.param_groups}
+        if len(rates) == 2 and not math.isclose(rates[True], self.lr_ratio * rates[False]):
+            raise InputError(
+                f"{checkpoint} was trained with lr_ratio={rates[True] / rates[False]:g}, not {self.lr_ratio:g}, and "
+                "would go on with it; give that, or start anew"
+            )
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

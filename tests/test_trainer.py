@@ -74,7 +74,12 @@ def test_trains_with_the_training_arguments(tmp_path: Path) -> None:
     optimizer = trainer.optimizer.optimizer  # inside accelerate's wrapper
     assert isinstance(optimizer, RiemannianAdam)
     assert optimizer.defaults["retraction"] == "cayley"
-    assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.1}
+    points = [isinstance(group["params"][0], ManifoldParameter) for group in optimizer.param_groups]
+    # It has no tangent part for those.
+    assert [(group["weight_decay"], p) for group, p in zip(optimizer.param_groups, points, strict=True)] == [
+        (0.1, False),
+        (0.0, True),
+    ]
     after = factors(model)
     assert all(not torch.equal(after[name], before[name]) for name in after)
     assert all(m["orthogonality_error"] < ON_MANIFOLD for m in adapter_metrics(model).values())
@@ -237,6 +242,9 @@ def test_the_orthonormal_factors_may_have_a_rate_of_their_own(tmp_path: Path) ->
     plain = StiefelTrainer(adapted(dropout=0.0), args, train_dataset=EXAMPLES)
     plain.train()
     assert not same(factors(plain.model), factors(trainer.model))
+    other = StiefelTrainer(adapted(dropout=0.0), args, train_dataset=EXAMPLES, lr_ratio=4.0)
+    with pytest.raises(InputError, match="checkpoint-3 was trained with lr_ratio=1, not 4, and would go on with it"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     with pytest.raises(InputError, match="lr_ratio must be positive and finite, got 0"):
         StiefelTrainer(adapted(), args, train_dataset=EXAMPLES, lr_ratio=0)
 
