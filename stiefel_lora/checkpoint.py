@@ -380,8 +380,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError(f"no adapter folder at {path}")
     if not file.is_file():
-        peft = " (this is a PEFT adapter: use import_peft)" if (path / "adapter_config.json").is_file() else ""
-        raise InputError(f"{path} holds no {CONFIG_FILE}{peft}")
+        is_peft = (path / "adapter_config.json").is_file()
+        advice = " (this is a PEFT adapter: use import_peft, or stiefel-lora import)" if is_peft else ""
+        raise InputError(f"{path} holds no {CONFIG_FILE}{advice}")
     config = read_json(file)
     if config.get("format") != FORMAT:
         raise InputError(f"{file} is not a {FORMAT} adapter: its format is {config.get('format')!r}")

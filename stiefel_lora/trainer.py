@@ -18,6 +18,7 @@ from stiefel_lora.adapters import adapter_layers, adapter_metrics, adapter_names
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.factors import FREE
+from stiefel_lora.layer import OFF_MANIFOLD
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 
 logger = logging.getLogger("stiefel_lora")
@@ -51,21 +52,25 @@ def trainer_optimizer(args: TrainingArguments, **options: Any) -> tuple[type[tor
 class AdapterMetricsCallback(TrainerCallback):
     """Logs "orthogonality_error" (greatest) and "effective_rank" (mean) whenever the Trainer logs.
 
-    They go to all that the Trainer reports to. It warns once if all updates are zero still after two steps or more.
+    They go to all that the Trainer reports to. It warns once if all updates are zero still after two steps or more, and
+    once if the factors have left the manifold.
     `StiefelTrainer` has one; for a plain Trainer call ``trainer.add_callback(AdapterMetricsCallback(trainer))``.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self._has_warned = False
+        self._has_warned_of_drift = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log once per logging step; Trainer's own record of the loss follows."""
         model = _model_of(self.trainer)
         if control.should_log and adapter_layers(model):
-            self.trainer.log(summary(model))
+            found = summary(model)
+            self.trainer.log(found)
             control.should_log = True  # logging resets it, and Trainer's own record is still to come
             self._warn_of_untrained(model, state.global_step)
+            self._warn_of_drift(found["orthogonality_error"], state.global_step)
 
     # With logging_strategy="epoch" it is here that logging is due.
     on_epoch_end = on_step_end
@@ -82,6 +87,17 @@ class AdapterMetricsCallback(TrainerCallback):
         logger.warning(
             "all updates are zero after %d steps: the learning rate is zero, or no gradient reaches the adapters, "
             "as in re-entrant checkpoints of blocks whose inputs require none (give use_reentrant=False)",
+            steps,
+        )
+
+    def _warn_of_drift(self, error: float, steps: int) -> None:
+        if error <= OFF_MANIFOLD or self._has_warned_of_drift:
+            return
+        self._has_warned_of_drift = True
+        logger.warning(
+            "the orthonormal factors are off the manifold by %.1e after %d steps: the optimizer is no Riemannian one "
+            "(give optimizer_cls_and_kwargs=trainer_optimizer(args), or take StiefelTrainer)",
+            error,
             steps,
         )
 

@@ -388,3 +388,15 @@ def test_another_set_of_adapters_is_trained_as_well(tmp_path: Path) -> None:
         assert not any(torch.equal(before[key], after) for key, after in factors(model).items())
     optimizer = trainer.create_optimizer()
     assert trainer.create_optimizer() is optimizer
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_optimizer_that_leaves_the_manifold_is_named_once(
+    ours: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = arguments(tmp_path, learning_rate=5e-2, save_strategy="no")
+    options = {"optimizer_cls_and_kwargs": trainer_optimizer(args)} if ours else {}
+    trainer = Trainer(adapted(), args, train_dataset=EXAMPLES, **options)
+    trainer.add_callback(AdapterMetricsCallback(trainer))
+    trainer.train()
+    assert sum("off the manifold by" in text for text in caplog.messages) == (not ours)
