@@ -30,7 +30,6 @@ from stiefel_lora.errors import InputError, listed
 _BLOCKS = 4
 _BLOCK_ROWS = 64
 
-
 # Python's part of the time is that of many small calls, each of which would take the way through LeanCrossEntropy.
 _unwatched = torch._C.DisableTorchFunction
 

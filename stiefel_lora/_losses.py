@@ -204,15 +204,15 @@ class SampleLosses:
         seen = self._seen_weights(batch, size, total, first)
         if seen is not None:
             return seen
+        eps = torch.finfo(total.dtype).eps
+        if eps > _LOW_PRECISION:  # too coarse to tell one way from another
+            self._fitting = set()
+            return None
         candidates = {
             name: weights
             for name, weights in _reductions(batch, size).items()
             if self._fitting is None or name in self._fitting
         }
-        eps = torch.finfo(total.dtype).eps
-        if eps > _LOW_PRECISION:  # too coarse to tell one way from another
-            self._fitting = set()
-            return None
         # For each batch: one of full samples fits many ways of which another, of samples of all lengths, fits one.
         alone = self._alone(batch, size, size)
         tolerance = _rounding(eps) * float(alone.nan_to_num().abs().max())
