@@ -173,9 +173,9 @@ class GradientNorms:
             self._forget()
 
     def _measure(self, forward: Callable[[], Tensor]) -> Tensor:
-        for scale in LOSS_SCALES:
-            if self.sketches is not None:
-                self.sketches.unstage()
+        norms, finite = torch.empty(0), torch.empty(0)
+        for turn, scale in enumerate(LOSS_SCALES):
+            staged = {} if self.sketches is None else self.sketches.unstage()
             try:
                 loss = self._forward(forward)
             except _UsedAgainError:
@@ -187,8 +187,14 @@ class GradientNorms:
                 loss.backward(torch.full_like(loss, self._scale))
             for weight in self._weights.values():
                 self._finish(weight)
-            norms = self._measured()
-            if self._scale == 1 or not loss.isfinite() or norms.isfinite().all():
+            found = self._measured()
+            if turn > 0:
+                # Samples that are finite at a larger factor are measured with it, whatever is beside them.
+                found = torch.where(finite[:, None], norms, found)
+                if self.sketches is not None:
+                    self.sketches.restage(finite, staged)
+            norms, finite = found, found.isfinite().all(1)
+            if self._scale == 1 or not loss.isfinite() or finite.all():
                 break
         return norms
 

@@ -108,7 +108,8 @@ class SampleLosses:
 
         ``first`` are those of the first sample alone, if they are known.
         """
-        eps = self._norms.eps
+        # Models of float64 compute their norms in float32 all the same.
+        eps = max(self._norms.eps, torch.finfo(torch.float32).eps)
         for n in range(size):
             known = first if n == 0 else None
             alone = self._evaluate(sample(batch, n, size), 1)[0][0] if known is None else known

@@ -59,9 +59,17 @@ class GradientSketches:
         """Take up one use of a linear map: inputs (batch, T, in) and output gradients (batch, T, out)."""
         self._add(self._staged, name, (a, g))
 
-    def unstage(self) -> None:
-        """Forget what is staged."""
-        self._staged.clear()
+    def unstage(self) -> dict[str, Pair]:
+        """Take back what is staged, and return it."""
+        staged, self._staged = self._staged, {}
+        return staged
+
+    def restage(self, samples: Tensor, staged: Mapping[str, Pair]) -> None:
+        """Put what was staged before of some samples, a mask of shape (batch,), in the place of what is staged now."""
+        for name, (a, g) in staged.items():
+            mask = samples.to(a.device)[:, None, None]
+            now = self._staged[name]
+            self._staged[name] = torch.where(mask, a, now[0]), torch.where(mask, g, now[1])
 
     def keep(self, samples: Tensor, scale: Tensor) -> None:
         """Keep what is staged of some samples, shape (n,), each times its factor, shape (n,)."""

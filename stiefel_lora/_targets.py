@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from stiefel_lora._models import (
     Layers,
@@ -88,7 +87,7 @@ def _warn_of_experts(blocks: Iterable[nn.Module]) -> None:
         join(name, key): None
         for block in blocks
         for name, module in block.named_modules()
-        if not isinstance(module, _ConvNd)
+        if "expert" in name
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.dim() == 3
     }

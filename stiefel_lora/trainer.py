@@ -212,7 +212,10 @@ class StiefelTrainer(Trainer):
         if checkpoint is None or not self._is_ours or self.optimizer is None:
             return
         # The checkpoint's rates go on, as in Trainer.
-        rates = {isinstance(g["params"][0], ManifoldParameter): g["initial_lr"] for g in self.optimizer.param_groups}
+        rates = {
+            isinstance(g["params"][0], ManifoldParameter): g.get("initial_lr", g["lr"])
+            for g in self.optimizer.param_groups
+        }
         if len(rates) == 2 and not math.isclose(rates[True], self.lr_ratio * rates[False]):
             raise InputError(
                 f"{checkpoint} was trained with lr_ratio={rates[True] / rates[False]:g}, not {self.lr_ratio:g}, and "

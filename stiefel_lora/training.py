@@ -242,7 +242,8 @@ class _Run:
             for name, factor in self.factors.items():
                 factor.copy_(saved["factors"][name])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
         if torch.cuda.is_available() and saved["cuda_rng"]:
             torch.cuda.set_rng_state_all(saved["cuda_rng"])

@@ -18,6 +18,7 @@ from stiefel_lora._entropy import LeanCrossEntropy
 from stiefel_lora._gradnorms import GradientNorms
 from stiefel_lora._losses import LabelSampler, SampleLosses
 from stiefel_lora._models import find_linears, undisturbed
+from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import Scoring, _is_stable, _Looks, _upper_tail, fisher_scores, fisher_select, score
 from tests.models import FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch
@@ -558,13 +559,18 @@ def test_weights_of_the_samples_that_are_not_told_are_not_guessed_in_low_precisi
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
 
 
-def test_a_mean_cross_entropy_is_seen_in_low_precision_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = FAMILIES["roberta"].build(), class_batch(4, 8)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "bert", "roberta"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_mean_cross_entropy_is_seen_in_every_precision(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No sample has to be scored alone, which takes far longer."""
+    model, batch = FAMILIES[name].build(), FAMILIES[name].batch(4, 8)
     plain = by_module(model, [batch])
     monkeypatch.setattr(SampleLosses, "_one_by_one", None)
-    low = by_module(model.bfloat16(), [batch])
+    found = by_module(model.to(dtype), [batch])
     # bf16 has 8 bits; squared norms over three layers of it.
-    torch.testing.assert_close(low, plain, rtol=0.15, atol=0.01 * float(plain.max()))
+    torch.testing.assert_close(found, plain, rtol=0.15, atol=0.01 * float(plain.max()))
 
 
 @pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}])
@@ -659,6 +665,31 @@ def test_a_gradient_that_is_too_large_for_float16_takes_no_range_from_the_others
     with pytest.warns(UserWarning, match="1 of 4 samples"):
         low = by_module(model.half(), [large, batch], loss_fn=loss_fn) / 1e-8
     torch.testing.assert_close(low, plain, rtol=0.02, atol=1e-3 * float(plain.max()))
+
+
+def test_a_gradient_that_is_too_large_for_float16_takes_no_range_from_its_batch() -> None:
+    model = Stack(lambda layer, x: layer(x).tanh())
+    x, y = torch.randint(50, (4, 12)), torch.randint(5, (4,))
+    size = torch.tensor([1e-4, 1e-4, 1e-4, 1e12])
+    ranks = dict.fromkeys(linear_weights(model), 2)
+
+    def each(model: nn.Module, batch: Any) -> Tensor:
+        return batch[2] * cross_entropy(model(batch[0]).mean(1).float(), batch[1], reduction="none")
+
+    def measured(count: int) -> tuple[Tensor, list[Tensor]]:
+        sketches = GradientSketches(ranks)
+        options = Scoring(loss_fn=each, granularity="module", progress=False)
+        scores = score(model, [(x[:count], y[:count], size[:count])], options, sketches)
+        return torch.tensor(scores.scores), [sketches.leading(name, 2)[0] for name in ranks]  # type: ignore[index]
+
+    plain, directions = measured(3)
+    model.half()
+    with pytest.warns(UserWarning, match="1 of 4 samples"):
+        low, found = measured(4)
+    # float16 has 11 bits; squared norms over three layers of it.
+    torch.testing.assert_close(low, plain, rtol=0.02, atol=0)
+    # The share of one plane in the other.
+    assert all((a.T @ b).square().sum() > 2 * (1 - 1e-3) for a, b in zip(directions, found, strict=True))
 
 
 def test_it_works_inside_no_grad_and_on_frozen_models() -> None:

@@ -1,6 +1,7 @@
 """The contract of torch.optim: constructors, groups, state, checkpoints, closures, schedulers, scalers, hooks."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -882,3 +883,30 @@ def test_no_host_synchronisation_in_a_step(monkeypatch: pytest.MonkeyPatch) -> N
                     patch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} in step()"))
                 with NothingIsRead():
                     optimizer.step()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_compiled_step_is_the_step(kind: str, whole: bool) -> None:
+    model = torch.nn.ParameterDict({"a": parameter(12, 4), "b": torch.randn(5, dtype=torch.float64)})
+    twin = copy.deepcopy(model)
+
+    def run(params: torch.nn.ParameterDict, compiled: bool) -> None:
+        optimizer = PAIRS[kind][0](list(params.values()), **COMMON[kind])
+
+        def train(x: Tensor) -> None:
+            ((x @ params["a"]).square().sum() + params["b"].square().sum()).backward()
+            if whole:
+                optimizer.step()
+
+        compile_ = functools.partial(torch.compile, backend="eager") if compiled else lambda function: function
+        part, step = compile_(train), compile_(optimizer.step)
+        for seed in range(3):
+            part(torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+            if not whole:
+                step()
+            optimizer.zero_grad()
+
+    run(model, compiled=False)
+    run(twin, compiled=True)
+    assert_same(list(model.values()), list(twin.values()))
