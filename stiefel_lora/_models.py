@@ -111,6 +111,11 @@ def plain_weight(linear: nn.Module) -> nn.Parameter:
     weight = getattr(linear, "weight", None)
     if type(weight) is nn.Parameter and is_plain(linear):
         return weight
+    if hasattr(weight, "full_tensor"):
+        raise InputError(
+            f"the weight of {type(linear).__name__} is split over the processes of a distributed job; save the "
+            "adapter, and load and merge it where the model is whole"
+        )
     kind = f"a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
     raise InputError(
         f"the weight of {type(linear).__name__} is {kind}, not a plain floating-point matrix (it is "

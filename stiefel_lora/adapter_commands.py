@@ -59,6 +59,8 @@ def named_base(folder: Path, base_model: Mapping[str, str]) -> str:
 
 
 def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
+    from safetensors import SafetensorError
+
     from stiefel_lora.checkpoint import load_adapter, read_adapter
     from stiefel_lora.convert import write_peft
     from stiefel_lora.merging import merge_adapters
@@ -76,7 +78,10 @@ def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
     load_adapter(model, folder)
     merged: Any = merge_adapters(model)
     with atomic_folder(args.output) as output:
-        merged.save_pretrained(output)
+        try:
+            merged.save_pretrained(output)
+        except SafetensorError as error:  # as on a full disk
+            raise InputError(f"cannot write to {args.output}: {error}") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(output)
     print(f"{type(merged).__name__} with {len(state.modules)} merged linears written to {args.output}")

@@ -121,7 +121,7 @@ def add_adapters(
 
 
 def insert_adapters(
-    model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, name: str = DEFAULT_NAME
+    model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, name: str = DEFAULT_NAME, inherits: bool = True
 ) -> list[str]:
     """Put adapters on linears given by qualified name; what `add_adapters` does once it knows the names.
 
@@ -129,6 +129,7 @@ def insert_adapters(
         model: Any module.
         options: For each qualified name the arguments of `StiefelLoRALinear` after ``base``.
         name: Name of the set of adapters to add to or start.
+        inherits: Whether a new set goes on training what was trained along with the one before.
 
     Returns:
         The names.
@@ -158,15 +159,13 @@ def insert_adapters(
         raise
     if not adapter_layers(model) and not registry.stored:
         registry.trainable = tuple(trainable)
-    along = dict(trainable) if present else {}
+    along = trainable if present else {}
     if registry.active != name:
-        before = registry.active
+        # They are not the base's own, so they have to be the new set's to be saved and switched with it.
+        own = base_parameters(model)
+        along = {key: own[key] for key in trained_in_place(model)} if inherits else {}
         _take_out(model, registry)
         registry.active = name
-        if before in registry.stored:
-            # They are not the base's own, so they have to be the new set's to be saved and switched with it.
-            own, values = base_parameters(model), registry.stored[before].parameters
-            along = {key: own[key] for key in values if key not in registry.base}
     model._stiefel_adapters = registry  # type: ignore[assignment]
     model.requires_grad_(False)
     _put_in(model, {**present, **new})
@@ -289,6 +288,14 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         inside.update({f"{name}.base.{key}": f"{name}.{key}" for key, _ in layer.base.named_parameters()})
     found = {inside.get(name, name): parameter for name, parameter in model.named_parameters()}
     return {name: parameter for name, parameter in found.items() if name is not None}
+
+
+def trained_in_place(model: nn.Module) -> list[str]:
+    """Return what was trained along with the adapters in use without being loaded: the base's own values are gone."""
+    if not adapter_layers(model):
+        return []
+    known = _registry(model).base
+    return [name for name, p in base_parameters(model).items() if p.requires_grad and name not in known]
 
 
 def keep_base_values(model: nn.Module, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from stiefel_lora.adapters import (
     keep_base_values,
     required_layers,
     set_parameters,
+    trained_in_place,
 )
 from stiefel_lora.config import ADAPTER_FILES
 from stiefel_lora.errors import InputError, ManifoldError, listed
@@ -210,7 +212,14 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
             layer.unmerge()
     else:
         _check_fits(model, state, what)
-        insert_adapters(model, {key: _start(state, key) for key in state.modules}, name=name)
+        strange = set(trained_in_place(model)) - set(state.parameters)
+        insert_adapters(model, {key: _start(state, key) for key in state.modules}, name=name, inherits=False)
+        if strange:
+            warn(
+                f"{listed(sorted(strange))} was trained along with another set of adapters, and is not the base's own "
+                f"any more, which {what} was made for",
+                stacklevel=3,
+            )
     keep_base_values(model, state.parameters)
     layers = adapter_layers(model)
     with torch.no_grad():

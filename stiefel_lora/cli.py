@@ -57,7 +57,14 @@ def main(argv: list[str] | None = None) -> int:
         Its exit code: 0; 2 for bad input or a file that cannot be read or written (one line on stderr); 130 after
         Ctrl-C; 141 if nobody reads what it prints.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.exit(
+            2,
+            f"{parser.prog} {args.command}: unrecognized arguments: {' '.join(unknown)}; "
+            f"see {parser.prog} {args.command} --help\n",
+        )
     if getattr(args, "resume", False):
         args.given = vars(build_parser(_NONE).parse_args(argv))
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -65,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed, as by >&-
+            sys.stdout.flush()
     except BrokenPipeError:
         # As after "| head"; what is still buffered would be an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -38,6 +38,8 @@ Init: TypeAlias = Literal["random", "svd"] | Tensor | tuple[Tensor, Tensor]
 _INIT_TOLERANCE = 0.05
 # float32 training keeps |X^T X - I|_F at about 1e-6; a factor that was rounded to bf16 on the way has 1e-2 or more.
 OFF_MANIFOLD = 1e-3
+# Stands in a base while an adapter is merged into it; several may share one.
+_MERGED = "_stiefel_merged"
 
 
 class StiefelLoRALinear(nn.Module):
@@ -157,6 +159,7 @@ class StiefelLoRALinear(nn.Module):
         out = self.base(input)
         if self.merged or not self.enabled:
             return out
+        self._check_base()
         return out + self._update(input).to(out.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
@@ -178,6 +181,7 @@ class StiefelLoRALinear(nn.Module):
             a, b = folded(self.factors())
             return (self.scaling * b) @ a.T
 
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def merge(self) -> float:
         """Put the update into the base weight, so that the forward pass is the base's alone.
@@ -198,6 +202,7 @@ class StiefelLoRALinear(nn.Module):
             return 0.0
         if not self.enabled:
             raise InputError("the adapter is disabled, so the layer must stay its base; merge outside disable_adapters")
+        self._check_base()
         original = plain_weight(self.base)
         update = self.delta_weight()
         if is_conv1d(self.base):
@@ -208,6 +213,7 @@ class StiefelLoRALinear(nn.Module):
             raise InputError(f"the merged weight of shape {tuple(merged.shape)} overflows {original.dtype}; not merged")
         self._base_weight = (original,)
         self.base.weight = nn.Parameter(merged, requires_grad=False)
+        vars(self.base)[_MERGED] = True
         size = torch.linalg.norm(update)
         return float(torch.linalg.norm(merged.to(exact.dtype) - exact) / size) if size > 0 else 0.0
 
@@ -217,7 +223,17 @@ class StiefelLoRALinear(nn.Module):
         if not self.merged:
             return
         self.base.weight = self._own_weight()
+        self.release()
+
+    def release(self) -> nn.Module:
+        """Return the base, and let go of its own weight if it is merged: the sum is the base's weight then."""
         self._base_weight = ()
+        vars(self.base).pop(_MERGED, None)
+        return self.base
+
+    def _check_base(self) -> None:
+        if _MERGED in vars(self.base):
+            raise InputError("another adapter over the same linear is merged into it; unmerge that one first")
 
     def _own_weight(self) -> nn.Parameter:
         """Return the base's own weight while a merged one is in its place."""
@@ -325,6 +341,8 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
             raise TypeError(
                 f"the base {type(base).__name__} has no weights yet; run a forward pass or initialise it first"
             )
+        if first_tensor(base).is_complex():  # type: ignore[union-attr]
+            raise TypeError(f"the base {type(base).__name__} has complex weights; factors are real")
         if not takes_one_argument(type(base)):  # type: ignore[arg-type]  # a class is hashable
             raise TypeError(
                 f"the base {type(base).__name__} is more than a linear map: its forward needs other arguments besides "

@@ -30,7 +30,8 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
 
     Args:
         model: A model with adapters.
-        keep: Keep the adapters, merged, so that `unmerge_adapters` can restore the exact base.
+        keep: Keep the adapters, merged, so that `unmerge_adapters` can restore the exact base. Nothing trains them
+            while they are merged.
 
     Returns:
         The model given, unwrapped from DataParallel and the like: with its original classes (unless ``keep``), for
@@ -58,7 +59,7 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
         config = getattr(bare, "config", None)
         if config is not None and tied_names(bare, layers):
             config.tie_word_embeddings = False
-        replace_modules(bare, {name: layer.base for name, layer in layers.items()})
+        replace_modules(bare, {name: layer.release() for name, layer in layers.items()})
         forget_adapters(bare)
         _forget_quantiser(bare)
     return bare  # type: ignore[return-value]

@@ -1,5 +1,6 @@
 """Fisher scores as a value: ranking, selection, table, plot and file."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -125,8 +126,14 @@ class FisherScores:
         Args:
             path: Where to; the ending decides the format.
             selected: Indices as `select` returns them (default: the selection at ``budget``).
+
+        Raises:
+            InputError: If an index does not exist, or no such picture can be drawn.
         """
         chosen = set(self.select(self.budget) if selected is None else selected)
+        there = set(self.layers if self.granularity == "layer" else range(len(self)))
+        if chosen - there:
+            raise InputError(f"no {self.granularity} {', '.join(map(str, sorted(chosen - there)))} to mark as selected")
         with drawing(path, width=grid_width(self.layers)) as axes:
             (self._draw_bars if self.granularity == "layer" else self._draw_grid)(axes, chosen)
             axes.set_title(f"mean squared gradient norm over {self.n_samples} samples")
@@ -187,6 +194,7 @@ class FisherScores:
         if wrong:
             return wrong
         wrong = [name for name, kind in kinds.items() if get_origin(kind) is list and not self._has_one_each(name)]
+        wrong += ["parameters"] * (min(self.parameters, default=1) < 1)
         return wrong + ["granularity"] * (self.granularity not in ("layer", "module"))
 
     def _has_one_each(self, name: str) -> bool:
@@ -199,7 +207,8 @@ def _is_of(kind: Any, value: Any) -> bool:
         return isinstance(value, list) and all(_is_of(get_args(kind)[0], entry) for entry in value)
     if kind is bool or kind is str:
         return isinstance(value, kind)
-    return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    of_kind = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return of_kind and math.isfinite(value)
 
 
 def grid_width(layers: Sequence[int]) -> float:

@@ -28,7 +28,7 @@ from stiefel_lora.adapters import (
     unwrap,
     use_adapter,
 )
-from stiefel_lora.checkpoint import load_adapter, save_adapter
+from stiefel_lora.checkpoint import load_adapter, read_adapter, save_adapter
 from stiefel_lora.convert import export_peft, import_peft
 from stiefel_lora.errors import InputError
 from stiefel_lora.layer import StiefelLoRALinear
@@ -790,3 +790,14 @@ def test_nothing_is_frozen_by_adapters_that_failed() -> None:
     with pytest.raises(InputError, match="k_proj: rank must be"):
         insert_adapters(model, {names[0]: {"rank": 2}, names[1]: {"rank": 10**6}})
     assert all(p.requires_grad for p in model.parameters()) and not adapter_layers(model)
+
+
+def test_a_set_that_is_loaded_beside_a_trained_head_stays_what_it_is(tmp_path: Path) -> None:
+    save_adapter(adapted(name="second"), tmp_path / "second")
+    model = adapted(name="first")
+    _train_head(model, 0.1)
+    with pytest.warns(UserWarning, match="lm_head.weight was trained along with another set of adapters"):
+        load_adapter(model, tmp_path / "second", name="second")
+    assert not model.lm_head.weight.requires_grad
+    save_adapter(model, tmp_path / "again")
+    assert read_adapter(tmp_path / "again").parameters == {}

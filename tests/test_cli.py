@@ -335,7 +335,16 @@ def test_what_an_interrupted_run_recommends_is_its_own(
     assert "go on with" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*words, "--over"])
-    assert "unrecognized arguments: --over;" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert told.endswith("unrecognized arguments: --over; see stiefel-lora finetune --help\n")
+
+
+def test_a_command_works_with_nowhere_to_print(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after ">&-"
+    assert main(finetune(base, tmp_path / "run", "--steps", "1")) == 0
+    assert (tmp_path / "run" / "metrics.json").is_file()
 
 
 def test_select_takes_the_rank(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from stiefel_lora.errors import InputError, ManifoldError
 from stiefel_lora.factors import leading_singular_vectors
 from stiefel_lora.layer import StiefelLoRALinear
+from stiefel_lora.merging import merge_adapters
 from stiefel_lora.stiefel import orthogonality_error, random_point
 from tests.models import FULL_GRAPH
 
@@ -568,3 +569,43 @@ def test_conversions_in_torchs_other_ways(way: str) -> None:
         set_(False)
     assert layer.lora_A is point and isinstance(point, geoopt.ManifoldParameter) and point.dtype == torch.float64
     assert layer.weight.dtype == torch.float64
+
+
+def test_layers_over_one_base_are_merged_one_at_a_time() -> None:
+    base = nn.Linear(8, 6)
+    weight, x = base.weight.detach().clone(), torch.randn(3, 8)
+    first, second = StiefelLoRALinear(base, 2), StiefelLoRALinear(base, 2)
+    for layer in (first, second):
+        nn.init.normal_(layer.lora_B)
+    before = second(x)
+    first.merge()
+    for use in (second.merge, lambda: second(x)):
+        with pytest.raises(InputError, match="another adapter over the same linear is merged into it"):
+            use()
+    first.unmerge()
+    assert torch.equal(base.weight, weight)
+    assert torch.equal(second(x), before)
+    second.merge()
+    torch.testing.assert_close(second(x), before)
+    second.unmerge()
+    with pytest.raises(InputError, match="another adapter over the same linear"):
+        merge_adapters(nn.ModuleList([first, second]))
+    assert torch.equal(base.weight, weight)
+    # What is merged for good is a base as any other.
+    plain = merge_adapters(nn.Sequential(first))[0]
+    assert plain is base
+    StiefelLoRALinear(plain, 2).merge()
+
+
+def test_a_layer_that_was_merged_in_inference_mode_can_be_differentiated() -> None:
+    layer, x = StiefelLoRALinear(nn.Linear(8, 6), 2), torch.randn(3, 8, requires_grad=True)
+    with torch.inference_mode():
+        layer.merge()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    layer.base.requires_grad_(True)
+
+
+def test_a_complex_base_is_refused() -> None:
+    with pytest.raises(TypeError, match="the base Linear has complex weights; factors are real"):
+        StiefelLoRALinear(nn.Linear(8, 6, dtype=torch.complex64), 2)

@@ -1,5 +1,7 @@
 """Ranking, budgets, normalisation, table, plot and file of Fisher scores."""
 
+import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,7 @@ def test_file_round_trip_and_its_errors(tmp_path: Path) -> None:
         ("names", ["a", "b", "c"]),
         ("layers", [0, 1, 2.5, 3]),
         ("parameters", [True, 1, 1, 1]),
+        ("parameters", [0, 1, 1, 1]),
         ("granularity", "head"),
         ("granularity", 1),
         ("n_samples", "7"),
@@ -179,6 +182,19 @@ def test_a_file_with_a_wrong_value_is_refused_and_the_field_named(field: str, va
     write_json(path, {**asdict(scores()), field: value})
     with pytest.raises(InputError, match=f"does not hold Fisher scores: {field} is not"):
         FisherScores.load(path)
+
+
+def test_scores_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps({**asdict(scores()), "scores": [1.0, math.nan, 3.0, 4.0]}))
+    with pytest.raises(InputError, match="does not hold Fisher scores: scores is not"):
+        FisherScores.load(path)
+
+
+def test_what_is_marked_in_a_picture_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no layer 99 to mark as selected"):
+        scores().plot(tmp_path / "x.png", [0, 99])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_without_scores_is_refused_and_whole_numbers_are_none_of_its_faults(tmp_path: Path) -> None:

@@ -101,6 +101,16 @@ RESUMED: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
         {"bf16": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
         {"orthonormal": "both"},
     ),
+    "plateau": (
+        True,
+        {
+            "lr_scheduler_type": "reduce_lr_on_plateau",
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "metric_for_best_model": "loss",
+        },
+        {},
+    ),
     "best": (
         True,
         {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "optim": "sgd"},
