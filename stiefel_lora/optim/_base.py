@@ -263,7 +263,6 @@ class RiemannianOptimizer(torch.optim.Optimizer):
                 for p in filter(is_stiefel, group["params"]):
                     self._project_momentum(p)
 
-    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; ``p.grad`` is only read.
@@ -278,6 +277,10 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             InputError: Before anything is changed, if a gradient of a manifold parameter is sparse or, with
                 ``error_if_nonfinite``, has a NaN or infinity, or if its state is of another shape.
         """
+        return self._step(closure)
+
+    @torch.compiler.disable
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
