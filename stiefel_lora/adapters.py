@@ -182,11 +182,21 @@ def adapter_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
     return {name: module for name, module in found if isinstance(module, StiefelLoRALinear)}
 
 
-def required_layers(model: nn.Module) -> dict[str, StiefelLoRALinear]:
-    """Return the adapters that are in the model, as `adapter_layers` does, and raise InputError if there are none."""
+def required_layers(model: nn.Module, *, with_values: bool = False) -> dict[str, StiefelLoRALinear]:
+    """Return the adapters that are in the model, as `adapter_layers` does.
+
+    Raises:
+        InputError: If there are none, or, ``with_values``, if their factors are on the meta device.
+    """
     layers = adapter_layers(model)
     if not layers:
         raise InputError(f"{type(unwrap(model)).__name__} has no adapters; call add_adapters or load_adapter first")
+    empty = [name for name, layer in layers.items() if any(factor.is_meta for factor in layer.factors().values())]
+    if with_values and empty:
+        raise InputError(
+            f"the adapters of {listed(empty)} are on the meta device; load them, or take accelerate's offloading hooks "
+            "off (remove_hook_from_submodules)"
+        )
     return layers
 
 

@@ -124,7 +124,7 @@ def state_in_place(model: nn.Module) -> AdapterState:
     """Return what `adapter_state` does, by the names that this very model has."""
     model = unwrap(model)
     check_enabled(model)
-    layers = required_layers(model)
+    layers = required_layers(model, with_values=True)
     modules = {name: _module_config(layer) for name, layer in layers.items()}
     trained = _trained_parameters(model, layers)
     return AdapterState(describe_base(model), modules, _factors_to_save(layers), trained, _other_names(model, trained))

@@ -43,7 +43,7 @@ def merge_adapters(model: Model, *, keep: bool = False) -> Model:
             model is left as it was.
     """
     bare = unwrap(model)
-    layers = required_layers(bare)
+    layers = required_layers(bare, with_values=True)
     if not keep:
         check_home(bare)
         check_no_others(bare, "merge with keep=True")

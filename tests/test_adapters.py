@@ -801,3 +801,11 @@ def test_a_set_that_is_loaded_beside_a_trained_head_stays_what_it_is(tmp_path: P
     assert not model.lm_head.weight.requires_grad
     save_adapter(model, tmp_path / "again")
     assert read_adapter(tmp_path / "again").parameters == {}
+
+
+def test_factors_without_values_are_neither_saved_nor_merged(tmp_path: Path) -> None:
+    model = adapted().to("meta")
+    for use in (lambda: save_adapter(model, tmp_path / "adapter"), lambda: merge_adapters(model)):
+        with pytest.raises(InputError, match=r"the adapters of model.layers.0.* are on the meta device"):
+            use()
+    assert not (tmp_path / "adapter").exists()
