@@ -211,10 +211,11 @@ class StiefelTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not self._is_ours or self.optimizer is None:
             return
-        # The checkpoint's rates go on, as in Trainer.
+        # The checkpoint's rates go on, as in Trainer. A schedule by plateaus keeps no initial ones.
         rates = {
-            isinstance(g["params"][0], ManifoldParameter): g.get("initial_lr", g["lr"])
+            isinstance(g["params"][0], ManifoldParameter): g["initial_lr"]
             for g in self.optimizer.param_groups
+            if "initial_lr" in g
         }
         if len(rates) == 2 and not math.isclose(rates[True], self.lr_ratio * rates[False]):
             raise InputError(
