@@ -173,30 +173,35 @@ class GradientNorms:
             self._forget()
 
     def _measure(self, forward: Callable[[], Tensor]) -> Tensor:
-        norms, finite = torch.empty(0), torch.empty(0)
-        for turn, scale in enumerate(LOSS_SCALES):
-            staged = {} if self.sketches is None else self.sketches.unstage()
-            try:
-                loss = self._forward(forward)
-            except _UsedAgainError:
-                self._keep_inputs = True
-                loss = self._forward(forward)
-            self._scale = scale if self._is_half else 1.0
-            self._in_backward = True
-            with _own_gradients(loss):
-                loss.backward(torch.full_like(loss, self._scale))
-            for weight in self._weights.values():
-                self._finish(weight)
-            found = self._measured()
-            if turn > 0:
-                # Samples that are finite at a larger factor are measured with it, whatever is beside them.
-                found = torch.where(finite[:, None], norms, found)
-                if self.sketches is not None:
-                    self.sketches.restage(finite, staged)
-            norms, finite = found, found.isfinite().all(1)
-            if self._scale == 1 or not loss.isfinite() or finite.all():
+        if self.sketches is not None:
+            self.sketches.unstage()
+        largest, *smaller = LOSS_SCALES
+        loss, norms = self._measure_at(largest, forward)
+        for scale in smaller:
+            if self._scale == 1 or not loss.isfinite() or (finite := norms.isfinite().all(1)).all():
                 break
+            staged = {} if self.sketches is None else self.sketches.unstage()
+            loss, found = self._measure_at(scale, forward)
+            # Samples that are finite at a larger factor are measured with it, whatever is beside them.
+            norms = torch.where(finite[:, None], norms, found)
+            if self.sketches is not None:
+                self.sketches.restage(finite, staged)
         return norms
+
+    def _measure_at(self, scale: float, forward: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the loss and the norms, measured with the loss times ``scale`` where float16 takes part in it."""
+        try:
+            loss = self._forward(forward)
+        except _UsedAgainError:
+            self._keep_inputs = True
+            loss = self._forward(forward)
+        self._scale = scale if self._is_half else 1.0
+        self._in_backward = True
+        with _own_gradients(loss):
+            loss.backward(torch.full_like(loss, self._scale))
+        for weight in self._weights.values():
+            self._finish(weight)
+        return loss, self._measured()
 
     def _forward(self, forward: Callable[[], Tensor]) -> Tensor:
         self._forget()

@@ -56,8 +56,7 @@ def find_targets(
     """
     if isinstance(targets, str) and targets != "all-linear":
         raise TypeError(f"target_modules must be a sequence of names or 'all-linear', got the string {targets!r}")
-    given = layers if isinstance(layers, Iterable) else [None]
-    if layers is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
+    if layers is not None and not (isinstance(layers, Iterable) and all(map(_is_int, layers))):
         raise TypeError(f"layers must be a sequence of ints or None, got {layers!r}")
     prefix, blocks = find_layers(model, path)
     chosen = _layer_indices(blocks, layers, prefix)
@@ -79,6 +78,10 @@ def find_targets(
     names = _each_once(model, _flat(found))
     check_called(dict(model.named_modules()), names)
     return names
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _warn_of_experts(blocks: Iterable[nn.Module]) -> None:

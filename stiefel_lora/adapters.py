@@ -162,8 +162,7 @@ def insert_adapters(
     along = trainable if present else {}
     if registry.active != name:
         # They are not the base's own, so they have to be the new set's to be saved and switched with it.
-        own = base_parameters(model)
-        along = {key: own[key] for key in trained_in_place(model)} if inherits else {}
+        along = trained_in_place(model) if inherits else {}
         _take_out(model, registry)
         registry.active = name
     model._stiefel_adapters = registry  # type: ignore[assignment]
@@ -191,8 +190,8 @@ def required_layers(model: nn.Module, *, with_values: bool = False) -> dict[str,
     layers = adapter_layers(model)
     if not layers:
         raise InputError(f"{type(unwrap(model)).__name__} has no adapters; call add_adapters or load_adapter first")
-    empty = [name for name, layer in layers.items() if any(factor.is_meta for factor in layer.factors().values())]
-    if with_values and empty:
+    empty = with_values and [name for name, x in layers.items() if any(f.is_meta for f in x.factors().values())]
+    if empty:
         raise InputError(
             f"the adapters of {listed(empty)} are on the meta device; load them, or take accelerate's offloading hooks "
             "off (remove_hook_from_submodules)"
@@ -300,12 +299,12 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in found.items() if name is not None}
 
 
-def trained_in_place(model: nn.Module) -> list[str]:
+def trained_in_place(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what was trained along with the adapters in use without being loaded: the base's own values are gone."""
     if not adapter_layers(model):
-        return []
+        return {}
     known = _registry(model).base
-    return [name for name, p in base_parameters(model).items() if p.requires_grad and name not in known]
+    return {name: p for name, p in base_parameters(model).items() if p.requires_grad and name not in known}
 
 
 def keep_base_values(model: nn.Module, names: Iterable[str]) -> None:

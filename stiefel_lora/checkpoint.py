@@ -212,7 +212,7 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
             layer.unmerge()
     else:
         _check_fits(model, state, what)
-        strange = set(trained_in_place(model)) - set(state.parameters)
+        strange = trained_in_place(model).keys() - state.parameters
         insert_adapters(model, {key: _start(state, key) for key in state.modules}, name=name, inherits=False)
         if strange:
             warn(

@@ -60,11 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.exit(
-            2,
-            f"{parser.prog} {args.command}: unrecognized arguments: {' '.join(unknown)}; "
-            f"see {parser.prog} {args.command} --help\n",
-        )
+        parser.prog += f" {args.command}"  # whose help lists what it takes
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if getattr(args, "resume", False):
         args.given = vars(build_parser(_NONE).parse_args(argv))
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -16,7 +16,7 @@ VOCABULARY = 97
 
 # Grouped-query attention and a feed-forward width that is no multiple of the hidden size, so that a transposed or
 # swapped shape cannot go unnoticed.
-_DECODER = {
+DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -27,7 +27,7 @@ _DECODER = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-_ENCODER = {
+ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -137,38 +137,38 @@ FULL_GRAPH = torch.__version__ >= "2.8"  # compared as versions, not as strings
 # transformers gave it other names in the course of version 5.
 OLD_VIT = hasattr(transformers.models.vit.modeling_vit, "ViTEncoder")
 _GPT2 = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 56}
-_VIT = {k: v for k, v in _ENCODER.items() if k not in ("vocab_size", "max_position_embeddings")}
-_NEOX = {k: v for k, v in _DECODER.items() if k not in ("num_key_value_heads", "head_dim")}
+_VIT = {k: v for k, v in ENCODER.items() if k not in ("vocab_size", "max_position_embeddings")}
+_NEOX = {k: v for k, v in DECODER.items() if k not in ("num_key_value_heads", "head_dim")}
 _OPT = {k: v for k, v in _NEOX.items() if k != "intermediate_size"}
 _PATTERN = ["sliding_attention", "full_attention", "sliding_attention"]
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(_hf("LlamaForCausalLM", "LlamaConfig", **_DECODER), causal_batch, "model.layers", _GATED),
+    "llama": Family(_hf("LlamaForCausalLM", "LlamaConfig", **DECODER), causal_batch, "model.layers", _GATED),
     "llama-tied": Family(
-        _hf("LlamaForCausalLM", "LlamaConfig", **_DECODER, tie_word_embeddings=True),
+        _hf("LlamaForCausalLM", "LlamaConfig", **DECODER, tie_word_embeddings=True),
         causal_batch,
         "model.layers",
         _GATED,
     ),
-    "qwen3": Family(_hf("Qwen3ForCausalLM", "Qwen3Config", **_DECODER), causal_batch, "model.layers", _GATED),
+    "qwen3": Family(_hf("Qwen3ForCausalLM", "Qwen3Config", **DECODER), causal_batch, "model.layers", _GATED),
     "mistral": Family(
-        _hf("MistralForCausalLM", "MistralConfig", **_DECODER, sliding_window=4), causal_batch, "model.layers", _GATED
+        _hf("MistralForCausalLM", "MistralConfig", **DECODER, sliding_window=4), causal_batch, "model.layers", _GATED
     ),
-    "gemma": Family(_hf("GemmaForCausalLM", "GemmaConfig", **_DECODER), causal_batch, "model.layers", _GATED),
+    "gemma": Family(_hf("GemmaForCausalLM", "GemmaConfig", **DECODER), causal_batch, "model.layers", _GATED),
     "gemma2": Family(
-        _hf("Gemma2ForCausalLM", "Gemma2Config", **_DECODER, sliding_window=4, layer_types=_PATTERN),
+        _hf("Gemma2ForCausalLM", "Gemma2Config", **DECODER, sliding_window=4, layer_types=_PATTERN),
         causal_batch,
         "model.layers",
         _GATED,
     ),
     "gemma3": Family(
-        _hf("Gemma3ForCausalLM", "Gemma3TextConfig", **_DECODER, sliding_window=4, layer_types=_PATTERN),
+        _hf("Gemma3ForCausalLM", "Gemma3TextConfig", **DECODER, sliding_window=4, layer_types=_PATTERN),
         causal_batch,
         "model.layers",
         _GATED,
     ),
     "phi": Family(
-        _hf("PhiForCausalLM", "PhiConfig", **{k: v for k, v in _DECODER.items() if k != "head_dim"}),
+        _hf("PhiForCausalLM", "PhiConfig", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
         causal_batch,
         "model.layers",
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"),
@@ -191,9 +191,9 @@ FAMILIES: dict[str, Family] = {
         "model.decoder.layers",
         ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"),
     ),
-    "bert": Family(_hf("BertForMaskedLM", "BertConfig", **_ENCODER), masked_batch, "bert.encoder.layer", _BERT),
+    "bert": Family(_hf("BertForMaskedLM", "BertConfig", **ENCODER), masked_batch, "bert.encoder.layer", _BERT),
     "roberta": Family(
-        _hf("RobertaForSequenceClassification", "RobertaConfig", **_ENCODER, pad_token_id=1),
+        _hf("RobertaForSequenceClassification", "RobertaConfig", **ENCODER, pad_token_id=1),
         class_batch,
         "roberta.encoder.layer",
         _BERT,

@@ -35,7 +35,7 @@ from stiefel_lora.errors import InputError
 from stiefel_lora.factors import orthonormal_factors
 from stiefel_lora.merging import merge_adapters
 from stiefel_lora.stiefel import orthogonality_error
-from tests.models import FAMILIES, OLD_VIT
+from tests.models import DECODER, FAMILIES, OLD_VIT
 from tests.test_adapters import logits, train
 
 pytestmark = [
@@ -276,19 +276,8 @@ def test_a_mixture_of_experts_in_memory() -> None:
 
 def test_linears_that_peft_takes_for_fused_experts_are_refused(tmp_path: Path) -> None:
     """A dense layer of a mixture has linear maps named like parts of the experts of the others."""
-    config = Qwen3MoeConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=56,
-        moe_intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        mlp_only_layers=[0],
-    )
+    experts: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(**DECODER, **experts, mlp_only_layers=[0])
     model = Qwen3MoeForCausalLM(config).eval()
     add_adapters(model, layers=None, rank=2, target_modules=["q_proj", "up_proj"])
     train(model)

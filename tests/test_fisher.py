@@ -21,7 +21,7 @@ from stiefel_lora._models import find_linears, undisturbed
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import Scoring, _is_stable, _Looks, _upper_tail, fisher_scores, fisher_select, score
-from tests.models import FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch
+from tests.models import ENCODER, FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch
 from tests.reference import fisher as reference
 
 LLAMA = FAMILIES["llama"]
@@ -501,7 +501,7 @@ def test_autocast_stays_close_to_full_precision() -> None:
 class Stack(nn.Module):
     """Three layers, each a linear map and what a function makes of its input and output, and five classes."""
 
-    def __init__(self, join: Any) -> None:
+    def __init__(self, join: Any = lambda layer, x: layer(x).tanh()) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(50, 64)
@@ -547,7 +547,7 @@ def test_activations_may_change_in_place(join: Any, like: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_of_the_samples_that_are_not_told_are_not_guessed_in_low_precision(dtype: torch.dtype) -> None:
-    model = Stack(lambda layer, x: layer(x).tanh()).to(dtype)
+    model = Stack().to(dtype)
     batch = {"x": torch.randint(50, (8, 4)), "y": torch.tensor([0, 0, 1, 0, 0, 1, 2, 0])}
     weight = torch.tensor([1.0, 2, 4, 1, 1], dtype=dtype)
 
@@ -575,7 +575,7 @@ def test_a_mean_cross_entropy_is_seen_in_every_precision(
 
 @pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}])
 def test_older_arguments_of_cross_entropy_count(options: dict[str, bool]) -> None:
-    model, batch = Stack(lambda layer, x: layer(x).tanh()), (torch.randint(50, (4, 6)), torch.randint(5, (4, 6)))
+    model, batch = Stack(), (torch.randint(50, (4, 6)), torch.randint(5, (4, 6)))
 
     def legacy(model: nn.Module, batch: Any) -> Tensor:
         with warnings.catch_warnings(action="ignore"):
@@ -590,7 +590,7 @@ def test_older_arguments_of_cross_entropy_count(options: dict[str, bool]) -> Non
 
 
 def test_what_else_the_loss_depends_on_keeps_its_gradients() -> None:
-    model, head = Stack(lambda layer, x: layer(x).tanh()), nn.Linear(5, 4)
+    model, head = Stack(), nn.Linear(5, 4)
     kept = head.weight.grad = torch.ones(4, 5)
     batch = {"x": torch.randint(50, (3, 6)), "y": torch.randint(4, (3,))}
     fisher_scores(
@@ -629,14 +629,7 @@ def test_samples_that_are_mixed_up_are_found_out_however_little_the_first_says(f
 
 def test_the_shift_of_the_labels_is_found_in_low_precision() -> None:
     """The losses of a fresh model with both shifts are near ln 5, often too near for bfloat16 to tell them apart."""
-    config = transformers.BertConfig(
-        vocab_size=97,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        num_labels=5,
-    )
+    config = transformers.BertConfig(**ENCODER)
     for seed in range(8):
         torch.manual_seed(seed)
         model = transformers.BertForTokenClassification(config).bfloat16().eval()
@@ -668,7 +661,7 @@ def test_a_gradient_that_is_too_large_for_float16_takes_no_range_from_the_others
 
 
 def test_a_gradient_that_is_too_large_for_float16_takes_no_range_from_its_batch() -> None:
-    model = Stack(lambda layer, x: layer(x).tanh())
+    model = Stack()
     x, y = torch.randint(50, (4, 12)), torch.randint(5, (4,))
     size = torch.tensor([1e-4, 1e-4, 1e-4, 1e12])
     ranks = dict.fromkeys(linear_weights(model), 2)

@@ -125,7 +125,7 @@ class Bucket:
     def __init__(self, params: list[Tensor], spec: dict[str, StateSpec | None], state: dict[Tensor, Any]) -> None:
         self.params = params
         self._spec = spec
-        self._placement = [(p.shape, p.dtype, p.device) for p in params]
+        self._placement = _placement(params)
         self.dtype = wide_dtype(params[0].dtype)
         self.ends = list(accumulate(p.shape[:-2].numel() for p in params))
         self.starts = [0, *self.ends[:-1]]
@@ -150,11 +150,7 @@ class Bucket:
         model.
         """
         held = [own.get(key) for own in [state.get(p, {}) for p in self.params] for key in self.buffers]
-        return (
-            spec == self._spec
-            and [(p.shape, p.dtype, p.device) for p in self.params] == self._placement
-            and same(held, self._held)
-        )
+        return spec == self._spec and _placement(self.params) == self._placement and same(held, self._held)
 
     def _gather_state(self, key: str, entry: StateSpec, state: dict[Tensor, Any]) -> Tensor:
         first = self.params[0]
@@ -224,6 +220,10 @@ class Bucket:
         if master is not None:
             current(point, master, first.dtype, out=point)
         return Piece(params, point, grad, grad, spare, state, master)
+
+
+def _placement(params: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    return [(p.shape, p.dtype, p.device) for p in params]
 
 
 def current(point: Tensor, master: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
