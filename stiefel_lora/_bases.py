@@ -65,8 +65,9 @@ def _warn_of_statistics(modules: Mapping[str, nn.Module]) -> None:
     moving = [n for n, m in modules.items() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     if moving:
         warn(
-            f"{listed(moving)} takes running statistics while in training mode, which a saved adapter does not hold; "
-            "put it into eval mode after each model.train()",
+            f"while in training mode, running statistics change in {listed(moving)}, which a saved adapter holds only "
+            "of a module that is trained whole, as a head; put it into eval mode after each model.train(), or where a "
+            "Trainer calls that, set its momentum to 0",
             stacklevel=5,
         )
 

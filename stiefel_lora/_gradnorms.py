@@ -277,6 +277,9 @@ class GradientNorms:
                 if self._in_backward:
                     # A checkpointed segment runs again. Its first run is what counts, but the same must be saved.
                     return _tap(output, lambda g: None)
+                if x.requires_grad and not output.requires_grad:
+                    # A path around it may bring gradients to the linear maps before it, but not all of them.
+                    raise InputError(_no_gradient(self._names[weight.rows[0]]))
                 weight.uses += 1
                 self._is_half |= output.dtype == torch.float16
                 self.eps = max(self.eps, product_eps(output))
@@ -325,10 +328,7 @@ class GradientNorms:
     def _by_sample(self, x: Tensor | None, width: int) -> Tensor:
         """Return ``x`` as (batch, T, width) in float32 or wider."""
         if x is None:
-            raise InputError(
-                "no gradient reaches a linear map: an operation behind it has no backward pass, as bitsandbytes' 4-bit "
-                "linears in evaluation mode on a CPU; score the model before it is quantised, or on a GPU"
-            )
+            raise InputError(_no_gradient("an operation behind a linear map"))
         if self._batch_size > 1 and (x.dim() < 2 or x.shape[0] != self._batch_size):
             raise NotBatchedError
         x = x.detach()
@@ -390,6 +390,13 @@ def _address(x: Tensor) -> int:
 
 def _is_of_width(x: Any, width: int) -> bool:
     return isinstance(x, Tensor) and x.shape[-1:] == (width,)
+
+
+def _no_gradient(where: str) -> str:
+    return (
+        f"no gradient goes back through {where}: it has no backward pass, as bitsandbytes' 4-bit linears in evaluation "
+        "mode on a CPU and linears that quantise their inputs; score the model before it is quantised, or on a GPU"
+    )
 
 
 def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:

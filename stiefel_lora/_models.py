@@ -113,8 +113,8 @@ def plain_weight(linear: nn.Module) -> nn.Parameter:
         return weight
     if hasattr(weight, "full_tensor"):
         raise InputError(
-            f"the weight of {type(linear).__name__} is split over the processes of a distributed job; save the "
-            "adapter, and load and merge it where the model is whole"
+            f"the weight of {type(linear).__name__} is split over the processes of a distributed job; merge an "
+            "adapter, or take a start from weights or their gradients, where the model is whole"
         )
     kind = f"a {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
     raise InputError(

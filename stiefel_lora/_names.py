@@ -39,3 +39,9 @@ def name_in(model: nn.Module, name: str) -> str:
             module = module._modules[inside]
             parts.append(inside)
     return ".".join(parts)
+
+
+def parents(name: str) -> list[str]:
+    """Return the names of the modules around a parameter or module: a and a.b for a.b.weight."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from stiefel_lora._names import name_in
+from stiefel_lora._names import name_in, parents
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.errors import InputError, listed
 
@@ -83,9 +83,3 @@ def _peft_would_adapt(config: Mapping[str, Any], name: str) -> bool:
         return True
     match = re.match(rf".*?\.{config['layers_pattern']}\.(\d+)\.", name)
     return match is not None and int(match[1]) in config["layers_to_transform"]
-
-
-def parents(name: str) -> list[str]:
-    """Return the names of the modules around a parameter or module: a and a.b for a.b.weight."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]

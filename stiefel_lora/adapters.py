@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._bases import by_own_name, named_bases
-from stiefel_lora._models import unwrap
-from stiefel_lora._names import name_in, plain_name
+from stiefel_lora._models import join, unwrap
+from stiefel_lora._names import name_in, parents, plain_name
 from stiefel_lora._targets import describe, find_targets, module_ranks
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.errors import InputError, listed
@@ -36,7 +36,7 @@ class _Aside:
     """A set of adapters that is not in use."""
 
     layers: dict[str, StiefelLoRALinear]
-    parameters: dict[str, Tensor]  # values of the base's own that were trained along, such as a head
+    tensors: dict[str, Tensor]  # values of the base's own that were trained along, such as a head's
 
 
 @dataclass
@@ -169,8 +169,8 @@ def insert_adapters(
     model.requires_grad_(False)
     _put_in(model, {**present, **new})
     wrapped = {id(p) for base in bases.values() for p in base.parameters()}
-    for parameter in along.values():
-        parameter.requires_grad_(id(parameter) not in wrapped)
+    for tensor in along.values():
+        _let_train(tensor, id(tensor) not in wrapped)
     logger.info("adapter %r is on %s", name, describe(map(plain_name, new)))
     return list(new)
 
@@ -244,12 +244,12 @@ def use_adapter(model: nn.Module, name: str) -> None:
         raise InputError(f"no adapter is named {name!r}; the model has: {', '.join(adapter_names(model)) or 'none'}")
     if name != registry.active:
         unwrap(given, adding=True)
-        _check_shapes(model, registry.stored[name].parameters)
+        _check_shapes(model, registry.stored[name].tensors)
         _take_out(model, registry)
         aside = registry.stored.pop(name)
         registry.active = name
         _put_in(model, aside.layers)
-        set_parameters(model, aside.parameters, trainable=True)
+        set_tensors(model, aside.tensors, trainable=True)
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within the context the model computes as its base does, exactly, whether the adapters are merged or not.
 
     Parameters of the base that a loaded set has overwritten, such as a head, have the base's values again; what was
-    trained without being loaded stays.
+    trained without being loaded stays, and so do running statistics of the base that moved in training.
 
     Raises:
         InputError: If one of these has another shape now, as after ``resize_token_embeddings``.
@@ -270,10 +270,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, layer, "enabled", layer.enabled)
             layer.enabled = False
         for part in parts:
-            registry, parameters = _registry(part), base_parameters(part)
+            registry, tensors = _registry(part), base_tensors(part)
             for name, value in registry.base.items():
-                stack.callback(setattr, parameters[name], "data", parameters[name].data)
-                parameters[name].data = value.to(parameters[name], copy=True)
+                stack.callback(setattr, tensors[name], "data", tensors[name].data)
+                tensors[name].data = value.to(tensors[name], copy=True)
             stack.callback(setattr, registry, "disabled", registry.disabled)
             registry.disabled = True
         yield
@@ -288,34 +288,58 @@ def _original_weights(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the base's own parameters, by the names that they have without adapters."""
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the base's own parameters and saved buffers, by the names that they have without adapters."""
     model = unwrap(model)
     inside: dict[str, str | None] = {}
     for name, layer in adapter_layers(model).items():
         inside.update(dict.fromkeys(f"{name}.{key}" for key in layer.factors()))
-        inside.update({f"{name}.base.{key}": f"{name}.{key}" for key, _ in layer.base.named_parameters()})
-    found = {inside.get(name, name): parameter for name, parameter in model.named_parameters()}
-    return {name: parameter for name, parameter in found.items() if name is not None}
+        inside.update({f"{name}.base.{key}": f"{name}.{key}" for key in _own_tensors(layer.base)})
+    found = {inside.get(name, name): tensor for name, tensor in _own_tensors(model).items()}
+    return {name: tensor for name, tensor in found.items() if name is not None}
 
 
-def trained_in_place(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is trained beside the adapters in use, by the names that it has now.
+
+    That is parameters, and the saved buffers of modules that are trained whole, such as running statistics.
+    """
+    model = unwrap(model)
+    factors, parameters = adapter_factors(model), dict(model.named_parameters())
+    trained: dict[str, Tensor] = {n: p for n, p in parameters.items() if p.requires_grad and n not in factors}
+    partly = {parent for name in parameters.keys() - trained.keys() for parent in parents(name)}
+    whole = {parent for name in trained for parent in parents(name)} - partly
+    own = _own_tensors(model)
+    return {n: t for n, t in own.items() if n in trained or (n not in parameters and not whole.isdisjoint(parents(n)))}
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and the buffers that a state of the module has."""
+    found: dict[str, Tensor] = dict(module.named_parameters())
+    for place, part in module.named_modules():
+        buffers = {key: b for key, b in part._buffers.items() if b is not None}
+        saved = buffers.keys() - part._non_persistent_buffers_set
+        found.update({join(place, key): buffers[key] for key in buffers if key in saved})
+    return found
+
+
+def trained_in_place(model: nn.Module) -> dict[str, Tensor]:
     """Return what was trained along with the adapters in use without being loaded: the base's own values are gone."""
     if not adapter_layers(model):
         return {}
     known = _registry(model).base
-    return {name: p for name, p in base_parameters(model).items() if p.requires_grad and name not in known}
+    return {name: tensor for name, tensor in trained_tensors(model).items() if name not in known}
 
 
 def keep_base_values(model: nn.Module, names: Iterable[str]) -> None:
-    """Remember parameters of the base that a set of adapters is about to overwrite.
+    """Remember tensors of the base that a set of adapters is about to overwrite.
 
-    What is trainable is no longer the base's own: it is being trained along with the set that is there.
+    What is trained is no longer the base's own: it is being trained along with the set that is there.
     """
-    registry, parameters = _registry(model), base_parameters(model)
+    registry, tensors, trained = _registry(model), base_tensors(model), trained_tensors(model)
     for name in names:
-        if not parameters[name].requires_grad:
-            registry.base.setdefault(name, parameters[name].detach().clone())
+        if name not in trained:
+            registry.base.setdefault(name, tensors[name].detach().clone())
 
 
 def remove_adapters(model: Model, name: str | None = None) -> Model:
@@ -367,7 +391,7 @@ def _registry(model: nn.Module, name: str = DEFAULT_NAME) -> _Registry:
     registry.base = {now(key): value for key, value in registry.base.items()}
     for aside in registry.stored.values():
         aside.layers = {now(key): layer for key, layer in aside.layers.items()}
-        aside.parameters = {now(key): value for key, value in aside.parameters.items()}
+        aside.tensors = {now(key): value for key, value in aside.tensors.items()}
     return registry
 
 
@@ -417,30 +441,35 @@ def _take_out(model: nn.Module, registry: _Registry) -> None:
     for layer in layers.values():
         layer.unmerge()
     replace_modules(model, {name: layer.base for name, layer in layers.items()})
-    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: tensor.detach().clone() for name, tensor in trained_tensors(model).items()}
     registry.stored[registry.active] = _Aside(layers, trained)
-    set_parameters(model, {**trained, **registry.base}, trainable=False)
+    set_tensors(model, {**trained, **registry.base}, trainable=False)
 
 
 def _check_shapes(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Raise InputError if a parameter of the base is no longer of the shape that it is to have again."""
-    parameters = base_parameters(model)
+    """Raise InputError if a tensor of the base is no longer of the shape that it is to have again."""
+    tensors = base_tensors(model)
     changed = [
-        f"{name} had shape {tuple(value.shape)} and has {tuple(parameters[name].shape)} now"
+        f"{name} had shape {tuple(value.shape)} and has {tuple(tensors[name].shape)} now"
         for name, value in values.items()
-        if parameters[name].shape != value.shape
+        if tensors[name].shape != value.shape
     ]
     if changed:
         raise InputError(f"{listed(changed)}; bring it back to what it was (resize_token_embeddings) first")
 
 
 @torch.no_grad()
-def set_parameters(model: nn.Module, values: Mapping[str, Tensor], *, trainable: bool) -> None:
-    """Give parameters of the base their values in a set of adapters, or the base's own."""
-    parameters = base_parameters(model)
+def set_tensors(model: nn.Module, values: Mapping[str, Tensor], *, trainable: bool) -> None:
+    """Give tensors of the base their values in a set of adapters, or the base's own."""
+    tensors = base_tensors(model)
     for name, value in values.items():
-        parameters[name].copy_(value)
-        parameters[name].requires_grad_(trainable)
+        tensors[name].copy_(value)
+        _let_train(tensors[name], trainable)
+
+
+def _let_train(tensor: Tensor, trainable: bool) -> None:
+    if isinstance(tensor, nn.Parameter):  # not a buffer
+        tensor.requires_grad_(trainable)
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -20,13 +20,14 @@ from stiefel_lora.adapters import (
     DEFAULT_NAME,
     adapter_layers,
     adapter_names,
-    base_parameters,
+    base_tensors,
     check_enabled,
     insert_adapters,
     keep_base_values,
     required_layers,
-    set_parameters,
+    set_tensors,
     trained_in_place,
+    trained_tensors,
 )
 from stiefel_lora.config import ADAPTER_FILES
 from stiefel_lora.errors import InputError, ManifoldError, listed
@@ -52,7 +53,8 @@ class AdapterState:
         modules: For each adapted linear, by qualified name, the options of its `StiefelLoRALinear` and its
             "in_features" and "out_features".
         factors: For each adapted linear its factors by parameter name.
-        parameters: The base's own parameters that were trained with the adapters, such as a classification head.
+        parameters: The base's own parameters that were trained with the adapters, such as a classification head's, and
+            the saved buffers of modules that were trained whole.
         tied: For each further name of a parameter that the base shares, as a head with the embedding, its name in
             ``parameters``. None if that is not known, as of folders written before this was kept.
     """
@@ -72,7 +74,8 @@ class AdapterState:
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the adapters in use to a folder, atomically; other files in the folder are left alone.
 
-    Other parameters that require gradients, such as a classification head trained with the adapters, are saved as well.
+    Other parameters that require gradients, such as a classification head trained with the adapters, are saved as well,
+    and the buffers of modules all of whose parameters do, such as a head's running statistics.
     Factors that something other than a Riemannian optimizer has moved off the manifold are replaced in the file by
     orthonormal ones of the same update, with a warning in the log.
 
@@ -126,7 +129,7 @@ def state_in_place(model: nn.Module) -> AdapterState:
     check_enabled(model)
     layers = required_layers(model, with_values=True)
     modules = {name: _module_config(layer) for name, layer in layers.items()}
-    trained = _trained_parameters(model, layers)
+    trained = _trained(model, layers)
     return AdapterState(describe_base(model), modules, _factors_to_save(layers), trained, _other_names(model, trained))
 
 
@@ -179,9 +182,8 @@ def _other_names(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, s
     return {other: first[id(p)] for other, p in everything if id(p) in first and other not in trained}
 
 
-def _trained_parameters(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> dict[str, Tensor]:
-    inside = {f"{name}.{key}" for name, layer in layers.items() for key in layer.factors()}
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name not in inside}
+def _trained(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> dict[str, Tensor]:
+    trained = {name: tensor.detach() for name, tensor in trained_tensors(model).items()}
     split = [name for name, tensor in trained.items() if hasattr(tensor, "full_tensor")]  # a DTensor, slow to import
     if split:
         raise InputError(
@@ -204,8 +206,7 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
     present = adapter_layers(model)
     _check_parameters(model, state, what)
     in_place = bool(present) and adapter_names(model)[0] == name
-    parameters = base_parameters(model)
-    unwrap(given, adding=not in_place or not all(parameters[key].requires_grad for key in state.parameters))
+    unwrap(given, adding=not in_place or not state.parameters.keys() <= trained_tensors(model).keys())
     if in_place:
         _check_same(state, present)
         for layer in present.values():
@@ -226,7 +227,7 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
         for key, factors in state.factors.items():
             for factor, tensor in factors.items():
                 layers[key].factors()[factor].copy_(tensor)
-    set_parameters(model, state.parameters, trainable=True)
+    set_tensors(model, state.parameters, trainable=True)
     return list(layers)
 
 
@@ -350,7 +351,7 @@ def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:
 
 def _check_parameters(model: nn.Module, state: AdapterState, what: str) -> None:
     """Raise unless the model has the parameters that were trained with the adapters, in the same shapes."""
-    have = {name: tuple(p.shape) for name, p in base_parameters(model).items()}
+    have = {name: tuple(p.shape) for name, p in base_tensors(model).items()}
     wrong = [name for name, tensor in state.parameters.items() if have.get(name) != tuple(tensor.shape)]
     if wrong:
         raise InputError(

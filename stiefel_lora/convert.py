@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from stiefel_lora._files import atomic_folder, fill_json, read_json
 from stiefel_lora._models import is_conv1d, unwrap
-from stiefel_lora._names import is_checkpointed, name_in, plain_name
-from stiefel_lora._peft_targets import check_not_for_experts, describe_targets, exactly, outside_of_adapters, parents
+from stiefel_lora._names import is_checkpointed, name_in, parents, plain_name
+from stiefel_lora._peft_targets import check_not_for_experts, describe_targets, exactly, outside_of_adapters
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapters import (
     DEFAULT_NAME,
@@ -417,7 +417,9 @@ def _peft_config(
 def _modules_to_save(state: AdapterState, model: nn.Module | None, spell: Callable[[str], str]) -> list[str] | None:
     """Return the modules whose parameters were trained, as PEFT can name them: whole."""
     whole = state.whole_parameters
-    names = sorted({name.rpartition(".")[0] for name in whole})
+    around = {name.rpartition(".")[0] for name in whole}
+    # PEFT saves all that is in a module, and cannot wrap a part of it once more.
+    names = sorted(name for name in around if around.isdisjoint(parents(name)))
     for name in names:
         # Without a model it is taken that modules were trained whole.
         place = "" if model is None else name_in(model, name)

@@ -31,7 +31,7 @@ from stiefel_lora._models import (
     unwrap,
 )
 from stiefel_lora._precision import wide_dtype
-from stiefel_lora._processes import is_distributed
+from stiefel_lora._processes import failing_together, gathered, is_distributed
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._types import Granularity, Labels, Normalize
@@ -229,9 +229,9 @@ def score(
     divisor = torch.tensor(divisors(options.normalize, parameters, squared_weight_norm), dtype=torch.float64)
     looks = None if options.tol is None else _Looks(count, options.tol)
     stop = None if looks is None else lambda samples: looks.is_stable(samples / divisor)
-    with undisturbed(model), GradientNorms(model, groups.linears, sketches) as norms:
+    with failing_together(), undisturbed(model), GradientNorms(model, groups.linears, sketches) as norms:
         rows = _measured(model, batches, options, groups, norms, stop)
-    samples, skipped = _gathered(rows)
+    samples, skipped = _together(rows)
     _check_measured(samples, norms)
     if sketches is not None and is_distributed():
         sketches.add_other_ranks()
@@ -314,7 +314,10 @@ def _measured(
 
 def _check_measured(samples: Tensor, norms: GradientNorms) -> None:
     """Warn of linear maps of which nothing is known, and raise InputError if that is so for all."""
-    for how, names in (("never called", norms.unused), ("not called as maps of their widths", norms.unlike)):
+    parts = gathered((list(norms.unused), list(norms.unlike)))
+    never = [name for name in norms.unused if all(name in unused for unused, _ in parts)]
+    unlike = list(dict.fromkeys(name for _, names in parts for name in names))
+    for how, names in (("never called", never), ("not called as maps of their widths", unlike)):
         if names:
             warn(f"{how}, so their score is zero: {listed(names)}; modules= leaves them out", stacklevel=4)
     if not samples.any():
@@ -353,19 +356,14 @@ def _finite(rows: list[Tensor]) -> Tensor:
     return samples[samples.isfinite().all(1)]
 
 
-def _gathered(rows: list[Tensor]) -> tuple[Tensor, int]:
+def _together(rows: list[Tensor]) -> tuple[Tensor, int]:
     """Return the finite samples of all ranks, (N, scores) in float64 on the CPU, and how many were not finite."""
-    total = sum(map(len, rows))
-    found = [_finite(rows).cpu()] if rows else []
-    if is_distributed():
-        # A rank without batches takes part as well: the others wait for it.
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, ([part.numpy() for part in found], total))
-        found = [torch.from_numpy(part) for arrays, _ in parts for part in arrays]
-        total = sum(n for _, n in parts)
+    # A rank without batches takes part as well: the others wait for it.
+    parts = gathered(([_finite(rows).cpu().numpy()] if rows else [], sum(map(len, rows))))
+    total = sum(n for _, n in parts)
     if not total:
         raise InputError("there are no calibration batches to score")
-    samples = torch.cat(found)
+    samples = torch.cat([torch.from_numpy(array) for arrays, _ in parts for array in arrays])
     skipped = total - len(samples)
     if not len(samples):
         raise InputError(f"none of the {total} samples had a finite loss and gradient")
@@ -393,7 +391,9 @@ class _Looks:
 
     def is_stable(self, samples: Tensor, *, last: bool = False) -> bool:
         """Tell whether the highest means are told apart from the rest, by samples of shape (n, available)."""
-        n = len(samples)
+        n, available = samples.shape
+        if self._count == available:
+            return True
         if self._found or n < _FEWEST or n == self._seen or (n < 1.5 * self._seen and not last):
             return self._found
         self._taken, self._seen = self._taken + 1, n

@@ -13,7 +13,7 @@ from stiefel_lora._budget import check_least
 from stiefel_lora._losses import LossFn, batch_losses
 from stiefel_lora._models import find_linears, is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
 from stiefel_lora._precision import LOSS_SCALES, wide_dtype
-from stiefel_lora._processes import add_up
+from stiefel_lora._processes import add_up, failing_together
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora._types import Normalize, Orthonormal
@@ -349,7 +349,7 @@ def _total_gradients(
     # A weight that several linear maps share has one.
     totals = {weight: torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for weight in weights}
     count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
-    with undisturbed(model):
+    with failing_together(), undisturbed(model):
         for batch in batches:
             count += 1
             batch = to_device(batch, weights[0].device)

@@ -160,6 +160,8 @@ class StiefelLoRALinear(nn.Module):
         if self.merged or not self.enabled:
             return out
         self._check_base()
+        if self.training and input.requires_grad and torch.is_grad_enabled():
+            self._check_backward(out)
         return out + self._update(input).to(out.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
@@ -234,6 +236,14 @@ class StiefelLoRALinear(nn.Module):
     def _check_base(self) -> None:
         if _MERGED in vars(self.base):
             raise InputError("another adapter over the same linear is merged into it; unmerge that one first")
+
+    def _check_backward(self, out: Tensor) -> None:
+        if not out.requires_grad:
+            raise InputError(
+                f"no gradient goes back through the base {type(self.base).__name__}: it has no backward pass, as "
+                "linears that quantise their inputs, so nothing before it would be trained rightly; quantise the "
+                "weights alone"
+            )
 
     def _own_weight(self) -> nn.Parameter:
         """Return the base's own weight while a merged one is in its place."""

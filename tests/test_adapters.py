@@ -665,7 +665,7 @@ def test_parameters_of_the_base_keep_their_names_beneath_adapters(tmp_path: Path
 
 def test_running_statistics_and_linears_that_are_not_called_are_named() -> None:
     blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(2)]
-    with pytest.warns(UserWarning, match="0.1, 1.1 takes running statistics while in training mode"):
+    with pytest.warns(UserWarning, match="while in training mode, running statistics change in 0.1, 1.1, which"):
         add_adapters(nn.Sequential(*blocks), layers=None, rank=2, target_modules=["0"])
     config = MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, state_size=4, time_step_rank=4)
     with pytest.raises(

@@ -9,15 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stiefel_lora._files import atomic_folder
-from stiefel_lora.adapters import adapter_layers, adapter_names, add_adapters, disable_adapters, remove_adapters
+from stiefel_lora.adapters import (
+    adapter_layers,
+    adapter_names,
+    add_adapters,
+    disable_adapters,
+    insert_adapters,
+    remove_adapters,
+    use_adapter,
+)
 from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter, save_adapter
-from stiefel_lora.convert import export_peft, import_peft
+from stiefel_lora.convert import export_peft, from_peft, import_peft, to_peft
 from stiefel_lora.errors import InputError, ManifoldError
 from tests.models import FAMILIES
 
@@ -429,3 +438,96 @@ def test_an_infinite_factor_is_named_and_not_factored_again(tmp_path: Path) -> N
     with pytest.raises(InputError, match=f"not saved: {name}.lora_A has NaN or infinite entries"):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+# -- buffers -----------------------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """A head with statistics and a buffer of its own; the second norm has no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.plain, self.out = nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("scratch", torch.ones(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.plain(self.norm(x))) * self.scale
+
+
+class WithHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), Head()
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def with_trained_head() -> WithHead:
+    model = WithHead()
+    add_adapters(model, layers=[1], target_modules=["1"], rank=2)
+    model.head.requires_grad_(True)
+    nn.init.normal_(model.layers[1].lora_B)
+    model.head.train()(3 * torch.randn(16, 8) + 1)
+    model.head.scale.fill_(2.0)
+    return model.eval()
+
+
+BUFFERS = {f"head.{norm}.{name}" for norm in ("norm", "plain") for name in nn.BatchNorm1d(1, affine=False).state_dict()}
+MOVING = "ignore:while in training mode, running statistics"
+
+
+@pytest.mark.filterwarnings(MOVING)
+def test_buffers_of_a_module_that_is_trained_whole_come_back(tmp_path: Path) -> None:
+    model, x = with_trained_head(), torch.randn(5, 8)
+    save_adapter(model, tmp_path)
+    saved = read_adapter(tmp_path).parameters
+    assert saved.keys() == BUFFERS | {"head.scale"} | {f"head.{name}" for name, _ in Head().named_parameters()}
+    fresh = WithHead()
+    base = fresh(x)
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x)) and not torch.allclose(fresh(x), base)
+    assert fresh.head.norm.num_batches_tracked == 1
+    with disable_adapters(fresh):
+        assert torch.equal(fresh(x), base)
+    insert_adapters(fresh, {"layers.0": {"rank": 2}}, name="other")
+    assert torch.equal(fresh(x), base)
+    use_adapter(fresh, "default")
+    assert torch.equal(fresh(x), model(x))
+    load_adapter(fresh, tmp_path)  # into the adapters that are there
+    remove_adapters(fresh)
+    assert torch.equal(fresh(x), base)
+
+
+@pytest.mark.filterwarnings(MOVING)
+def test_buffers_of_a_module_that_is_trained_in_part_are_the_bases(tmp_path: Path) -> None:
+    model = with_trained_head()
+    model.head.out.bias.requires_grad_(False)
+    save_adapter(model, tmp_path)
+    saved = read_adapter(tmp_path).parameters.keys()
+    assert saved == {f"head.norm.{name}" for name in model.head.norm.state_dict()} | {"head.out.weight"}
+
+
+@pytest.mark.filterwarnings(MOVING)
+def test_buffers_of_a_trained_head_go_to_peft_and_come_back(tmp_path: Path) -> None:
+    model, x = with_trained_head(), torch.randn(5, 8)
+    expected = model(x)
+    export_peft(model, tmp_path)
+
+    def check(other: Any) -> None:
+        # Float32 factors are split anew, in float64.
+        torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-5)
+
+    theirs = peft.PeftModel.from_pretrained(WithHead(), tmp_path)
+    check(theirs)
+    back = WithHead()
+    import_peft(back, tmp_path)
+    check(back)
+    check(from_peft(theirs))
+    check(to_peft(model).eval())

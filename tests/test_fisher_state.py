@@ -1,6 +1,7 @@
 """Fisher scoring and its surroundings: the model comes back as it was; wrapped models, modes of torch, many ranks."""
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores
+from stiefel_lora.initialisation import gradient_init
 from stiefel_lora.scores import FisherScores
 from tests.models import FAMILIES, causal_batch, plain_batch
 from tests.ranks import run_on_ranks
@@ -147,3 +149,60 @@ def test_ranks_without_any_batches_fail_together() -> None:
         run_on_ranks(2, _score_on_rank, folder, [[], []])
         for rank in range(2):
             assert "no calibration batches" in (Path(folder) / f"{rank}.txt").read_text()
+
+
+def _fail_on_rank(rank: int, folder: str) -> None:
+    model, batch = LLAMA.build(), causal_batch(2, 9)
+    if rank == 1:
+        del batch["labels"]
+    for calibrate in (
+        lambda: fisher_scores(model, [batch], progress=False),
+        lambda: gradient_init(model, [batch], layers=[0], rank=2),
+    ):
+        with pytest.raises(InputError) as raised:
+            calibrate()
+        with (Path(folder) / f"{rank}.txt").open("a") as file:
+            file.write(f"{raised.value}\n")
+
+
+def test_an_error_on_one_rank_is_one_on_all(tmp_path: Path) -> None:
+    run_on_ranks(2, _fail_on_rank, tmp_path)
+    others, own = ((tmp_path / f"{rank}.txt").read_text().splitlines() for rank in range(2))
+    assert len(own) == 2 and all("labels" in line for line in own)
+    assert others == [f"process 1 of the job failed with InputError: {line}" for line in own]
+
+
+def _unused_on_rank(rank: int, folder: str) -> None:
+    model = Sometimes()
+    batches = [{"x": torch.ones(2, 4), "which": torch.tensor([rank, rank])}] if rank < 2 else []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = fisher_scores(model, batches, loss_fn=lambda m, b: m(b).mean(1), granularity="module", progress=False)
+    (Path(folder) / f"{rank}.txt").write_text("\n".join(str(w.message) for w in caught))
+    scores.save(Path(folder) / f"{rank}.json")
+
+
+class Sometimes(nn.Module):
+    """Four layers of which a sample goes through one; nothing goes through the last two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.layers[int(batch["which"][0])](batch["x"])
+
+
+def test_what_another_rank_has_called_is_no_unused_linear(tmp_path: Path) -> None:
+    run_on_ranks(3, _unused_on_rank, tmp_path)
+    for rank in range(3):
+        assert (tmp_path / f"{rank}.txt").read_text().splitlines() == [
+            "never called, so their score is zero: layers.2, layers.3; modules= leaves them out"
+        ]
+        assert [score > 0 for score in FisherScores.load(tmp_path / f"{rank}.json").scores] == [
+            True,
+            True,
+            False,
+            False,
+        ]

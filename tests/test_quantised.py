@@ -157,8 +157,32 @@ class OnlyForward(nn.Module):
 def test_a_linear_without_a_backward_pass_cannot_be_scored() -> None:
     model = LLAMA.build()
     model.model.layers[1].self_attn.o_proj = OnlyForward(model.model.layers[1].self_attn.o_proj)
-    with pytest.raises(InputError, match="no gradient reaches a linear map"):
+    with pytest.raises(InputError, match=r"no gradient goes back through an operation behind a linear map"):
         fisher_scores(model, [LLAMA.batch(3, 7)], progress=False)
+
+
+class Detached(nn.Linear):
+    """A linear whose output has no graph, as that of torchao's with quantised inputs."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).detach()
+
+
+def test_a_linear_that_cuts_the_graph_is_named() -> None:
+    """A residual path around it brings gradients to what is before it, so that no gradient is missing."""
+    model, batch = LLAMA.build(), LLAMA.batch(3, 7)
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = Detached(attention.o_proj.in_features, attention.o_proj.out_features)
+    with pytest.raises(InputError, match=r"goes back through model\.layers\.1\.self_attn\.o_proj: it has no backward"):
+        fisher_scores(model, [batch], progress=False)
+    add_adapters(model, layers=[1], target_modules=["o_proj"], rank=2)
+    model(**batch)  # nothing before it is trained, nor asks for a gradient
+    model.enable_input_require_grads()
+    with pytest.raises(InputError, match="no gradient goes back through the base Detached"):
+        model.train()(**batch)
+    with torch.no_grad():
+        model(**batch)
+    model.eval()(**batch)
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes-4bit", "torchao-int8"])
