@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stiefel_lora.initialisation import select_and_start as select_and_start
     from stiefel_lora.layer import StiefelLoRALinear as StiefelLoRALinear
     from stiefel_lora.merging import merge_adapters as merge_adapters
+    from stiefel_lora.merging import refactor_adapters as refactor_adapters
     from stiefel_lora.merging import unmerge_adapters as unmerge_adapters
     from stiefel_lora.optim import RiemannianAdam as RiemannianAdam
     from stiefel_lora.optim import RiemannianSGD as RiemannianSGD
@@ -46,7 +47,7 @@ _PUBLIC = {
     "fisher": ("fisher_scores", "fisher_select"),
     "initialisation": ("allocate_ranks", "gradient_init", "select_and_start"),
     "layer": ("StiefelLoRALinear",),
-    "merging": ("merge_adapters", "unmerge_adapters"),
+    "merging": ("merge_adapters", "refactor_adapters", "unmerge_adapters"),
     "optim": ("RiemannianAdam", "RiemannianSGD"),
     "scores": ("FisherScores",),
     "stiefel": ("effective_rank", "orthogonality_error"),

@@ -5,6 +5,8 @@ from typing import Any
 from warnings import warn
 
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from stiefel_lora._models import own_names
 from stiefel_lora._names import is_compiled
@@ -62,14 +64,22 @@ def named_bases(model: nn.Module, names: Mapping[str, Any], present: Mapping[str
 
 def _warn_of_statistics(modules: Mapping[str, nn.Module]) -> None:
     """Warn of what training changes in a frozen base besides its parameters."""
-    moving = [n for n, m in modules.items() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    moving = [name for name, module in modules.items() if _moves(module)]
     if moving:
         warn(
             f"while in training mode, running statistics change in {listed(moving)}, which a saved adapter holds only "
             "of a module that is trained whole, as a head; put it into eval mode after each model.train(), or where a "
-            "Trainer calls that, set its momentum to 0",
+            "Trainer calls that, set a norm's momentum to 0",
             stacklevel=5,
         )
+
+
+def _moves(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.track_running_stats
+    # The vectors of a power iteration.
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
 def tied_names(model: nn.Module, names: Mapping[str, nn.Module]) -> list[str]:

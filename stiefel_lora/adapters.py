@@ -149,7 +149,7 @@ def insert_adapters(
     bases = named_bases(model, options, present)
     if registry.active != name:
         _check_shapes(model, registry.base)
-    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    trainable: dict[str, Tensor] = {key: p for key, p in model.named_parameters() if p.requires_grad}
     try:
         with _original_weights(model):
             new = {key: _wrap(key, base, options[key]) for key, base in bases.items()}

@@ -143,7 +143,9 @@ def fisher_scores(
         tol: Stop as soon as the chosen set is stable at the confidence 1 - tol: the chances that a chosen one is behind
             another, of all such pairs, add up to no more than this look's share of tol (Student's t of the paired
             differences, at least 8 samples; there is a look whenever the samples are half as many again, and the k-th
-            has the share tol / (k (k + 1))). None takes all samples; ``stable`` then is decided at 0.05.
+            has the share tol / (k (k + 1))). Student's t takes the differences for nearly normal: where the scores of
+            some layers hang on few samples and those of others do not, it may be wrong more often. None takes all
+            samples; ``stable`` then is decided at 0.05.
         seed: Seed of the draws of ``labels="model"``.
         progress: Show a bar, on a terminal only.
 
@@ -374,6 +376,8 @@ def _together(rows: list[Tensor]) -> tuple[Tensor, int]:
 
 class _Looks:
     """Decides again and again, as samples come, whether a choice is stable, with all chances to be wrong within tol.
+
+    That is if the differences of scores are about normal; resampled scores of real text are near enough.
 
     The k-th look takes its share tol / (k (k + 1)), and there is one whenever the samples are half as many again, as
     each costs some certainty.

@@ -276,25 +276,27 @@ class StiefelLoRALinear(nn.Module):
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if any(prefix + name in state_dict for name in self.factors()):
-            self._refactor(_INIT_TOLERANCE if narrow else OFF_MANIFOLD)
+            self._refactor_loaded(_INIT_TOLERANCE if narrow else OFF_MANIFOLD)
         self._keep_manifold(polish=narrow)
 
-    @torch.no_grad()
-    def _refactor(self, tolerance: float) -> None:
-        """Give an update whose factors are off the manifold, as an average is, orthonormal ones."""
-        factors = self.factors()
-        if any(factor.is_meta for factor in factors.values()):
+    def _refactor_loaded(self, tolerance: float) -> None:
+        if any(factor.is_meta for factor in self.factors().values()):
             return
-        error = manifold_error(factors, self.orthonormal)
-        if tolerance < error < math.inf:
+        if tolerance < manifold_error(self.factors(), self.orthonormal) < math.inf:
             warn(
                 "a loaded state has factors off the manifold, as after another optimizer or an average; the same "
                 "updates are put in with orthonormal factors",
                 stacklevel=2,
             )
-            for name, factor in orthonormal_factors(*folded(factors), self.orthonormal).items():
-                # Not into the memory that it has, which with ``assign=True`` is the caller's.
-                factors[name].data = factor.to(factors[name])
+            self.refactor()
+
+    @torch.no_grad()
+    def refactor(self) -> None:
+        """Give the same update, from factors off the manifold as those of an average are, orthonormal ones."""
+        factors = self.factors()
+        for name, factor in orthonormal_factors(*folded(factors), self.orthonormal).items():
+            # Not into the memory that it has, which after ``load_state_dict(assign=True)`` is the caller's.
+            factors[name].data = factor.to(factors[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StiefelLoRALinear":
         def keep_precision(tensor: Tensor) -> Tensor:

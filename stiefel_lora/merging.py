@@ -1,6 +1,7 @@
-"""Merge adapters into the weights of their base, and take them out again."""
+"""Merge adapters into the weights of their base, take them out again, and factor their updates anew."""
 
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +17,8 @@ from stiefel_lora.adapters import (
     replace_modules,
     required_layers,
 )
+from stiefel_lora.errors import InputError, listed
+from stiefel_lora.factors import manifold_error
 from stiefel_lora.layer import StiefelLoRALinear
 
 logger = logging.getLogger("stiefel_lora")
@@ -102,3 +105,30 @@ def _log_rounding(errors: Mapping[str, float], layers: Mapping[str, StiefelLoRAL
             low[worst],
             worst,
         )
+
+
+def refactor_adapters(model: nn.Module) -> list[str]:
+    """Give the same updates orthonormal factors where they have others, as in an average of adapted models.
+
+    A projection of the factors (``project=True`` of the optimizers, or their ``stabilize``) would change the updates.
+
+    Returns:
+        The names of the linears where that was so.
+
+    Raises:
+        InputError: If the model has no adapters, or a factor has a NaN or infinity.
+    """
+    layers = required_layers(model, with_values=True)
+    errors = {name: manifold_error(layer.factors(), layer.orthonormal) for name, layer in layers.items()}
+    bad = [name for name, error in errors.items() if not math.isfinite(error)]
+    if bad:
+        raise InputError(f"the factors of {listed(bad)} have NaN or infinite entries")
+    moved = [name for name, error in errors.items() if error > _rounding(layers[name])]
+    for name in moved:
+        layers[name].refactor()
+    return moved
+
+
+def _rounding(layer: StiefelLoRALinear) -> float:
+    """Return how far off the manifold rounding alone may put the factors."""
+    return torch.finfo(layer.lora_A.dtype).eps * max(sum(f.shape) for f in layer.manifold_parameters().values())

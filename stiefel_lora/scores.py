@@ -35,7 +35,7 @@ class FisherScores:
         stable: Whether the selection at ``budget`` (under the ``normalize`` of `fisher_select`, else by the raw scores)
             is separated from the rest beyond ``confidence``.
         budget: Budget for which ``stable`` was decided.
-        confidence: 1 - tol.
+        confidence: 1 - tol, for differences of scores that are about normal.
     """
 
     scores: list[float]

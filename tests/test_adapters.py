@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -30,9 +31,10 @@ from stiefel_lora.adapters import (
 )
 from stiefel_lora.checkpoint import load_adapter, read_adapter, save_adapter
 from stiefel_lora.convert import export_peft, import_peft
-from stiefel_lora.errors import InputError
+from stiefel_lora.errors import InputError, ManifoldError
 from stiefel_lora.layer import StiefelLoRALinear
-from stiefel_lora.merging import merge_adapters, unmerge_adapters
+from stiefel_lora.merging import merge_adapters, refactor_adapters, unmerge_adapters
+from stiefel_lora.optim import RiemannianAdam
 from stiefel_lora.stiefel import random_point
 from tests.models import FAMILIES, FULL_GRAPH
 from tests.test_layer import QuantisedLinear
@@ -809,3 +811,40 @@ def test_factors_without_values_are_neither_saved_nor_merged(tmp_path: Path) -> 
         with pytest.raises(InputError, match=r"the adapters of model.layers.0.* are on the meta device"):
             use()
     assert not (tmp_path / "adapter").exists()
+
+
+def test_an_average_that_is_copied_in_keeps_its_updates() -> None:
+    model = adapted()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=False)
+    assert refactor_adapters(model) == []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for layer in adapter_layers(model).values():
+                layer.lora_A.copy_(random_point(*layer.lora_A.shape))
+                nn.init.normal_(layer.lora_B)
+        average.update_parameters(model)
+    with torch.no_grad():
+        for own, mean in zip(model.parameters(), average.module.parameters(), strict=True):
+            own.copy_(mean)
+    expected = model(**BATCH).logits
+    optimizer = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(
+        ManifoldError, match=r"call stiefel_lora\.refactor_adapters\(model\), which keeps"
+    ):
+        RiemannianAdam(optimizer)
+    assert refactor_adapters(model) == list(adapter_layers(model))
+    torch.testing.assert_close(model(**BATCH).logits, expected, rtol=1e-4, atol=1e-4)  # float32, four blocks deep
+    RiemannianAdam(optimizer)
+    next(iter(adapter_layers(model).values())).lora_B.data[0, 0] = math.nan
+    assert refactor_adapters(model) == []
+    next(iter(adapter_layers(model).values())).lora_A.data[0, 0] = math.nan
+    with pytest.raises(InputError, match="q_proj have NaN or infinite entries"):
+        refactor_adapters(model)
+
+
+@pytest.mark.parametrize("normed", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_power_iteration_that_goes_on_is_named(normed: Any) -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), normed(nn.Linear(8, 8))) for _ in range(2)])
+    with pytest.warns(UserWarning, match=r"running statistics change in 0\.1.*, 1\.1"):
+        add_adapters(model, layers=None, rank=2, target_modules=["0"])

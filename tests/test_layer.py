@@ -609,3 +609,17 @@ def test_a_layer_that_was_merged_in_inference_mode_can_be_differentiated() -> No
 def test_a_complex_base_is_refused() -> None:
     with pytest.raises(TypeError, match="the base Linear has complex weights; factors are real"):
         StiefelLoRALinear(nn.Linear(8, 6, dtype=torch.complex64), 2)
+
+
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_refactoring_keeps_the_update(orthonormal: Any) -> None:
+    layer = StiefelLoRALinear(nn.Linear(12, 9), 3, orthonormal=orthonormal)
+    with torch.no_grad():
+        for factor in layer.factors().values():
+            factor.add_(torch.randn_like(factor))
+    expected, parameters = layer.delta_weight(), layer.factors()
+    layer.refactor()
+    torch.testing.assert_close(layer.delta_weight(), expected, rtol=1e-5, atol=1e-5)  # float32 factors
+    for name, factor in layer.manifold_parameters().items():
+        assert float(orthogonality_error(factor)) < 2e-6
+        assert factor is parameters[name] and isinstance(factor, geoopt.ManifoldParameter)
