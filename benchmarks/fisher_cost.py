@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from benchmarks import _harness, _tasks
 from stiefel_lora import add_adapters, fisher_scores
 from stiefel_lora._models import find_linears
+from stiefel_lora.errors import InputError
 from stiefel_lora.optim import RiemannianAdam
 from stiefel_lora.pretrained import load_pretrained
 
@@ -33,8 +34,9 @@ Batch = dict[str, Tensor]
 OURS, LOOP, GHOST, FORWARD = "ours", "loop of single samples", "opacus ghost norms", "forward pass"
 # The paper's setting: calibration samples, epochs, training samples.
 PAPER = (128, 3, 170_000)
-# Batches that are timed as one.
-_TOGETHER = 4
+# Batches that are timed as one: the samples that the command scores by default.
+_TOGETHER = 8
+_BATCH = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +60,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"peak {_peak(args.peak_of, load_pretrained(args.model)[0])}")
         sys.exit(0)
     rounds = 1 if args.quick else args.rounds
+    for option, samples in (("--samples", args.samples), ("--long-samples", args.long_samples)):
+        part = min(samples, _TOGETHER * _BATCH)
+        if samples % _BATCH or samples % part:
+            raise InputError(
+                f"{option} must be a multiple of {_BATCH}, and above {_TOGETHER * _BATCH} of that: parts of one size are "
+                f"timed; got {samples}"
+            )
     lengths = {128: args.samples, 512: args.long_samples} if not args.quick else {16: 4}
     model: Any = _tasks.tiny()[0] if args.quick else load_pretrained(args.model)[0]
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -75,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _batches(model: Any, samples: int, length: int, size: int = 4) -> list[Batch]:
+def _batches(model: Any, samples: int, length: int, size: int = _BATCH) -> list[Batch]:
     generator = torch.Generator().manual_seed(torch.initial_seed())
     ids = torch.randint(0, model.config.vocab_size, (samples, length), generator=generator)
     return [{"input_ids": part, "labels": part} for part in ids.split(size)]
@@ -120,6 +129,7 @@ def ghost(model: Any, batches: list[Batch]) -> Tensor:
     """The per-sample norms of opacus' ghost clipping, on the linear maps of the layers."""
     from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
 
+    model.requires_grad_(False)  # it has no rule for tied weights that are trained
     weights = _weights(model)
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -162,7 +172,8 @@ def _compare(model: Any, batches: list[Batch], rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in methods}
     sums: dict[str, Tensor] = {}
     # A few batches in turn: the machine's other work then disturbs all methods alike.
-    parts = [batches[n : n + _TOGETHER] for n in range(0, len(batches), _TOGETHER)]
+    together = min(_TOGETHER, len(batches))
+    parts = [batches[n : n + together] for n in range(0, len(batches), together)]
     for part in parts:
         scores: dict[str, Tensor] = {}
 

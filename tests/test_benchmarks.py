@@ -174,6 +174,11 @@ def test_no_count_or_rate_may_be_zero(
     [
         ("early_stopping", ["--quick", "--batch-size", "99"], "--samples must be at least --batch-size, 99, got 16"),
         ("finetune", ["--tasks", "instructions"], "the task instructions needs --data"),
+        (
+            "fisher_cost",
+            ["--quick", "--samples", "36"],
+            "--samples must be a multiple of 4, and above 32 of that: parts of one size are timed; got 36",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_named(

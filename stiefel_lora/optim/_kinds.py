@@ -105,7 +105,7 @@ def check_point(p: Tensor, where: str, *, project: bool) -> None:
         raise ManifoldError(
             f"{where}, shape {tuple(p.shape)}, is off the Stiefel manifold: |X^T X - I|_F = {measured:.3g}, "
             f"allowed {tolerance:.3g}; pass project=True to move it to the nearest point, or, where another factor "
-            "goes with it as in averaged adapters, call stiefel_lora.refactor_adapters(model), which keeps their product"
+            "goes with it as in averaged adapters, call stiefel_lora.refactor_adapters(model), which keeps the product"
         )
     with torch.no_grad():
         p.copy_(project_point(p))
