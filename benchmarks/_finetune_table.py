@@ -173,7 +173,11 @@ def _task(results: dict[str, Any], task: str) -> str:
         *(f"{c['method']} at {c['lr']:g} failed: {c['error']}." for c in cells if "error" in c),
     ]
     places = Counter(cell.get("processor", "a machine that was not kept") for cell in cells)
-    notes.append("Cells were measured on " + ", ".join(f"{name} ({n})" for name, n in places.items()) + ".")
+    revisions = {cell["revision"] for cell in cells if cell.get("revision")}
+    notes.append(
+        "Cells were measured in pieces, by commands like the one below with its methods, rates and seeds, at "
+        f"{len(revisions)} revision(s), on " + ", ".join(f"{name} ({n})" for name, n in places.items()) + "."
+    )
     if results.get("missing"):
         notes.append(
             f"**{results['missing']} of the cells that the command below plans are not measured yet**; it goes on."

@@ -2,13 +2,15 @@
 
 A study is a module of this folder with ``add_arguments(parser)``, ``run(args) -> dict`` (its numbers, JSON-ready) and
 ``report(results) -> str`` (a Markdown table made from such numbers alone). It may have ``plot(results, path)``, a
-picture of them for the page, and ``THREADS``, its default number of threads. Besides its own options, ``args`` has
-those of every study, ``save(results)`` to keep what there is so far, ``previous`` (the results that are in the output)
-and ``interrupted`` (the same if that run was stopped and had the same conditions), None where there are none.
+picture of them for the page, ``THREADS``, its default number of threads, and ``IN_PIECES``, true if it adds to the
+results that are in the output, with other options as well. Besides its own options, ``args`` has those of every study,
+``save(results)`` to keep what there is so far, ``previous`` (the results that are in the output), ``interrupted`` (the
+same if that run was stopped and is to be gone on with; both None where there are none) and ``command``.
 """
 
 import argparse
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,9 +21,10 @@ import signal
 import statistics
 import subprocess  # noqa: S404  asks git for the revision
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +32,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from stiefel_lora._files import write_json
+from stiefel_lora._files import locked, write_json
 from stiefel_lora.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +51,11 @@ _PEERS = (
 # Exit statuses of a run that a person or the machine stopped: Ctrl-C and SIGTERM.
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # What must be the same for parts of one result that were measured at different times; the revision is kept for each.
-_CONDITIONS = ("seed", "quick", "python", "packages", "machine")
+_CONDITIONS = ("options", "seed", "quick", "python", "packages", "machine")
+# What every result has.
+_NEEDED = {"study", "command", "started", "seed", "quick", "packages", "machine", "revision", "results", "status"}
+# Options that say nothing about a result.
+_NOT_OF_THE_RESULT = ("output", "overwrite")
 
 
 def main(study: ModuleType, argv: list[str] | None = None) -> None:
@@ -63,6 +70,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     add_common(parser, threads=getattr(study, "THREADS", None))
     study.add_arguments(parser)
     args = parser.parse_args(argv)
+    options = {key: value for key, value in vars(args).items() if key not in _NOT_OF_THE_RESULT}
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     _limit_blas(args.threads)
@@ -71,25 +79,40 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     envelope: dict[str, Any] = {
         "study": name,
         "command": shlex.join(["python", "-m", "benchmarks", name, *(sys.argv[1:] if argv is None else argv)]),
+        "options": options,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "seed": args.seed,
         "quick": args.quick,
         **environment(),
     }
     begin = time.perf_counter()
-    try:
-        found = _previous(output, envelope)
-        _check_writable(output)
-    except InputError as error:
-        parser.error(str(error))
+    with ExitStack() as stack:
+        try:
+            _check_writable(output)
+            stack.enter_context(_alone(output))
+            found = {} if args.overwrite else _previous(output, envelope, in_pieces=getattr(study, "IN_PIECES", False))
+        except InputError as error:
+            parser.error(str(error))
+        _run(study, args, parser, output, envelope, found, begin)
+
+
+def _run(
+    study: ModuleType,
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    output: Path,
+    envelope: dict[str, Any],
+    found: dict[str, Any],
+    begin: float,
+) -> None:
     # For a study that goes on where it was stopped: a way to keep what it has so far, what an earlier run found, and
-    # the same only if that run did not come to its end and was measured under the same conditions.
-    same_run = found.get("status") == "partial" and all(found.get(key) == envelope[key] for key in _CONDITIONS)
-    args.output, args.previous = output, found.get("results")
-    args.interrupted = args.previous if same_run else None
-    if same_run:
+    # the same only if that run did not come to its end.
+    args.output, args.previous, args.command = output, found.get("results"), envelope["command"]
+    args.interrupted = args.previous if found.get("status") == "partial" else None
+    if args.interrupted:
         pieces = {key: found.get(key) for key in ("started", "revision", "dirty", "seconds")}
         envelope["earlier"] = [*found.get("earlier", []), pieces]
+        print(f"going on with what {output} has of {found['started']}", file=sys.stderr)
 
     def save(results: dict[str, Any], status: str = "partial") -> None:
         write_json(
@@ -121,7 +144,8 @@ def _limit_blas(threads: int) -> None:
 def add_common(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
     """Add the options of every study; ``threads`` is the default of a study that needs so many."""
     parser.add_argument("--quick", action="store_true", help="a small run that only shows that everything works")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of all random numbers (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where the output has another run's result")
     parser.add_argument(
         "--threads",
         type=positive(int),
@@ -130,12 +154,43 @@ def add_common(parser: argparse.ArgumentParser, threads: int | None = None) -> N
     )
 
 
-def _previous(output: Path, envelope: Mapping[str, Any]) -> dict[str, Any]:
+def _seed(text: str) -> int:
+    """Read a seed that torch takes."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2^63 - 1, got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other processes that would write the same result out until the context or the process ends.
+
+    Raises:
+        InputError: If there is one.
+    """
+    name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    # Not beside the output, where nobody would remove it.
+    lock = Path(tempfile.gettempdir()) / f"stiefel-lora-{name}.lock"
+    try:
+        lock.touch()
+    except OSError:  # another user's
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock))
+        except InputError:
+            raise InputError(f"another process is writing {output}; wait for it, or give another --output") from None
+        yield
+
+
+def _previous(output: Path, envelope: Mapping[str, Any], *, in_pieces: bool) -> dict[str, Any]:
     """Return what an earlier run left at the output, empty if nothing that this run may go on with.
 
     Raises:
         InputError: If this run would destroy something else: a file that is no result, or a study's that is not this
-            one, or a full result where this run is a quick one.
+            one, or a full result where this run is a quick one, or a result of other options or conditions, unless the
+            study adds to such results (``in_pieces``).
     """
     if not output.is_file():
         return {}
@@ -146,7 +201,21 @@ def _previous(output: Path, envelope: Mapping[str, Any]) -> dict[str, Any]:
         if envelope["quick"]:
             raise InputError(f"{output} is a full result; give a quick run another --output")
         return {}
-    return found
+    if in_pieces:
+        return found
+    finished = found["status"] == "finished"
+    other = _differences(found, envelope, ("options",) if finished else _CONDITIONS)
+    if other and not found["quick"]:
+        what = f"{'finished' if finished else 'stopped'} run of other {', '.join(other)} ({found['command']})"
+        raise InputError(f"{output} has a {what}; give another --output, or --overwrite to lose it")
+    return {} if finished or other else found
+
+
+def _differences(found: Mapping[str, Any], envelope: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return what differs between an earlier run and this one; a result from before options were kept has a command."""
+    now = json.loads(json.dumps(envelope))
+    told = {key: key if key in found else "command" for key in keys}
+    return [key for key, where in told.items() if found[where] != now[where]]
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -156,10 +225,10 @@ def read_result(path: Path) -> dict[str, Any]:
         InputError: If it is something else.
     """
     try:
-        found = json.loads(path.read_text())
-    except ValueError:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
         found = None
-    if not isinstance(found, dict) or not found.keys() >= {"study", "results", "status"}:
+    if not isinstance(found, dict) or not found.keys() >= _NEEDED:
         raise InputError(f"{path} is not the result of a study; remove it or choose another place")
     return found
 
@@ -170,29 +239,27 @@ def _check_writable(output: Path) -> None:
     Raises:
         InputError: If it cannot.
     """
-    trial = output.with_suffix(".partial")
     try:
-        if output.is_dir():
-            raise IsADirectoryError("it is a folder")
+        if output.exists() and not output.is_file():
+            raise OSError(f"it is {'a folder' if output.is_dir() else 'no regular file'}")
         output.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror or error}; give another --output") from error
 
 
-def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+def positive(kind: Callable[[str], float], *, or_zero: bool = False) -> Callable[[str], float]:
     """Return what reads an option's value, a number above zero."""
 
     def read(text: str) -> float:
         try:
             number = kind(text)
         except ValueError:
-            number = 0
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(
-                f"must be {'an integer' if kind is int else 'a number'} above 0, got {text!r}"
-            )
+            number = -1
+        if not (0 < number < math.inf or (or_zero and number == 0)):
+            what = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} {'of 0 or more' if or_zero else 'above 0'}, got {text!r}")
         return number
 
     return read

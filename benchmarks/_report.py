@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _harness
+from stiefel_lora._figures import can_draw
+from stiefel_lora._files import atomic_file
 from stiefel_lora.errors import InputError
 
 PAGE = "README.md"
@@ -36,16 +38,20 @@ def render(results: Path = _harness.RESULTS) -> str:
 
 def write(results: Path = _harness.RESULTS) -> list[Path]:
     """Draw the pictures beside the results and write the page; return the files."""
-    written = []
+    page = results / PAGE
+    text = render(results)
+    with atomic_file(page) as file:
+        file.write_text(text, encoding="utf-8")
+    if not can_draw():
+        raise InputError(f"{page} is written; its pictures need matplotlib: pip install 'stiefel-lora[bench]'")
+    written = [page]
     for path, content in _read(results).items():
         plot = getattr(_study(content), "plot", None)
         if plot is not None:
             picture = path.with_suffix(".png")
             plot(content["results"], picture)
             written.append(picture)
-    page = results / PAGE
-    page.write_text(render(results), encoding="utf-8")
-    return [page, *written]
+    return written
 
 
 def _read(results: Path) -> dict[Path, dict[str, Any]]:
@@ -61,11 +67,22 @@ def _read(results: Path) -> dict[Path, dict[str, Any]]:
 
 
 def _study(content: dict[str, Any]) -> Any:
-    return importlib.import_module(f"benchmarks.{content['study']}")
+    try:
+        return importlib.import_module(f"benchmarks.{content['study']}")
+    except ModuleNotFoundError as error:
+        raise InputError(f"there is no study {content['study']!r}, whose result is to be shown") from error
 
 
 def _section(path: Path, content: dict[str, Any]) -> str:
     study = _study(content)
+    try:
+        return _rendered(path, content, study)
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is no complete result of the study {content['study']} ({what})") from error
+
+
+def _rendered(path: Path, content: dict[str, Any], study: Any) -> str:
     machine = content["machine"]
     packages = ", ".join(f"{name} {version.split()[0]}" for name, version in content["packages"].items())
     source = (

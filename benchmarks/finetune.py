@@ -1,9 +1,9 @@
 """Does FoRA at half the parameters beat LoRA, DoRA and AdaLoRA, and which of its two parts does it?
 
 Fine-tunes one model with every method on the same data in the same order, for the same steps and schedule, and measures
-the loss on held-out data. The learning rate of each method is chosen on validation data from one shared grid. A cell
-(task, method, learning rate, seed) runs in a process of its own; finished cells are in the result file and are not run
-again, so the table can be made in pieces:
+the loss on held-out data. The learning rate of each method is the best on validation data of those tried, which are on
+one grid; the table says how many that were. A cell (task, method, learning rate, seed) runs in a process of its own;
+finished cells are in the result file and are not run again, so the table can be made in pieces:
 
     python -m benchmarks finetune --minutes 60
     python -m benchmarks finetune --tasks instructions --data FOLDER --methods LoRA "FoRA (A)"
@@ -92,6 +92,8 @@ class Frame:
     dtype: str | None
 
 
+IN_PIECES = True
+
 Key = tuple[str, str, float, int]
 _KEY = ("task", "method", "lr", "seed")
 
@@ -111,7 +113,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", type=count, default=3, help="seeds of the main rows, at their best rate (default: 3)"
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so long; call again")
+    limit = _harness.positive(float, or_zero=True)
+    parser.add_argument("--minutes", type=limit, help="begin no cell after so long (default: never); call again")
     parser.add_argument("--time", action="store_true", help="also time a step of every method, all in turn in one run")
     parser.add_argument("--rounds", type=count, default=7, help="timed steps of each method with --time (default: 7)")
     parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
@@ -127,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("eval-samples", 96, "validation samples, and test samples"),
         ("questions", 240, "test questions whose answers are counted"),
     ):
-        kind = int if name in ("warmup", "questions") else count
+        kind = _harness.positive(int, or_zero=True) if name in ("warmup", "questions") else count
         parser.add_argument(f"--{name}", type=kind, default=value, help=f"{text} (default: {value})")
 
 
@@ -143,14 +146,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     changed = {k: (results["frame"].get(k), v) for k, v in settings.items() if results["frame"].get(k) != v}
     if changed:
         sys.exit(f"{args.output} was measured with other settings (was, now): {changed}; give another --output")
-    # A peer that was not there may be now.
-    results["cells"] = [cell for cell in results["cells"] if not _is_absent(cell)]
     for task in args.tasks:
         if task not in results["selection"]:
             results["selection"][task] = _in_a_process(select, frame, task, args.threads)
             args.save(results)
-    while (key := next(_missing(args, results["cells"]), None)) is not None:
-        if time.monotonic() - begin > 60 * args.minutes:
+    # What failed in an earlier run is tried again: a peer may be installed now, or more memory free.
+    tried: set[Key] = set()
+    while (key := next(_missing(args, results["cells"], tried), None)) is not None:
+        if args.minutes is not None and time.monotonic() - begin >= 60 * args.minutes:
             print("out of time; the same command goes on with the missing cells", file=sys.stderr)
             break
         print(f"{len(results['cells'])} cells done; now {key}", file=sys.stderr, flush=True)
@@ -158,12 +161,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             cell = _in_a_process(run_cell, frame, key, results["selection"][key[0]], args.threads)
         except Exception as error:  # one method that fails, say in a peer's code, must not cost the table
             cell = _failed(key, error)
+        tried.add(key)
         here = _harness.environment()
-        place = {"revision": here["revision"], "processor": here["machine"]["processor"]}
-        results["cells"].append({**cell, **place})
+        place = {
+            "revision": here["revision"],
+            "processor": here["machine"]["processor"],
+            "packages": {name: here["packages"].get(name) for name in ("torch", "geoopt", "transformers", "peft")},
+            "command": args.command,
+        }
+        results["cells"] = [c for c in results["cells"] if _key(c) != key] + [{**cell, **place}]
         args.save(results)
     # As far as is known yet: more seeds of a row come with its best rate.
-    results["missing"] = sum(1 for _ in _missing(args, results["cells"]))
+    results["missing"] = sum(1 for _ in _missing(args, results["cells"], set()))
     if args.time:
         for task in args.tasks:
             arguments = frame, task, results["selection"][task], args.methods, args.rounds, args.threads
@@ -192,18 +201,14 @@ def _failed(key: Key, error: Exception) -> Cell:
     return {**dict(zip(_KEY, key, strict=True)), "error": f"{type(error).__name__}: {error}"}
 
 
-def _is_absent(cell: Cell) -> bool:
-    return cell.get("error", "").startswith(NotInstalledError.__name__)
-
-
 def _in_a_process(function: Any, *args: Any) -> Any:
     """Run a function in a fresh process, which gives its memory back and shows its own peak."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
-def _missing(args: argparse.Namespace, cells: list[Cell]) -> Iterator[Key]:
-    have = {_key(cell) for cell in cells}
+def _missing(args: argparse.Namespace, cells: list[Cell], tried: set[Key]) -> Iterator[Key]:
+    have = {_key(cell) for cell in cells if "error" not in cell} | tried
     return (key for key in _plan(args, cells) if key not in have)
 
 

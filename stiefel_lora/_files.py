@@ -116,8 +116,13 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     Args:
         path: The file to write; missing parents are made.
+
+    Raises:
+        InputError: If ``path`` is something else than a file.
     """
     path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path.parent)
     try:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import __main__ as entry
-from benchmarks import _harness, finetune, fisher_cost, manifold, optimizer_step
+from benchmarks import _harness, _report, finetune, fisher_cost, manifold, optimizer_step
 from stiefel_lora.errors import InputError
 
 STUDIES = list(entry.studies())
@@ -112,7 +113,17 @@ def test_report_writes_the_page_of_a_folder_and_says_what_is_unfinished_or_quick
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "has no results"), ("{", "x.json is not the result of a study")]
+    ("content", "message"),
+    [
+        (None, "has no results"),
+        ("{", "x.json is not the result of a study"),
+        (json.dumps({"study": "drift", "results": {}, "status": "finished"}), "x.json is not the result of a study"),
+        (json.dumps(dict.fromkeys(ENVELOPE | {"results"}, "speed")), "there is no study 'speed'"),
+        (
+            json.dumps({**dict.fromkeys(ENVELOPE, ""), "study": "drift", "machine": {}, "packages": {}, "results": {}}),
+            "x.json is no complete result of the study drift (KeyError: 'processor')",
+        ),
+    ],
 )
 def test_report_names_what_it_cannot_read(
     content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -133,6 +144,8 @@ def test_report_names_what_it_cannot_read(
         (["--shape", "4", "8"], "r must be in [1, n] for points of St(n, r), got n=4, r=8"),
         (["--lr", "nan"], "argument --lr: must be a number above 0, got 'nan'"),
         (["--threads", "0"], "argument --threads: must be an integer above 0, got '0'"),
+        (["--seed", "-1"], "argument --seed: must be an integer from 0 to 2^63 - 1, got '-1'"),
+        (["--seed", str(2**64)], f"argument --seed: must be an integer from 0 to 2^63 - 1, got '{2**64}'"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -212,11 +225,11 @@ def test_tokens_of_the_cost_study_follow_the_seed(tmp_path: Path, monkeypatch: p
         ids = fisher_cost._batches(model, 2, 8)[0]["input_ids"]
         torch.testing.assert_close(ids, drawn.setdefault(seed, ids), rtol=0, atol=0)
     assert not torch.equal(drawn[0], drawn[1])
-    # The process that measures the memory draws the same, and looks at no other file than this one.
+    # The process that measures the memory draws the same.
     monkeypatch.setattr(fisher_cost.subprocess, "run", run)
-    args = argparse.Namespace(model=None, seed=1, threads=2, output=tmp_path / "x.json")
+    args = argparse.Namespace(model=None, seed=1, threads=2)
     assert fisher_cost._child_peak("ours", args, trim=False) == 3.5
-    assert words[0][3:] == ["--peak-of", "ours", "--seed", "1", "--threads", "2", "--output", str(args.output)]
+    assert words[0][3:-1] == ["--peak-of", "ours", "--seed", "1", "--threads", "2", "--output"]
 
 
 def test_the_manifold_study_runs_on_one_thread_unless_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -279,6 +292,82 @@ def test_the_label_of_a_picture_of_one_model_is_not_cut_off(tmp_path: Path, monk
 def test_a_picture_of_no_problems_is_empty(tmp_path: Path) -> None:
     manifold.plot({"problems": {}}, tmp_path / "x.png")
     assert (tmp_path / "x.png").is_file()
+
+
+def test_the_page_needs_no_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted(tmp_path)
+    monkeypatch.setattr(_report, "can_draw", lambda: False)
+    with pytest.raises(SystemExit):
+        entry.main(["report", str(tmp_path)])
+    assert "README.md is written; its pictures need matplotlib: pip install" in capsys.readouterr().err
+    assert "| qr | float32 |" in (tmp_path / "README.md").read_text()
+
+
+FULL = ["--steps", "20", "--shape", "16", "2"]
+
+
+def drift(*words: str) -> None:
+    _harness.main(importlib.import_module("benchmarks.drift"), list(words))
+
+
+@pytest.mark.parametrize("status", ["finished", "partial"])
+@pytest.mark.parametrize("told", ["options", "command"])
+def test_a_result_of_other_options_is_spared_unless_it_may_be_overwritten(
+    status: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results from before options were kept tell their command."""
+    output = tmp_path / "drift.json"
+    drift(*FULL, "--output", str(output))
+    result = {**json.loads(output.read_text()), "status": status}
+    if told == "command":
+        del result["options"]
+    output.write_text(json.dumps(result))
+    with pytest.raises(SystemExit) as stopped:
+        drift("--steps", "10", "--shape", "16", "2", "--output", str(output))
+    assert stopped.value.code == 2
+    kind = {"finished": "finished", "partial": "stopped"}[status]
+    assert f"has a {kind} run of other options (python -m benchmarks drift --steps 20" in capsys.readouterr().err
+    assert json.loads(output.read_text()) == result
+    drift("--steps", "10", "--shape", "16", "2", "--output", str(output), "--overwrite")
+    assert json.loads(output.read_text())["results"]["steps"] == 10
+
+
+def test_the_same_command_makes_a_finished_result_anew_and_goes_on_with_a_stopped_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "drift.json"
+    for status, kept in (("finished", False), ("partial", True)):
+        drift(*FULL, "--output", str(output))
+        result = json.loads(output.read_text())
+        result["results"]["rows"] = [{**row, "mark": True} for row in result["results"]["rows"]]
+        output.write_text(json.dumps({**result, "status": status}))
+        drift(*FULL, "--output", str(output))
+        assert all("mark" in row for row in json.loads(output.read_text())["results"]["rows"]) == kept
+        assert (f"going on with what {output} has of" in capsys.readouterr().err) == kept
+
+
+def test_a_stopped_run_under_other_conditions_is_spared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "drift.json"
+    drift(*FULL, "--output", str(output))
+    result = {**json.loads(output.read_text()), "status": "partial", "packages": {"torch": "1.0 (package index)"}}
+    output.write_text(json.dumps(result))
+    with pytest.raises(SystemExit):
+        drift(*FULL, "--output", str(output))
+    assert "has a stopped run of other packages" in capsys.readouterr().err
+    assert json.loads(output.read_text()) == result
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_two_processes_do_not_write_one_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "drift.json"
+    with _harness._alone(output):
+        with pytest.raises(SystemExit):
+            drift(*FULL, "--output", str(output))
+        assert f"another process is writing {output}" in capsys.readouterr().err
+        drift(*FULL, "--output", str(tmp_path / "other.json"))
+    drift(*FULL, "--output", str(output))
 
 
 def interrupted(tmp_path: Path, **changed: Any) -> tuple[Path, dict[str, Any]]:
@@ -347,7 +436,7 @@ def test_a_full_run_does_not_go_on_with_a_quick_one_and_a_quick_one_spares_a_ful
         ("[1, 2]", "is not the result of a study"),
         ('{"name": "stiefel-lora"}', "is not the result of a study"),
         (
-            '{"study": "manifold", "quick": true, "results": {}, "status": "finished"}',
+            json.dumps({**dict.fromkeys(ENVELOPE, ""), "study": "manifold", "quick": True, "results": {}}),
             "is a result of the study manifold; give another",
         ),
     ],
@@ -364,17 +453,31 @@ def test_a_file_of_another_kind_is_spared(
     assert output.read_text() == content
 
 
-@pytest.mark.parametrize("place", ["", "file/result.json"], ids=["a folder", "below a file"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "x"])
+@pytest.mark.parametrize("option", ["--minutes", "--warmup", "--questions"])
+def test_no_count_or_time_may_be_negative(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _harness.main(finetune, ["--quick", "--output", str(tmp_path / "x.json"), option, value])
+    assert f"argument {option}: must be a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["", "file/result.json", "pipe"])
 def test_an_output_that_cannot_be_written_is_named_before_the_work(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "file.partial").touch()
+    if place == "pipe":
+        os.mkfifo(tmp_path / "pipe")  # as a device is, no file to be replaced
     study = importlib.import_module("benchmarks.drift")
     monkeypatch.setattr(study, "run", lambda args: pytest.fail("the work was begun"))
     with pytest.raises(SystemExit) as stopped:
         _harness.main(study, [*DRIFT, "--output", str(tmp_path / place)])
     assert stopped.value.code == 2
     assert "cannot be written: " in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 2 + (place == "pipe")
 
 
 def test_interleaving_takes_turns_and_leaves_out_warm_up_and_slow_ones() -> None:

@@ -216,7 +216,7 @@ def arguments(tmp_path: Path, **more: Any) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     finetune.add_arguments(parser)
     args = parser.parse_args(["--methods", "LoRA", FORA, "--lrs", "1e-3", "1e-2", "--seeds", "2"])
-    base = {"quick": False, "seed": 0, "threads": 1, "previous": None, "save": lambda results: None}
+    base = {"quick": False, "seed": 0, "threads": 1, "previous": None, "save": lambda results: None, "command": "it"}
     return argparse.Namespace(**{**vars(args), **base, "output": tmp_path / "x.json", **more})
 
 
@@ -243,8 +243,12 @@ def test_finished_cells_are_not_run_again_and_more_seeds_follow_at_the_best_rate
     assert saved == [0, 1, 2, 3, 4, 5, 6]
     assert first["cells"][2]["error"] == "RuntimeError: a peer fails once"
     again = finetune.run(arguments(tmp_path, previous=copy.deepcopy(first)))
-    assert len(ran) == 6
-    assert again == first
+    # What failed is tried once more, and nothing else.
+    assert ran[6:] == [grid[2]]
+    assert not any("error" in c for c in again["cells"])
+    assert again["cells"][:-1] == [c for c in first["cells"] if "error" not in c]
+    assert finetune.run(arguments(tmp_path, previous=copy.deepcopy(again))) == again
+    assert len(ran) == 7
 
 
 def test_a_peer_that_is_not_there_is_named_and_tried_again_when_it_may_be(
@@ -272,13 +276,13 @@ def test_a_peer_that_is_not_there_is_named_and_tried_again_when_it_may_be(
 
 def test_a_table_is_not_continued_with_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "_in_a_process", lambda function, *args: {"layers": [0]})
-    begun = finetune.run(arguments(tmp_path, minutes=-1))
+    begun = finetune.run(arguments(tmp_path, minutes=0))
     assert begun["cells"] == []
     with pytest.raises(SystemExit, match=r"steps.*\(100, 7\)"):
         finetune.run(arguments(tmp_path, previous=begun, steps=7))
     # A result from before there was a setting has its default.
     del begun["frame"]["train_samples"]
-    assert finetune.run(arguments(tmp_path, minutes=-1, previous=begun))["cells"] == []
+    assert finetune.run(arguments(tmp_path, minutes=0, previous=begun))["cells"] == []
     with pytest.raises(SystemExit, match=r"train_samples.*\(None, 5\)"):
         finetune.run(arguments(tmp_path, previous=begun, train_samples=5))
 

@@ -160,9 +160,14 @@ def test_the_quoted_manifold_problems_are_what_the_committed_results_say() -> No
     assert first["Brockett, 500 x 10"] == "ours, Adam, qr"
     whole = [name for name in problems if name not in streams]
     gradient = [reached[name]["pymanopt, conjugate gradient"] / chosen[name] for name in whole]
-    (most,) = quoted_numbers(r"takes up to ([\d.]+) times as long; on one problem of eleven it is level")
+    most, *level = quoted_numbers(
+        r"takes up to ([\d.]+) times as long; on the two of Procrustes it is level \(([\d.]+) and ([\d.]+) times\)"
+    )
     assert max(gradient) == pytest.approx(most, abs=0.05)
-    assert sorted(gradient)[:2] == [pytest.approx(1, abs=0.05), pytest.approx(1.06, abs=0.02)]
+    assert sorted(gradient)[:2] == pytest.approx(level, abs=0.005)
+    assert {name[:10] for name in whole if reached[name]["pymanopt, conjugate gradient"] < 1.1 * chosen[name]} == {
+        "Procrustes"
+    }
     geoopt = {name: problem["rows"]["geoopt Nesterov, Euclidean"]["times_choice"] for name, problem in problems.items()}
     (highest,) = quoted_numbers(r"takes as long as ours on 50 x 5, and up to ([\d.]+) times as long on large matrices")
     assert max(geoopt.values()) == pytest.approx(highest, abs=0.05)
@@ -177,16 +182,19 @@ def test_the_quoted_manifold_problems_are_what_the_committed_results_say() -> No
 
 def test_the_quoted_ratios_to_geoopt_are_what_the_committed_results_say() -> None:
     models = result("optimizer_step")["models"].values()
-    ours, euclidean, canonical = SPEEDS[1], SPEEDS[3], SPEEDS[4]
+    ours, canonical = SPEEDS[1], SPEEDS[4]
     rows = [model["adapter"]["rows"] for model in models]
-    ratios = [row[euclidean]["times_fused_adamw"] / row[ours]["times_fused_adamw"] for row in rows]
-    slower = [row[canonical]["times_fused_adamw"] / row[ours]["times_fused_adamw"] for row in rows if canonical in row]
+    ratios = [row[ours]["geoopt_euclidean_times_ours"] for row in rows]
+    slower = [row[canonical]["times_ours_qr"] for row in rows if canonical in row]
     least, most, times = quoted_numbers(
         r"default is ([\d.]+) to ([\d.]+) times as fast as geoopt's QR \(.*?\) and (\d+) times as fast as its canonical"
     )
-    # Ratios of medians, where those quoted are medians of ratios.
-    assert [least, most] == pytest.approx([min(ratios), max(ratios)], rel=5e-2)
-    assert times == pytest.approx(slower[0], rel=5e-2)
+    # Two or three digits are quoted.
+    assert [least, most] == pytest.approx([min(ratios), max(ratios)], rel=2e-2)
+    assert times == pytest.approx(slower[0], rel=1e-2)
     alone = [model["A only"]["rows"][ours]["geoopt_euclidean_times_ours"] for model in models]
     quoted = quoted_numbers(r"\(([\d.]+) to ([\d.]+) times on A alone")
-    assert quoted == pytest.approx([min(alone), max(alone)], rel=5e-2)
+    assert quoted == pytest.approx([min(alone), max(alone)], rel=2e-2)
+    beside = [row[ours]["geoopt_and_fused_times_ours"] for row in rows]
+    quoted = quoted_numbers(r"and ([\d.]+) to ([\d.]+) times where B has fused AdamW beside geoopt")
+    assert quoted == pytest.approx([min(beside), max(beside)], rel=2e-2)
