@@ -259,7 +259,7 @@ def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:
     config = LlamaConfig(**sizes, hidden_size=hidden, intermediate_size=4 * hidden, vocab_size=1000)
     model = LlamaForCausalLM(config).eval()
     # What is found out once, from the first sample alone, is shared by as many as elsewhere in this study.
-    batches = _batches(model, 64, 128) if not quick else _batches(model, 8, 8)
+    batches = _batches(model, _TOGETHER * _BATCH, 128) if not quick else _batches(model, 8, 8)
     forward(model, batches)
     times = _harness.interleave(
         {FORWARD: lambda: forward(model, batches), OURS: lambda: ours(model, batches)},
