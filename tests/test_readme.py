@@ -120,7 +120,13 @@ def test_the_quoted_cost_of_scoring_is_what_the_committed_results_say() -> None:
         rf"takes {number} % of the model's memory \({number} % without the allocator's gaps\), the loop {number} %"
     )
     assert quoted_numbers(pattern) == pytest.approx(memory[:3], rel=2e-2)
-    (share,) = quoted_numbers(rf"That is {number} % of a run at the paper's setting, but a quarter of the 50 steps")
+    ghost = "opacus ghost norms"
+    quoted = quoted_numbers(
+        rf"ghost norms take {number} and {number} times the time of ours, and {number} % of the memory"
+    )
+    expected = [*(rows[n][ghost]["times_ours"] for n in rows), 100 * cost["peak_mib"][ghost][0] / cost["model_mib"]]
+    assert quoted == pytest.approx(expected, rel=2e-2)
+    (share,) = quoted_numbers(rf"Ours is {number} % of a run at the paper's setting, but a quarter of the 50 steps")
     assert share == pytest.approx(100 * cost["share"]["paper"], rel=5e-2)
     assert 0.2 < cost["share"]["default_run"] < 0.3
 
