@@ -169,7 +169,7 @@ def _alone(output: Path) -> Iterator[None]:
         InputError: If there is one.
     """
     name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    # Not beside the output, where nobody would remove it.
+    # Not beside the output, where a kill would leave it.
     lock = Path(tempfile.gettempdir()) / f"stiefel-lora-{name}.lock"
     try:
         lock.touch()
@@ -181,6 +181,7 @@ def _alone(output: Path) -> Iterator[None]:
             stack.enter_context(locked(lock))
         except InputError:
             raise InputError(f"another process is writing {output}; wait for it, or give another --output") from None
+        stack.callback(lock.unlink, missing_ok=True)
         yield
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,14 +361,19 @@ def test_a_stopped_run_under_other_conditions_is_spared(tmp_path: Path, capsys: 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
-def test_two_processes_do_not_write_one_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "drift.json"
+def test_two_processes_do_not_write_one_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, locks = tmp_path / "drift.json", tmp_path / "locks"
+    locks.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(locks))
     with _harness._alone(output):
         with pytest.raises(SystemExit):
             drift(*FULL, "--output", str(output))
         assert f"another process is writing {output}" in capsys.readouterr().err
         drift(*FULL, "--output", str(tmp_path / "other.json"))
     drift(*FULL, "--output", str(output))
+    assert not list(locks.iterdir())
 
 
 def interrupted(tmp_path: Path, **changed: Any) -> tuple[Path, dict[str, Any]]:
