@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from stiefel_lora._files import locked, write_json
+from stiefel_lora._files import locked, other_than_a_file, write_json
 from stiefel_lora.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,7 +75,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     _limit_blas(args.threads)
     # A quick run must not take the place of a committed result.
-    output = args.output or (Path("runs") / f"{name}-quick.json" if args.quick else RESULTS / f"{name}.json")
+    args.output = args.output or (Path("runs") / f"{name}-quick.json" if args.quick else RESULTS / f"{name}.json")
     envelope: dict[str, Any] = {
         "study": name,
         "command": shlex.join(["python", "-m", "benchmarks", name, *(sys.argv[1:] if argv is None else argv)]),
@@ -85,29 +85,23 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
         "quick": args.quick,
         **environment(),
     }
-    begin = time.perf_counter()
     with ExitStack() as stack:
         try:
-            _check_writable(output)
-            stack.enter_context(_alone(output))
-            found = {} if args.overwrite else _previous(output, envelope, in_pieces=getattr(study, "IN_PIECES", False))
+            _check_writable(args.output)
+            stack.enter_context(_alone(args.output))
+            in_pieces = getattr(study, "IN_PIECES", False)
+            found = {} if args.overwrite else _previous(args.output, envelope, in_pieces=in_pieces)
+            _run(study, args, envelope, found)
         except InputError as error:
             parser.error(str(error))
-        _run(study, args, parser, output, envelope, found, begin)
 
 
-def _run(
-    study: ModuleType,
-    args: argparse.Namespace,
-    parser: argparse.ArgumentParser,
-    output: Path,
-    envelope: dict[str, Any],
-    found: dict[str, Any],
-    begin: float,
-) -> None:
+def _run(study: ModuleType, args: argparse.Namespace, envelope: dict[str, Any], found: Mapping[str, Any]) -> None:
+    """Run a study, going on with what was found at its output, and write and print its result."""
+    begin, output = time.perf_counter(), args.output
     # For a study that goes on where it was stopped: a way to keep what it has so far, what an earlier run found, and
     # the same only if that run did not come to its end.
-    args.output, args.previous, args.command = output, found.get("results"), envelope["command"]
+    args.previous, args.command = found.get("results"), envelope["command"]
     args.interrupted = args.previous if found.get("status") == "partial" else None
     if args.interrupted:
         pieces = {key: found.get(key) for key in ("started", "revision", "dirty", "seconds")}
@@ -124,8 +118,6 @@ def _run(
     signal.signal(signal.SIGTERM, _stop)
     try:
         results = study.run(args)
-    except InputError as error:
-        parser.error(str(error))
     except KeyboardInterrupt:
         sys.exit(STOPPED[0])
     save(results, "finished")
@@ -241,8 +233,8 @@ def _check_writable(output: Path) -> None:
         InputError: If it cannot.
     """
     try:
-        if output.exists() and not output.is_file():
-            raise OSError(f"it is {'a folder' if output.is_dir() else 'no regular file'}")
+        if other := other_than_a_file(output):
+            raise OSError(f"it is {other}")
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):
             pass

@@ -173,8 +173,7 @@ def _compare(model: Any, batches: list[Batch], rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in methods}
     sums: dict[str, Tensor] = {}
     # A few batches in turn: the machine's other work then disturbs all methods alike.
-    together = min(_TOGETHER, len(batches))
-    parts = [batches[n : n + together] for n in range(0, len(batches), together)]
+    parts = [batches[n : n + _TOGETHER] for n in range(0, len(batches), _TOGETHER)]
     for part in parts:
         scores: dict[str, Tensor] = {}
 

@@ -121,8 +121,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         InputError: If ``path`` is something else than a file.
     """
     path = Path(path).resolve()
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give the name of a file")
+    if other := other_than_a_file(path):
+        raise InputError(f"{path} is {other}; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path.parent)
     try:
@@ -130,6 +130,13 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def other_than_a_file(path: Path) -> str:
+    """Say what stands where a file is to be, "" if nothing does, or a file."""
+    if not path.exists() or path.is_file():
+        return ""
+    return "a folder" if path.is_dir() else "no regular file"
 
 
 def read_json(path: Path) -> dict[str, Any]:

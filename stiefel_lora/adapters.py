@@ -309,18 +309,21 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     trained: dict[str, Tensor] = {n: p for n, p in parameters.items() if p.requires_grad and n not in factors}
     partly = {parent for name in parameters.keys() - trained.keys() for parent in parents(name)}
     whole = {parent for name in trained for parent in parents(name)} - partly
-    own = _own_tensors(model)
-    return {n: t for n, t in own.items() if n in trained or (n not in parameters and not whole.isdisjoint(parents(n)))}
+    return {**trained, **{n: b for n, b in _saved_buffers(model).items() if not whole.isdisjoint(parents(n))}}
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and the buffers that a state of the module has."""
-    found: dict[str, Tensor] = dict(module.named_parameters())
-    for place, part in module.named_modules():
-        buffers = {key: b for key, b in part._buffers.items() if b is not None}
-        saved = buffers.keys() - part._non_persistent_buffers_set
-        found.update({join(place, key): buffers[key] for key in buffers if key in saved})
-    return found
+    return {**dict(module.named_parameters()), **_saved_buffers(module)}
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a state of the module has."""
+    return {
+        join(place, key): buffer
+        for place, part in module.named_modules()
+        for key, buffer in part._buffers.items()
+        if buffer is not None and key not in part._non_persistent_buffers_set
+    }
 
 
 def trained_in_place(model: nn.Module) -> dict[str, Tensor]:

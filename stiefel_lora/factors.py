@@ -112,6 +112,11 @@ def manifold_error(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> f
     return max(float(orthogonality_error(factors[name])) for name in CONSTRAINED[orthonormal])
 
 
+def rounding_error(factor: Tensor) -> float:
+    """Return how far off the manifold, |X^T X - I|_F, rounding alone may put a factor."""
+    return torch.finfo(factor.dtype).eps * sum(factor.shape)
+
+
 def factor_metrics(factors: Mapping[str, Tensor], orthonormal: Orthonormal) -> dict[str, float]:
     """Measure the factors of one update.
 

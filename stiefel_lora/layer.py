@@ -28,6 +28,7 @@ from stiefel_lora.factors import (
     leading_singular_vectors,
     manifold_error,
     orthonormal_factors,
+    rounding_error,
     scaling,
 )
 from stiefel_lora.stiefel import orthogonality_error, project_point, random_point
@@ -160,13 +161,12 @@ class StiefelLoRALinear(nn.Module):
         if self.merged or not self.enabled:
             return out
         self._check_base()
-        if self.training and input.requires_grad and torch.is_grad_enabled():
-            self._check_backward(out)
+        if self.training and torch.is_grad_enabled():
+            self._check_backward(input, out)
+            self._check_manifold()
         return out + self._update(input).to(out.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            self._check_manifold()
         if not under_autocast(x.device.type):
             x = x.to(self.lora_A.dtype)
         hidden = self.dropout(x) @ self.lora_A
@@ -237,8 +237,8 @@ class StiefelLoRALinear(nn.Module):
         if _MERGED in vars(self.base):
             raise InputError("another adapter over the same linear is merged into it; unmerge that one first")
 
-    def _check_backward(self, out: Tensor) -> None:
-        if not out.requires_grad:
+    def _check_backward(self, input: Tensor, out: Tensor) -> None:
+        if input.requires_grad and not out.requires_grad:
             raise InputError(
                 f"no gradient goes back through the base {type(self.base).__name__}: it has no backward pass, as "
                 "linears that quantise their inputs, so nothing before it would be trained rightly; quantise the "
@@ -422,8 +422,7 @@ def _orthonormal(name: str, point: Tensor, shape: tuple[int, int]) -> Tensor:
             "taken for rounding; use its Q factor from torch.linalg.qr"
         )
     wide = point.detach().to(wide_dtype(point.dtype))
-    rounding = torch.finfo(wide.dtype).eps * sum(shape)
-    return wide.clone() if error <= rounding else project_point(wide)
+    return wide.clone() if error <= rounding_error(wide) else project_point(wide)
 
 
 def _manifold_parameter(data: Tensor, requires_grad: bool = True) -> geoopt.ManifoldParameter:

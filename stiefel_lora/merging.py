@@ -18,7 +18,7 @@ from stiefel_lora.adapters import (
     required_layers,
 )
 from stiefel_lora.errors import InputError, listed
-from stiefel_lora.factors import manifold_error
+from stiefel_lora.factors import manifold_error, rounding_error
 from stiefel_lora.layer import StiefelLoRALinear
 
 logger = logging.getLogger("stiefel_lora")
@@ -123,12 +123,8 @@ def refactor_adapters(model: nn.Module) -> list[str]:
     bad = [name for name, error in errors.items() if not math.isfinite(error)]
     if bad:
         raise InputError(f"the factors of {listed(bad)} have NaN or infinite entries")
-    moved = [name for name, error in errors.items() if error > _rounding(layers[name])]
+    allowed = {name: max(map(rounding_error, layer.manifold_parameters().values())) for name, layer in layers.items()}
+    moved = [name for name, error in errors.items() if error > allowed[name]]
     for name in moved:
         layers[name].refactor()
     return moved
-
-
-def _rounding(layer: StiefelLoRALinear) -> float:
-    """Return how far off the manifold rounding alone may put the factors."""
-    return torch.finfo(layer.lora_A.dtype).eps * max(sum(f.shape) for f in layer.manifold_parameters().values())

@@ -154,7 +154,7 @@ def test_a_wrong_option_is_named(
 ) -> None:
     output = tmp_path / "drift.json"
     with pytest.raises(SystemExit) as stopped:
-        _harness.main(importlib.import_module("benchmarks.drift"), ["--quick", "--output", str(output), *words])
+        drift("--quick", "--output", str(output), *words)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.endswith(f"error: {message}\n")
     assert not output.exists()
@@ -379,7 +379,7 @@ def test_two_processes_do_not_write_one_result(
 def interrupted(tmp_path: Path, **changed: Any) -> tuple[Path, dict[str, Any]]:
     """Leave the first half of a quick run of the drift study, with something in its envelope changed."""
     output = tmp_path / "drift.json"
-    _harness.main(importlib.import_module("benchmarks.drift"), [*DRIFT, "--output", str(output)])
+    drift(*DRIFT, "--output", str(output))
     result = json.loads(output.read_text())
     first = result["results"]["rows"][0]["dtype"]
     result["results"]["rows"] = [{**row, "mark": True} for row in result["results"]["rows"] if row["dtype"] == first]
@@ -391,7 +391,7 @@ def interrupted(tmp_path: Path, **changed: Any) -> tuple[Path, dict[str, Any]]:
 def test_a_study_goes_on_with_its_own_seed_alone(seed: int, kept: bool, tmp_path: Path) -> None:
     output, before = interrupted(tmp_path)
     first = before["results"]["rows"][0]["dtype"]
-    _harness.main(importlib.import_module("benchmarks.drift"), [*DRIFT, "--output", str(output), "--seed", str(seed)])
+    drift(*DRIFT, "--output", str(output), "--seed", str(seed))
     rows = json.loads(output.read_text())["results"]["rows"]
     assert [row["dtype"] == first and kept for row in rows] == ["mark" in row for row in rows]
     assert len({row["dtype"] for row in rows}) == 2
@@ -409,7 +409,7 @@ def test_a_study_goes_on_with_its_own_seed_alone(seed: int, kept: bool, tmp_path
 )
 def test_a_study_goes_on_under_the_same_conditions_alone(changed: dict[str, Any], kept: bool, tmp_path: Path) -> None:
     output, before = interrupted(tmp_path, **changed)
-    _harness.main(importlib.import_module("benchmarks.drift"), [*DRIFT, "--output", str(output)])
+    drift(*DRIFT, "--output", str(output))
     result = json.loads(output.read_text())
     assert any("mark" in row for row in result["results"]["rows"]) == kept
     # The revision of each part is told, since it may differ.
@@ -453,7 +453,7 @@ def test_a_file_of_another_kind_is_spared(
     output = tmp_path / "result.json"
     output.write_text(content)
     with pytest.raises(SystemExit) as stopped:
-        _harness.main(importlib.import_module("benchmarks.drift"), [*DRIFT, "--output", str(output)])
+        drift(*DRIFT, "--output", str(output))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert output.read_text() == content
