@@ -357,16 +357,39 @@ def interleave(
 
 
 def _seconds(function: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
-    start = time.perf_counter()
+    begin = mark(device)
     function()
-    return time.perf_counter() - start
+    return between(begin, mark(device))
+
+
+def mark(device: str) -> Any:
+    """Return a moment in what a device does, for `between`."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin: Any, end: Any) -> float:
+    """Return the seconds from one moment to another; waits for the device."""
+    if isinstance(end, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def device_seconds(function: Callable[[], object], rounds: int) -> list[float]:
+    """Time on a CUDA device alone what it is long told before it begins: as in a training step that keeps it busy.
+
+    Where a function starts many short operations, the time from an idle device on is that of the host.
+    """
+    times = []
+    for _ in range(rounds):
+        # Tens of milliseconds of waiting, in cycles, in which the host gets ahead.
+        torch.cuda._sleep(10**8)
+        times.append(_seconds(function, "cuda"))
+    return times
 
 
 def summary(times: list[float]) -> dict[str, float]:

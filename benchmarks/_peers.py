@@ -11,9 +11,9 @@ class NotInstalledError(Exception):
     """A peer's package is not there."""
 
 
-def fused_adamw(params: Sequence[Tensor]) -> torch.optim.Optimizer:
+def fused_adamw(params: Sequence[Tensor], *, capturable: bool = False) -> torch.optim.Optimizer:
     """Torch's AdamW, one kernel for all parameters; no geometry, the floor."""
-    return torch.optim.AdamW(params, fused=True)
+    return torch.optim.AdamW(params, fused=True, capturable=capturable)
 
 
 def foreach_adamw(params: Sequence[Tensor]) -> torch.optim.Optimizer:

@@ -15,6 +15,8 @@ class Model:
         intermediate: Size inside the MLP.
         layers: Number of decoder layers.
         rank: Rank of the adapters.
+        head: Size of an attention head.
+        vocabulary: Number of tokens.
     """
 
     name: str
@@ -24,6 +26,8 @@ class Model:
     intermediate: int
     layers: int
     rank: int
+    head: int
+    vocabulary: int
 
     def down(self) -> list[tuple[int, int]]:
         """Return the shapes (in_features, rank) of all lora_A."""
@@ -38,9 +42,9 @@ class Model:
 MODELS = {
     model.name: model
     for model in (
-        Model("SmolLM2-135M", 576, 576, 192, 1536, 30, 16),
-        Model("LLaMA-3.2-1B", 2048, 2048, 512, 8192, 16, 32),
-        Model("LLaMA-3.1-8B", 4096, 4096, 1024, 14336, 32, 32),
-        Model("Qwen3-8B", 4096, 4096, 1024, 12288, 36, 32),
+        Model("SmolLM2-135M", 576, 576, 192, 1536, 30, 16, 64, 49152),
+        Model("LLaMA-3.2-1B", 2048, 2048, 512, 8192, 16, 32, 64, 128256),
+        Model("LLaMA-3.1-8B", 4096, 4096, 1024, 14336, 32, 32, 128, 128256),
+        Model("Qwen3-8B", 4096, 4096, 1024, 12288, 36, 32, 128, 151936),
     )
 }

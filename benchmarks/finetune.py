@@ -336,15 +336,16 @@ def _time_steps(
 
 def _step(tuned: Tuned, batch: dict[str, torch.Tensor], number: int) -> tuple[float, float]:
     """Take one step; return the loss and the share of the time that was the optimizer's."""
-    begin = time.perf_counter()
+    device = batch["labels"].device.type
+    begin = _harness.mark(device)
     loss = tuned.model(**batch).loss
     loss.backward()
-    middle = time.perf_counter()
+    middle = _harness.mark(device)
     tuned.optimizer.step()
     tuned.after_step(number)
     tuned.optimizer.zero_grad()
-    end = time.perf_counter()
-    return float(loss.detach()), (end - middle) / (end - begin)
+    end = _harness.mark(device)
+    return float(loss.detach()), _harness.between(middle, end) / _harness.between(begin, end)
 
 
 def _setting(frame: Frame, task: _tasks.Task, selection: dict[str, Any], *, seed: int, lr: float) -> Setting:

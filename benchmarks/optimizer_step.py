@@ -2,7 +2,9 @@
 
 Every optimizer updates the same tensors with the same gradients, in turn in one run: the lora_A matrices of all layers
 (on the Stiefel manifold) and the lora_B matrices (ordinary), for q, k, v, up and down projections. AdamW, which knows
-no manifold, is the floor. "A only" is the same for the lora_A matrices alone.
+no manifold, is the floor. "A only" is the same for the lora_A matrices alone. On CUDA also: the time on the device
+alone, where the host is ahead of it; a step in a CUDA graph; and the optimizer's share of a training step of a random
+bfloat16 model of these shapes with adapters.
 
     python -m benchmarks optimizer_step
     python -m benchmarks optimizer_step --models LLaMA-3.1-8B --device cuda
@@ -10,6 +12,7 @@ no manifold, is the floor. "A only" is the same for the lora_A matrices alone.
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,10 +22,12 @@ from typing import Any, get_args
 import geoopt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from benchmarks import _harness, _peers
 from benchmarks._shapes import MODELS
-from stiefel_lora import stiefel
+from stiefel_lora import add_adapters, stiefel
+from stiefel_lora._precision import autocast_like
 from stiefel_lora._types import Retraction
 from stiefel_lora.optim import RiemannianAdam
 from stiefel_lora.optim._kinds import is_stiefel
@@ -32,6 +37,10 @@ OURS: dict[str, Make] = {
     f"ours, {name}": partial(RiemannianAdam, retraction=name, fused=True) for name in get_args(Retraction)
 }
 FLOOR = "torch AdamW, fused"
+GRAPH = ", in a CUDA graph"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+# Samples and tokens of a training step.
+BATCH = (16, 256)
 # Rows above which geoopt's canonical retraction (an n x n solve for each matrix) is left out: one step of the
 # largest model here would take hours.
 CANONICAL_LIMIT = 2000
@@ -55,6 +64,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "cuda": "measured" if args.device == "cuda" else "not measured: run with --device cuda",
         "models": {name: _model(name, rounds, args.device, quick=args.quick) for name in models},
         "exponents": _exponents(args.device, quick=args.quick),
+        "training": {name: _training(name, rounds, args.device, quick=args.quick) for name in models}
+        if args.device == "cuda" or args.quick
+        else {},
     }
 
 
@@ -124,8 +136,16 @@ def _compare(label: str, down: list[Tensor], up: list[Tensor], rounds: int, devi
 
         return go
 
+    candidates = {name: step(group) for name, group in optimizers.items()}
+    if device == "cuda":
+        captured = {
+            f"ours, qr{GRAPH}": RiemannianAdam(down + up, retraction="qr", fused=True, capturable=True),
+            f"{FLOOR}{GRAPH}": _peers.fused_adamw(plain, capturable=True),
+        }
+        candidates |= {name: _captured(optimizer) for name, optimizer in captured.items()}
+        optimizers |= {name: [optimizer] for name, optimizer in captured.items()}
     times = _harness.interleave(
-        {name: step(group) for name, group in optimizers.items()},
+        candidates,
         rounds=rounds,
         device=device,
         slow=slow,
@@ -140,18 +160,77 @@ def _compare(label: str, down: list[Tensor], up: list[Tensor], rounds: int, devi
             # After the run; for optimizers that share their points, of the last one to move them.
             "orthogonality_error": max(float(stiefel.orthogonality_error(p)) for p in points),
         }
-        if name in OURS:
+        if name.startswith("ours"):
             rows[name]["geoopt_euclidean_times_ours"] = _harness.median_ratio(times, "geoopt, EuclideanStiefel", name)
             if up:
                 rows[name]["geoopt_and_fused_times_ours"] = _harness.median_ratio(
                     times, "geoopt (A), fused AdamW (B)", name
                 )
+        if name in OURS:
             rows[name].update(_memory(group[0], down))
         if name in slow:
             rows[name]["times_ours_qr"] = _harness.median_ratio(times, name, "ours, qr")
+        # Of what does not wait for the device; geoopt's and POGO's time is the host's all the same.
+        if device == "cuda" and ("ours" in name or "torch" in name) and name != "ours, exp":
+            rows[name]["device"] = _harness.summary(_harness.device_seconds(candidates[name], rounds))
     for name in OURS:
         rows[name]["orthogonality_error"] = _own_error(down, OURS[name])
     return {"rows": rows, "absent": absent}
+
+
+def _captured(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return what replays an optimizer's step from a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # as torch asks for, and to make the state
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph.replay
+
+
+def _training(name: str, rounds: int, device: str, *, quick: bool) -> dict[str, Any]:
+    """Time whole training steps of a random model with these shapes, and the optimizer in them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shapes, (samples, length) = MODELS[name], (2, 8) if quick else BATCH
+    config = LlamaConfig(
+        hidden_size=shapes.hidden,
+        intermediate_size=shapes.intermediate,
+        num_hidden_layers=1 if quick else shapes.layers,
+        num_attention_heads=shapes.query // shapes.head,
+        num_key_value_heads=shapes.key_value // shapes.head,
+        head_dim=shapes.head,
+        vocab_size=99 if quick else shapes.vocabulary,
+    )
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).train()
+    add_adapters(model, layers=None, rank=shapes.rank, target_modules=PROJECTIONS)
+    ids = torch.randint(config.vocab_size, (samples, length), device=device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rows: dict[str, Any] = {}
+    # AdamW last: it leaves the manifold.
+    makers: dict[str, Make] = {"ours, qr": OURS["ours, qr"], FLOOR: _peers.fused_adamw}
+    for label, make in makers.items():
+        optimizer = make(trained)
+        whole, own = [], []
+        for turn in tqdm(range(2 + rounds), desc=f"{name}, training step", leave=False, disable=None):
+            begin = _harness.mark(device)
+            with autocast_like(model):
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+            middle = _harness.mark(device)
+            optimizer.step()
+            optimizer.zero_grad()
+            end = _harness.mark(device)
+            if turn >= 2:
+                whole.append(_harness.between(begin, end))
+                own.append(_harness.between(middle, end))
+        rows[label] = {"step": _harness.summary(whole), "optimizer": _harness.summary(own)}
+        rows[label]["optimizer_share"] = statistics.median(a / b for a, b in zip(own, whole, strict=True))
+    return {"samples": samples, "tokens": samples * length, "rows": rows}
 
 
 def _own_error(down: list[Tensor], make: Make) -> float:
@@ -233,9 +312,32 @@ def report(results: dict[str, Any]) -> str:
             ]
             rows += [[optimizer, why, "", "", ""] for optimizer, why in model[scope]["absent"].items()]
             header = ["optimizer", "ms a step", "times fused AdamW", "geoopt / this", "orthogonality error"]
+            if results["device"] == "cuda":
+                header.insert(2, "ms on the device alone")
+                for cells in rows:
+                    row = model[scope]["rows"].get(str(cells[0]), {})
+                    cells.insert(2, 1e3 * row["device"]["median_s"] if "device" in row else "")
             parts.append(
                 f"### {name}, rank {model['rank']}, {scope} ({results['device']})\n\n" + _harness.markdown(header, rows)
             )
+    if results.get("training"):
+        rows = [
+            [
+                name,
+                found["tokens"],
+                optimizer,
+                1e3 * row["step"]["median_s"],
+                1e3 * row["optimizer"]["median_s"],
+                f"{100 * row['optimizer_share']:.2g} %",
+            ]
+            for name, found in results["training"].items()
+            for optimizer, row in found["rows"].items()
+        ]
+        header = ["model", "tokens", "optimizer", "ms a training step", "ms of them the optimizer's", "share"]
+        parts.append(
+            f"### Training steps of random bfloat16 models with adapters ({results['device']})\n\n"
+            + _harness.markdown(header, rows)
+        )
     for axis, fit in results["exponents"].items():
         parts.append(f"Cost grows as {axis}^{fit['exponent']:.2f} over {axis} = {fit['grid']}.")
     parts.append(f"CUDA: {results['cuda']}.")

@@ -28,6 +28,9 @@ from stiefel_lora.errors import InputError, check_choice
 _DENMAN_BEAVERS_STEPS = 12
 
 
+# From how many rows on `_inner` cuts them into blocks, and the least number of rows of one.
+_BLOCKED_ROWS, _BLOCK_ROWS = 2048, 256
+
 # Up to so many entries of a float32 matrix a triangular solve takes no longer than the product with an inverse.
 _SOLVED_ENTRIES = 6000
 
@@ -71,7 +74,26 @@ def project_(x: Tensor, g: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Return A^T B; of single matrices without the detours that ``mT`` and ``@`` are, which count for small ones."""
-    return torch.mm(a.t(), b) if a.dim() == 2 else a.mT @ b
+    if a.dim() == 2:
+        return torch.mm(a.t(), b)
+    blocks = 1 if a.dim() != 3 or reads_at_no_cost(a) else _row_blocks(a.shape[1])
+    if blocks == 1 or not (a.is_contiguous() and b.is_contiguous()):
+        return a.mT @ b
+    k, n, r = a.shape
+    a, b = (z.view(k * blocks, n // blocks, r) for z in (a, b))
+    return (a.mT @ b).view(k, blocks, r, r).sum(1)
+
+
+def _row_blocks(n: int) -> int:
+    """Return into how many blocks of rows, all alike, an inner product on an accelerator is cut.
+
+    Its matrix product computes each r x r result in one place, one row after the other. With the blocks side by side
+    the products of LLaMA-3.1-8B's matrices of rank 32 took a quarter of the time on an H100.
+    """
+    blocks = 1
+    while n >= _BLOCKED_ROWS and n % (2 * blocks) == 0 and n // (2 * blocks) >= _BLOCK_ROWS:
+        blocks *= 2
+    return blocks
 
 
 def add_product(z: Tensor, a: Tensor, b: Tensor, alpha: float, out: Tensor) -> Tensor:
@@ -137,7 +159,14 @@ def retract(x: Tensor, u: Tensor, method: Retraction = "qr") -> Tensor:
 
 
 def retract_(
-    x: Tensor, direction: Tensor, scale: Tensor | float, method: Retraction, *, work: Tensor, into: Tensor
+    x: Tensor,
+    direction: Tensor,
+    scale: Tensor | float,
+    method: Retraction,
+    *,
+    work: Tensor,
+    into: Tensor,
+    moves: Tensor | None = None,
 ) -> Tensor:
     """Write what ``retract`` gives for the step scale * direction into ``into``, and return it.
 
@@ -148,58 +177,68 @@ def retract_(
         method: A key of ``RETRACTIONS``.
         work: Scratch memory of the same shape; may be ``direction``.
         into: Where the new points go; ``x`` itself is possible if the retraction is one of the sum x + u alone.
+        moves: Which points move, shape (k,); the others, whose scale is zero, stay to the very bit. None: all do.
     """
     function, of_sum = RETRACTIONS[method]
     if not of_sum:
-        return function(x, torch.mul(direction, scale, out=work), into)
+        return function(x, torch.mul(direction, scale, out=work), into, moves)
     if isinstance(scale, Tensor):
-        return function(torch.addcmul(x, direction, scale, out=work), into)
-    return function(torch.add(x, direction, alpha=scale, out=work), into)
+        return function(torch.addcmul(x, direction, scale, out=work), into, moves)
+    return function(torch.add(x, direction, alpha=scale, out=work), into, moves)
 
 
 # Each retraction below is a function of x and u, or of their sum y = x + u alone. With ``into`` given, all of shape
-# ([k,] n, r), it writes the new point there; without, it allocates and can be differentiated.
+# ([k,] n, r), it writes the new point there; without, it allocates and can be differentiated. Where ``moves``, shape
+# (k,), is false, u is zero and the factor that x is multiplied by, which rounding leaves next to I, is I.
 
 
-def _qr(y: Tensor, into: Tensor | None = None) -> Tensor:
+def _qr(y: Tensor, into: Tensor | None = None, moves: Tensor | None = None) -> Tensor:
     # CholeskyQR. Y^T Y = I + U^T U >= I, so its condition is 1 + |U|^2 and one pass is enough. Y^T Y is measured, not
     # assumed, so an error of x is removed here instead of piling up.
     chol, _ = torch.linalg.cholesky_ex(_inner(y, y))
     if into is not None and y.dim() == 2 and (y.dtype == torch.float64 or y.numel() <= _SOLVED_ENTRIES):
         return torch.linalg.solve_triangular(chol.t(), y, upper=True, left=False, out=into)
-    return torch.matmul(y, torch.linalg.solve_triangular(chol, _eye_like(chol), upper=False).mT, out=into)
+    eye = _eye_like(chol)
+    return torch.matmul(y, _or_eye(torch.linalg.solve_triangular(chol, eye, upper=False).mT, eye, moves), out=into)
 
 
-def _polar(y: Tensor, into: Tensor | None = None) -> Tensor:
-    gram = y.mT @ y
-    root = _inverse_sqrt(gram) if into is None or not reads_at_no_cost(gram) else _inverse_sqrt_by_eigenvalues(gram)
-    return torch.matmul(y, root, out=into)
+def _polar(y: Tensor, into: Tensor | None = None, moves: Tensor | None = None) -> Tensor:
+    gram = _inner(y, y)
+    if into is None:
+        root = _inverse_sqrt(gram)
+    elif reads_at_no_cost(gram):
+        root = _inverse_sqrt_by_eigenvalues(gram)
+    else:
+        root = _inverse_sqrt(gram, _inverse_without_waiting)
+    return torch.matmul(y, _or_eye(root, _eye_like(root), moves), out=into)
 
 
-def _cayley(x: Tensor, u: Tensor, into: Tensor | None = None) -> Tensor:
+def _cayley(x: Tensor, u: Tensor, into: Tensor | None = None, moves: Tensor | None = None) -> Tensor:
     # (I - W/2)^-1 (I + W/2) X = X (I - Q B / 2) + U B with S = X^T U, Q = U^T (I - X X^T) U and
     # B = (I - S/2 + Q/4)^-1. The symmetric part of B^-1 is I + Q/4 >= I: never singular, however long the step.
     repair, s, h, n = _tangent_grams(x, u)
     eye = _eye_like(s)
     q = n + s @ s
-    b = _inverse(eye - s / 2 + q / 4)
-    return _combine(x, repair @ (eye - q @ b / 2 - h @ b), u, b, into)
+    inverse = _inverse if into is None or reads_at_no_cost(x) else _inverse_without_waiting
+    b = inverse(eye - s / 2 + q / 4)
+    return _combine(x, _or_eye(repair @ (eye - q @ b / 2 - h @ b), eye, moves), u, b, into)
 
 
-def _exp(x: Tensor, u: Tensor, into: Tensor | None = None) -> Tensor:
+def _exp(x: Tensor, u: Tensor, into: Tensor | None = None, moves: Tensor | None = None) -> Tensor:
     # [X U] expm([[S, -U^T U], [I, S]]) [expm(-S); 0]. U / t in place of U is a similarity of the 2r x 2r matrix
     # that brings its norm from |U|^2 down to |U|.
     r = x.shape[-1]
     repair, s, h, n = _tangent_grams(x, u)
     t = torch.linalg.matrix_norm(u, keepdim=True).clamp_min(1)
     top = torch.cat((s, n / -t), dim=-1)
-    bottom = torch.cat((t * _eye_like(s), s), dim=-1)
+    eye = _eye_like(s)
+    bottom = torch.cat((t * eye, s), dim=-1)
     flow = torch.linalg.matrix_exp(torch.cat((top, bottom), dim=-2))[..., :r] @ torch.linalg.matrix_exp(-s)
     c1, c2 = flow.split(r, dim=-2)
     c2 = c2 / t
     # A matrix exponential errs by a few eps of its largest entries; one Newton-Schulz step takes that out of the point.
     fix = _newton_schulz(sym(c1.mT @ (c1 + 2 * s @ c2)) + c2.mT @ n @ c2)
-    return _combine(x, repair @ (c1 - h @ c2) @ fix, u, c2 @ fix, into)
+    return _combine(x, _or_eye(repair @ (c1 - h @ c2) @ fix, eye, moves), u, c2 @ fix, into)
 
 
 class _Method(NamedTuple):
@@ -213,6 +252,10 @@ RETRACTIONS = {
     "polar": _Method(_polar, of_sum=True),
     "exp": _Method(_exp, of_sum=False),
 }
+
+
+def _or_eye(factor: Tensor, eye: Tensor, moves: Tensor | None) -> Tensor:
+    return factor if moves is None else torch.where(moves[:, None, None], factor, eye)
 
 
 def _combine(x: Tensor, c1: Tensor, u: Tensor, c2: Tensor, into: Tensor | None) -> Tensor:
@@ -229,10 +272,10 @@ def _tangent_grams(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     Returns:
         The factor that repairs X, S = X^T V (skew), H = sym(X^T U), and V^T V, all (..., r, r).
     """
-    repair = _newton_schulz(x.mT @ x)
-    z = repair @ (x.mT @ u)
+    repair = _newton_schulz(_inner(x, x))
+    z = repair @ _inner(x, u)
     h = sym(z)
-    return repair, z - h, h, u.mT @ u - z.mT @ h - h @ z + h @ h
+    return repair, z - h, h, _inner(u, u) - z.mT @ h - h @ z + h @ h
 
 
 def _newton_schulz(gram: Tensor) -> Tensor:
@@ -241,22 +284,34 @@ def _newton_schulz(gram: Tensor) -> Tensor:
 
 
 def _inverse(z: Tensor) -> Tensor:
-    # inv_ex does not look at its own error code, so it does not wait for the device.
     return torch.linalg.inv_ex(z).inverse
 
 
-def _inverse_sqrt(a: Tensor) -> Tensor:
+def _inverse_without_waiting(z: Tensor) -> Tensor:
+    """Return Z^-1 of matrices with a symmetric part of at least I and norms as a step of the optimizers makes them.
+
+    On CUDA the LU factorization of an inverse is, for some sizes (32 x 32), one that waits for the device. Through the
+    Cholesky factor of Z^T Z it squares Z's condition, at most 200 for steps of a quarter turn and 256 columns, and one
+    Newton step makes up for that.
+    """
+    eye = _eye_like(z)
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(z.mT @ z)[0], eye, upper=False)
+    inverse = half.mT @ (half @ z.mT)
+    return inverse @ (2 * eye - z @ inverse)
+
+
+def _inverse_sqrt(a: Tensor, inverse_of: Callable[[Tensor], Tensor] = _inverse) -> Tensor:
     """Return A^(-1/2) of symmetric positive definite matrices, shape (..., r, r).
 
-    The product form of the Denman-Beavers iteration ([CHKL], equation 3.1): a fixed number of r x r inversions, where
-    an eigendecomposition would wait for the device. It can be differentiated.
+    The product form of the Denman-Beavers iteration ([CHKL], equation 3.1): a fixed number of r x r inversions by the
+    given function, where an eigendecomposition would wait for the device. It can be differentiated.
     """
     eye = _eye_like(a)
     scale = torch.linalg.matrix_norm(a, keepdim=True).sqrt()
     m = a / scale
     root = eye.expand_as(a)
     for _ in range(_DENMAN_BEAVERS_STEPS):
-        inverse = sym(_inverse(m))
+        inverse = sym(inverse_of(m))
         root = root @ (eye + inverse) / 2
         m = (2 * eye + m + inverse) / 4
     return root / scale.sqrt()

@@ -318,6 +318,8 @@ class _Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad()
+            if _device_of(self.model).type == "cuda":  # or what waits next would count its time
+                torch.cuda.synchronize()
         self.losses.append(loss)
         self.step += 1
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)

@@ -150,11 +150,45 @@ def test_bad_options_are_named(kind: str, options: dict[str, Any], message: str)
         PAIRS[kind][0]([parameter(12, 4)], **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"retraction": "exp"}, "retraction='exp'"), ({"error_if_nonfinite": True}, "error_if_nonfinite=True")],
+)
+def test_capturable_does_not_go_with_what_waits(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"capturable=True does not go with {message}, whose step waits"):
+        RiemannianAdam([parameter(12, 4)], capturable=True, **options)
+    optimizer = RiemannianAdam([parameter(12, 4)], capturable=True)
+    with pytest.raises(InputError, match="capturable=True does not go with"):
+        optimizer.load_state_dict(RiemannianAdam([parameter(12, 4)], **options).state_dict() | _captured(options))
+
+
+def _captured(options: dict[str, Any]) -> dict[str, Any]:
+    state = RiemannianAdam([parameter(12, 4)], **options).state_dict()
+    return {"param_groups": [{**group, "capturable": True} for group in state["param_groups"]]}
+
+
+def test_capturable_does_not_go_with_other_manifolds() -> None:
+    ball = geoopt.ManifoldParameter(torch.zeros(3), manifold=geoopt.PoincareBall())
+    with pytest.raises(InputError, match="capturable=True does not go with parameters on other manifolds"):
+        RiemannianAdam([ball], capturable=True)
+
+
+def test_capturable_changes_no_step_outside_a_graph() -> None:
+    # On a CPU the ordinary parameters could not have it: torch's AdamW refuses.
+    p, q = parameter(12, 4), parameter(12, 4)
+    with torch.no_grad():
+        q.copy_(p)
+    for x, capturable in ((p, False), (q, True)):
+        optimizer = RiemannianAdam([x], lr=0.1, capturable=capturable)
+        for seed in range(3):
+            x.grad = torch.randn(12, 4, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+    assert torch.equal(p, q)
+
+
 def test_bad_options_of_one_optimizer_are_named() -> None:
     with pytest.raises(InputError, match="second_moment must be one of 'mean', 'norm', 'element', got 'max'"):
         RiemannianAdam([parameter(12, 4)], second_moment="max")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="capturable=True is not supported: .* CUDA graph"):
-        RiemannianAdam([parameter(12, 4)], capturable=True)
     with pytest.raises(InputError, match="Invalid beta"):
         RiemannianAdam([parameter(12, 4)], betas=(1.0, 0.9))
     with pytest.raises(InputError, match="Nesterov momentum requires"):

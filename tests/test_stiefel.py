@@ -121,6 +121,34 @@ def test_retraction_into_given_memory_is_the_same(method: str) -> None:
     torch.testing.assert_close(into, expected, atol=1e-14, rtol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [40, 4096, 2048 + 24])
+def test_what_an_accelerator_computes_is_the_same(method: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner products of many rows in blocks, and inverses that do not wait; steps of up to a quarter turn."""
+    x = stiefel.random_point(n, 6, batch=(3,), dtype=torch.float64)
+    u = torch.stack([tangent(x[0], 0.3), tangent(x[1], 6**0.5 * torch.pi / 2), 0 * x[2]])
+    expected = stiefel.retract(x, u, method)
+    monkeypatch.setattr(stiefel, "reads_at_no_cost", lambda _: False)
+    moves, scale = torch.tensor([True, True, False]), torch.ones(3, 1, 1, dtype=x.dtype)
+    into = torch.full_like(x, torch.nan)
+    stiefel.retract_(x, u, scale, method, work=torch.empty_like(x), into=into, moves=moves)
+    torch.testing.assert_close(into[:2], expected[:2], atol=1e-13, rtol=0)
+    assert torch.equal(into[2], x[2])
+
+
+def test_an_inverse_that_does_not_wait_is_the_inverse() -> None:
+    # Of a Cayley transform of the longest step, all in one direction, which makes its condition the largest.
+    x = stiefel.random_point(50, 16)
+    u = stiefel.project(x, torch.outer(torch.randn(50), torch.randn(16)))
+    u *= 16**0.5 * torch.pi / 2 / u.norm()
+    s = x.T @ u
+    z = torch.eye(16) - s / 2 + (u.T @ u + s @ s) / 4
+    assert torch.linalg.cond(z) > 5
+    product = z.double() @ stiefel._inverse_without_waiting(z).double()
+    # The condition, of at most 12, times the rounding of a sum of 16 products.
+    torch.testing.assert_close(product, torch.eye(16).double(), atol=12 * 16 * 6e-8, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [50, 2000])
 def test_a_matrix_alone_is_retracted_in_place_at_any_size(n: int, dtype: torch.dtype) -> None:

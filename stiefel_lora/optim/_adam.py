@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stiefel_lora._types import Metric, Retraction, SecondMoment
 from stiefel_lora.errors import check_choice
-from stiefel_lora.optim._base import Params, RiemannianOptimizer, bounded_scale
+from stiefel_lora.optim._base import Params, RiemannianOptimizer, bounded_scale, rate_for
 from stiefel_lora.optim._batch import COUNT, MATRIX, SCALAR, Piece, StateSpec
 from stiefel_lora.optim._kinds import Group, is_stiefel
 from stiefel_lora.stiefel import project_
@@ -50,7 +50,10 @@ class RiemannianAdam(RiemannianOptimizer):
             quotient (the form of StelLA, arXiv:2510.01938), which adapts to single rows but depends on the basis.
         maximize: Ascend instead of descend.
         foreach, fused: Handed to AdamW for the ordinary parameters.
-        capturable, differentiable: Refused when True, with the reason.
+        capturable: Whether ``step`` may be captured in a CUDA graph, once a first call has made its state. As in torch,
+            ``lr`` must be a tensor on the device if it is to change, and gradients must stay where they are. Not with
+            "exp", ``error_if_nonfinite`` or other manifolds, whose steps wait for the device.
+        differentiable: Refused when True, with the reason.
         stabilize: Every how many steps a parameter on another manifold is projected back, as in geoopt. Stiefel
             parameters do not drift and need none.
         project: Move a Stiefel parameter that is off its manifold to the nearest point instead of refusing it.
@@ -142,7 +145,7 @@ class RiemannianAdam(RiemannianOptimizer):
             exp_avg=piece.state["exp_avg"],
             exp_avg_sq=piece.state["exp_avg_sq"],
             max_exp_avg_sq=piece.state.get("max_exp_avg_sq"),
-            lr=group["lr"],
+            lr=rate_for(group, piece.point),
             betas=group["betas"],
             eps=group["eps"],
             second_moment=group["second_moment"],
@@ -270,7 +273,8 @@ def adam_numbers(
         exp_avg_sq = _maximum(exp_avg_sq, max_exp_avg_sq)
         kept.append(exp_avg_sq)
     root = (exp_avg_sq / _like(_one_minus_power(beta2, t), exp_avg_sq)) ** 0.5 + eps
-    return kept, lr / _one_minus_power(beta1, t), _maximum(root, least)
+    # In this order a rate gives the same bits as a number and as a tensor.
+    return kept, 1 / _one_minus_power(beta1, t) * lr, _maximum(root, least)
 
 
 def _one_minus_power(beta: float, t: Number) -> Number:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stiefel_lora._precision import exact_products, reads_at_no_cost, wide_dtype
 from stiefel_lora.errors import InputError, check_choice
-from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, current, same
+from stiefel_lora.optim._batch import SKIPPED, Bucket, Piece, StateSpec, Workspace, current, is_capturing, same
 from stiefel_lora.optim._kinds import (
     Group,
     Kinds,
@@ -18,6 +18,7 @@ from stiefel_lora.optim._kinds import (
     check_manifolds,
     check_point,
     is_ordinary,
+    is_other_manifold,
     is_stiefel,
     manifold_name,
     place,
@@ -58,13 +59,18 @@ def bounded_scale(direction: Tensor, size: Tensor | float, square: Tensor | floa
     else:
         norm = square**0.5
     if alone:
-        size = float(size)
-        length = size * (norm.item() if isinstance(norm, Tensor) else norm)
-        return -size * limit / max(length, limit)
-    # Zero times a norm that overflows is a step of zero.
-    length = (size * norm).nan_to_num_(nan=0)
-    scale: Tensor = size * (-limit / length.clamp_min_(limit))
-    return scale[:, None, None]
+        longest = limit / max(norm.item() if isinstance(norm, Tensor) else norm, torch.finfo(direction.dtype).tiny)
+        return -min(float(size), longest)
+    # A norm of zero gives no bound, one that overflows a step of zero; NaN, of a matrix that stays, is passed over.
+    longest = limit / norm
+    scale = torch.fmin(longest, size) if isinstance(size, Tensor) else longest.clamp_max_(size)
+    return scale.neg_()[:, None, None]
+
+
+def rate_for(group: Group, x: Tensor) -> float | Tensor:
+    """Return a group's learning rate; as a tensor on another device than ``x`` only where that is no matter."""
+    lr: float | Tensor = group["lr"]
+    return lr.to(x.device) if isinstance(lr, Tensor) and not reads_at_no_cost(lr) else lr
 
 
 def _moves(square: Tensor) -> Tensor | None:
@@ -185,10 +191,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         if group.get("differentiable"):
             raise InputError("differentiable=True is not supported: the step on the manifold works in place")
         if group.get("capturable"):
-            raise InputError(
-                "capturable=True is not supported: the batched factorizations of the step have not been shown to be "
-                "safe inside a CUDA graph; leave it False"
-            )
+            _check_capturable(group)
         stabilize = group["stabilize"]
         if stabilize is not None and (not isinstance(stabilize, int) or stabilize < 1):
             raise InputError(f"stabilize must be None or a positive number of steps, got {stabilize!r}")
@@ -243,7 +246,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     def _check_loaded(self, state_dict: dict[str, Any]) -> None:
         # torch refuses other numbers of groups itself.
         for g, (saved, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False)):
-            self._check_group({**group, **saved})
+            self._check_group({**group, **saved, "params": group["params"]})
             check_manifolds(saved, group, g)
 
     def _finish_loading(self, state_dict: dict[str, Any], groups_before: list[Group]) -> None:
@@ -322,14 +325,26 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         inspect.unwrap(type(ordinary).step, stop=lambda step: not hasattr(step, "hooked"))(ordinary)
 
     def _step_stiefel(self, buckets: list[list[Bucket]]) -> None:
+        self._check_capture(buckets)
         largest = max((bucket.nbytes for alike in buckets for bucket in alike), default=0)
         # Nothing lowers the precision of float64.
         narrow = {b.params[0].device.type for alike in buckets for b in alike if b.dtype != torch.float64}
         with exact_products(narrow):
             for group, alike in zip(self.param_groups, buckets, strict=True):
+                # The point itself is not needed any more where it and the step have been added up.
+                in_place = RETRACTIONS[group["retraction"]].of_sum
                 for bucket in alike:
-                    for piece in bucket.pieces(self._workspace, largest):
+                    for piece in bucket.pieces(self._workspace, largest, in_place=in_place):
                         self._step_piece(piece, group)
+
+    def _check_capture(self, buckets: list[list[Bucket]]) -> None:
+        """Raise where a step is being captured in a CUDA graph that would not do the same when it is replayed."""
+        for group, alike in zip(self.param_groups, buckets, strict=True):
+            if not any(is_capturing(bucket.params[0]) for bucket in alike):
+                continue
+            # As in torch, SGD has no such option, and needs none.
+            if not group.get("capturable", True):
+                raise InputError("a step is captured in a CUDA graph, for which the optimizer needs capturable=True")
 
     def _step_piece(self, piece: Piece, group: Group) -> None:
         x = piece.point
@@ -350,12 +365,7 @@ class RiemannianOptimizer(torch.optim.Optimizer):
         lr = group["lr"]
         if (not isinstance(lr, Tensor) or reads_at_no_cost(lr)) and lr == 0:
             return  # to the very bit, which torch's set_optimizer_state_dict relies on
-        # The point itself is not needed any more where it and the step have been added up.
-        in_place = moves is None and RETRACTIONS[group["retraction"]].of_sum
-        into = x if in_place else piece.spare
-        new = retract_(x, direction, scale, group["retraction"], work=rgrad, into=into)
-        if moves is not None:
-            new = x.lerp_(new, moves.to(x.dtype)[:, None, None])
+        new = retract_(x, direction, scale, group["retraction"], work=rgrad, into=piece.into, moves=moves)
         momentum = self._momentum(piece.state)
         if momentum is not None:
             project_(new, momentum)
@@ -444,6 +454,18 @@ class RiemannianOptimizer(torch.optim.Optimizer):
             return
         point = state.get("master", p).to(momentum.dtype)
         momentum.copy_(project(point, momentum) if is_stiefel(p) else p.manifold.proju(point, momentum))
+
+
+def _check_capturable(group: Group) -> None:
+    """Raise where a step with these options could not be captured in a CUDA graph."""
+    reasons = {
+        "retraction='exp'": group["retraction"] == "exp",
+        "error_if_nonfinite=True": group["error_if_nonfinite"],
+        "parameters on other manifolds than Stiefel": any(map(is_other_manifold, group["params"])),
+    }
+    for reason, waits in reasons.items():
+        if waits:
+            raise InputError(f"capturable=True does not go with {reason}, whose step waits for the device")
 
 
 def _placeholder() -> Tensor:

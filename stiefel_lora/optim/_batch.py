@@ -16,7 +16,8 @@ from stiefel_lora.errors import InputError
 # Matrices are updated in pieces of about this size, so that on a CPU the handful of passes over a piece stay in its
 # cache and everywhere the scratch memory is a few pieces instead of a few copies of the whole group.
 _PIECE_BYTES = {"cpu": 4 << 20}
-_PIECE_BYTES_ACCELERATOR = 32 << 20
+# Of an accelerator, where the time to start the operations on a piece counts.
+_PIECE_BYTES_ACCELERATOR = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Piece:
             for a matrix alone, and likewise below.
         grad: Their Euclidean gradients, same shape and dtype: scratch memory, or the one parameter's own gradient.
         work: Scratch memory of the same shape and dtype, the same as ``grad`` where that is scratch memory.
-        spare: More of it.
+        into: Where the new points go: ``point`` itself, or more scratch memory.
         state: Views of the state buffers, shape (k, n, r) or (k,), to be changed in place.
         master: The float32 copies of low-precision matrices, or None.
     """
@@ -52,7 +53,7 @@ class Piece:
     point: Tensor
     grad: Tensor
     work: Tensor
-    spare: Tensor
+    into: Tensor
     state: dict[str, Tensor]
     master: Tensor | None
 
@@ -75,6 +76,11 @@ class Piece:
         torch._foreach_copy_(
             self.params, [x if p.dim() == 2 else x.view(p.shape) for x, p in zip(parts, self.params, strict=True)]
         )
+
+
+def is_capturing(p: Tensor) -> bool:
+    """Tell whether what is done on a parameter's device now goes into a CUDA graph instead."""
+    return p.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -123,6 +129,9 @@ class Bucket:
     """
 
     def __init__(self, params: list[Tensor], spec: dict[str, StateSpec | None], state: dict[Tensor, Any]) -> None:
+        if is_capturing(params[0]):
+            # A replay would begin with this state anew.
+            raise InputError("take a step before one is captured in a CUDA graph: the first one makes the state")
         self.params = params
         self._spec = spec
         self._placement = _placement(params)
@@ -173,53 +182,59 @@ class Bucket:
             buffer[start:end].view(expected).copy_(saved)
         return buffer
 
-    def pieces(self, workspace: Workspace, largest: int) -> Iterator[Piece]:
+    def pieces(self, workspace: Workspace, largest: int, *, in_place: bool) -> Iterator[Piece]:
         """Yield the parameters that have a gradient, in runs of neighbours of bounded size.
 
         Args:
             workspace: Where the pieces' scratch memory is.
-            largest: The size of the largest bucket in bytes. Three tensors of scratch a piece are to be at most two
-                copies of it.
+            largest: The size of the largest bucket in bytes. The scratch memory of a piece, of two tensors or three, is
+                to be at most two copies of it.
+            in_place: Whether new points are to be written over the old ones.
         """
         if len(self.params) == 1:  # the same as below, at less cost
             if self.params[0].grad is not None:
-                yield self._piece([0], workspace)
+                yield self._piece([0], workspace, in_place=in_place)
             return
-        limit = min(_PIECE_BYTES.get(self.params[0].device.type, _PIECE_BYTES_ACCELERATOR), 2 * largest // 3)
-        most = max(1, limit * self.ends[-1] // self.nbytes)
+        copies = 2 * largest // (2 if in_place else 3)
+        limit = min(_PIECE_BYTES.get(self.params[0].device.type, _PIECE_BYTES_ACCELERATOR), copies)
+        # Alike in size: a small rest would cost as many operations.
+        most = max(1, math.ceil(self.ends[-1] / math.ceil(self.nbytes / limit)))
         run: list[int] = []
         for i, p in enumerate(self.params):
             joins = p.grad is not None and (not run or self.ends[i] - self.starts[run[0]] <= most)
             if run and not joins:
-                yield self._piece(run, workspace)
+                yield self._piece(run, workspace, in_place=in_place)
                 run = []
             if p.grad is not None:
                 run.append(i)
         if run:
-            yield self._piece(run, workspace)
+            yield self._piece(run, workspace, in_place=in_place)
 
-    def _piece(self, run: list[int], workspace: Workspace) -> Piece:
+    def _piece(self, run: list[int], workspace: Workspace, *, in_place: bool) -> Piece:
         params = self.params[run[0] : run[-1] + 1]
         first = params[0]
+        others = 0 if in_place else 1
         grads = [p.grad for p in params if p.grad is not None]
         as_it_lies = len(run) == 1 and first.dtype == grads[0].dtype == self.dtype
         if as_it_lies and first.dim() == 2 and reads_at_no_cost(first):
-            work, spare = workspace.take(2, first.shape, self.dtype, first.device)
-            return Piece(params, first.detach(), grads[0], work, spare, self._views[run[0]], None)
+            point = first.detach()
+            work, *more = workspace.take(1 + others, first.shape, self.dtype, first.device)
+            return Piece(params, point, grads[0], work, more[0] if more else point, self._views[run[0]], None)
         begin, end = self.starts[run[0]], self.ends[run[-1]]
         whole = len(run) == len(self.params)
         state = {key: buffer if whole else buffer[begin:end] for key, buffer in self.buffers.items()}
         master = state.pop("master", None)
         size = (end - begin, *first.shape[-2:])
         if as_it_lies and first.is_contiguous() and grads[0].is_contiguous():
-            work, spare = workspace.take(2, size, self.dtype, first.device)
-            return Piece(params, first.detach().view(size), grads[0].view(size), work, spare, state, None)
-        point, grad, spare = workspace.take(3, size, self.dtype, first.device)
+            point = first.detach().view(size)
+            work, *more = workspace.take(1 + others, size, self.dtype, first.device)
+            return Piece(params, point, grads[0].view(size), work, more[0] if more else point, state, None)
+        point, grad, *more = workspace.take(2 + others, size, self.dtype, first.device)
         _stack(params, point)
         _stack(grads, grad)
         if master is not None:
             current(point, master, first.dtype, out=point)
-        return Piece(params, point, grad, grad, spare, state, master)
+        return Piece(params, point, grad, grad, more[0] if more else point, state, master)
 
 
 def _placement(params: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:

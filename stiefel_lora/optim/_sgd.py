@@ -7,7 +7,7 @@ from geoopt import ManifoldTensor
 from torch import Tensor
 
 from stiefel_lora._types import Metric, Retraction
-from stiefel_lora.optim._base import Params, RiemannianOptimizer, bounded_scale
+from stiefel_lora.optim._base import Params, RiemannianOptimizer, bounded_scale, rate_for
 from stiefel_lora.optim._batch import COUNT, MATRIX, Piece, StateSpec
 from stiefel_lora.optim._kinds import Group
 
@@ -105,7 +105,8 @@ class RiemannianSGD(RiemannianOptimizer):
     def _stiefel_step(
         self, piece: Piece, rgrad: Tensor, square: Tensor | float, moves: Tensor | None, group: Group
     ) -> tuple[Tensor, Tensor | float]:
-        size = group["lr"] if moves is None else moves.to(rgrad.dtype) * group["lr"]
+        lr = rate_for(group, rgrad)
+        size = lr if moves is None else moves.to(rgrad.dtype) * lr
         if piece.alone:
             size = float(size)
         if group["momentum"] == 0:
