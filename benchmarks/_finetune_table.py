@@ -8,7 +8,7 @@ from typing import Any
 import scipy.stats
 
 from benchmarks import _harness
-from benchmarks._methods import ALLOCATED, CALIBRATED, FASTER, FORA, METHODS, SELECTED, STARTED
+from benchmarks._methods import ALLOCATED, BY_ELEMENT, CALIBRATED, FASTER, FORA, METHODS, SELECTED, STARTED
 
 Cell = dict[str, Any]
 
@@ -44,6 +44,13 @@ COMPARISONS = (
         "Half the rank on all layers with rsLoRA's scaling beats DoRA",
         "Stiefel A, half the rank, rsLoRA's scaling",
         "DoRA",
+    ),
+    ("Half the rank on all layers with a second moment of each element beats LoRA", BY_ELEMENT, "LoRA"),
+    ("Half the rank on all layers with a second moment of each element beats DoRA", BY_ELEMENT, "DoRA"),
+    (
+        "The constraint helps with a second moment of each element, at half the rank on all layers",
+        BY_ELEMENT,
+        "LoRA, half the rank",
     ),
     (
         "The constraint helps with rsLoRA's scaling, at half the rank on all layers",
@@ -99,8 +106,12 @@ def at_best_rate(cells: list[Cell], task: str, method: str) -> dict[int, Cell]:
 
 def mean(rows: dict[int, Cell], name: str) -> float | None:
     """Return the mean over seeds of what was measured, None if it was not."""
-    values = [c[name] for c in rows.values() if c.get(name) is not None]
+    values = _present(rows, name)
     return statistics.mean(values) if values else None
+
+
+def _present(rows: dict[int, Cell], name: str) -> list[float]:
+    return [c[name] for c in rows.values() if c.get(name) is not None]
 
 
 def gain(cells: list[Cell], task: str, a: str, b: str) -> list[float]:
@@ -218,7 +229,7 @@ def _row(method: str, found: dict[int, Cell], cells: list[Cell], timing: dict[st
         "" if timed is None else _time(timed, method == timing["base"]),
         "" if timed is None else f"{_end_to_end(method, timing, steps):.0f} s",
         _percent(mean(found, "optimizer_share")),
-        f"{max(c['peak_mib_above_base'] for c in found.values()):.0f}",
+        "" if not (peaks := _present(found, "peak_mib_above_base")) else f"{max(peaks):.0f}",
     ]
 
 

@@ -258,6 +258,7 @@ STARTED = "FoRA (A), gradient start"
 ALLOCATED = "FoRA (A), ranks by gradient"
 FASTER = "FoRA (A), ranks by gradient, A at 4 times the rate"
 CALIBRATED = "FoRA (A), ranks by gradient of 128 samples, A at 4 times the rate"
+BY_ELEMENT = "Stiefel A, half the rank, second moment of each element"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
@@ -269,6 +270,9 @@ METHODS: dict[str, Build] = {
     STARTED: ours(_selected, gradient_start=True),
     "FoRA (A), gradient start, A at twice the rate": ours(_selected, gradient_start=True, rate_on_manifold=2.0),
     "FoRA (A), second moment of each element": ours(_selected, second_moment="element"),
+    BY_ELEMENT: ours(_all, share=0.5, second_moment="element"),
+    "FoRA (A), modules, second moment of each element": ours(second_moment="element"),
+    "Stiefel A, half the rank, A at rest": ours(_all, share=0.5, rate_on_manifold=0.0),
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
     ALLOCATED: ours(allocate=True, share=0.5),
     FASTER: ours(allocate=True, share=0.5, rate_on_manifold=4.0),
