@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from stiefel_lora.data import IGNORED, Dataset, load_data, prompt_of, spread
+from stiefel_lora._losses import IGNORED
+from stiefel_lora._records import prompt_of
+from stiefel_lora.data import Dataset, load_data, spread
 from stiefel_lora.errors import InputError
 
 Record = dict[str, str]

@@ -1,4 +1,4 @@
-"""Write files and folders so that a reader never sees half of one."""
+"""Write files and folders so that a reader never sees half of one; read text."""
 
 import ctypes
 import errno
@@ -205,3 +205,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def read_text(file: Path) -> str:
+    """Return what is in a text file.
+
+    Raises:
+        InputError: If it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error

@@ -20,7 +20,7 @@ from stiefel_lora._types import Granularity
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands, named_base
 from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, CHOICES, FinetuneConfig, check_positive, check_seed
 from stiefel_lora.errors import InputError
-from stiefel_lora.run_folder import check_folder, config_of_run, made, take_folder
+from stiefel_lora.run_folder import check_folder, config_of_run, from_anywhere, made, take_folder
 
 # Defaults that leave an option out unless it is given.
 _NONE = SimpleNamespace(**{field.name: argparse.SUPPRESS for field in fields(FinetuneConfig)})
@@ -325,7 +325,7 @@ def run_finetune(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> FinetuneConfig:
     given = {field.name: getattr(args, field.name) for field in fields(FinetuneConfig) if hasattr(args, field.name)}
-    return FinetuneConfig(**given).resolved()
+    return FinetuneConfig(**from_anywhere(given)).resolved()
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
@@ -391,8 +391,8 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
+    from stiefel_lora._records import prompt_ids, prompt_text
     from stiefel_lora.checkpoint import load_adapter, read_adapter
-    from stiefel_lora.data import prompt_ids, prompt_text
     from stiefel_lora.pretrained import ends_of, find_device, load_pretrained, positions_of
 
     _check_generation(args)

@@ -1,20 +1,21 @@
 """From files to batches: plain text packed into blocks, instructions with the loss on the answer alone."""
 
 import hashlib
-import json
 import random
 import sysconfig
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from stiefel_lora._files import read_text
 from stiefel_lora._losses import IGNORED
+from stiefel_lora._records import Example, examples_of, form_of, no_assistant, read_records, special_begin
 from stiefel_lora.errors import InputError, listed
 
 _Item = TypeVar("_Item")
@@ -96,11 +97,11 @@ def load_data(
 
     Args:
         source: A .txt, .md or .py file, a folder of them (in which hidden files and folders are left out), or a .jsonl
-            file whose lines have "text", or "instruction" (perhaps "input" as well) and "output", or "prompt" and
-            "completion", or "messages"; None for the standard library's source.
+            file whose lines have "messages", or "instruction" (perhaps "input" as well) and "output", or "prompt" and
+            "completion", or "text", the first of these that is there; None for the standard library's source.
         tokenizer: A transformers tokenizer.
         seq_len: Longest example, in tokens; at least 2.
-        held_out: Share of the data that is held out, in (0, 1).
+        held_out: Share of the data that is held out, in (0, 1); about, as texts and records stay whole where they can.
 
     Returns:
         Training and held-out data, neither empty. The split depends on the data alone.
@@ -133,12 +134,14 @@ def check_source(source: str | Path) -> Path:
         InputError: If it is missing or of an unknown form.
     """
     path = Path(source)
+    if not str(source):
+        raise InputError("the name of the data is empty")
     if not path.exists():
         raise InputError(f"there is no data at {path}")
     if path.is_file() and path.suffix.lower() not in (*TEXT_ENDINGS, ".jsonl"):
         allowed = ", ".join((*TEXT_ENDINGS, ".jsonl"))
         raise InputError(f"{path} is of an unknown form {path.suffix!r}; allowed: {allowed}, or a folder of text files")
-    records = sorted(file.name for file in path.glob("*.jsonl")) if path.is_dir() else []
+    records = sorted(str(file.relative_to(path)) for file in _files(path, (".jsonl",))) if path.is_dir() else []
     if records:
         raise InputError(
             f"of the folder {path} only texts would be read, and not {listed(records)}; give the file itself"
@@ -164,26 +167,20 @@ def _standard_library() -> list[str]:
 
 
 def _read_texts(path: Path) -> list[str]:
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if _is_text(f, path)]
+    files = _files(path, TEXT_ENDINGS) if path.is_dir() else [path]
     if not files:
         raise InputError(f"the folder {path} has no {', '.join(TEXT_ENDINGS)} files")
     files.sort(key=lambda file: _hash(str(file.relative_to(path))))
-    texts = [text for file in files if (text := _read(file)).strip()]
+    texts = [text for file in files if (text := read_text(file)).strip()]
     if not texts:
         raise InputError(f"{path} is empty")
     return texts
 
 
-def _is_text(file: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in TEXT_ENDINGS and not hidden and file.is_file()
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+def _files(folder: Path, endings: Collection[str]) -> list[Path]:
+    """Return the files in a folder, at any depth, that are not hidden and have one of these endings."""
+    shown = (f for f in folder.rglob("*") if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    return [file for file in shown if file.suffix.lower() in endings and file.is_file()]
 
 
 def _from_texts(
@@ -191,20 +188,16 @@ def _from_texts(
 ) -> tuple[Dataset, Dataset]:
     if not texts:
         raise InputError(f"{description} is empty")
-    begin, plain = _special_begin(tokenizer), tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    begin, plain = special_begin(tokenizer), tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     streams = [begin + ids + [tokenizer.eos_token_id] for ids in plain]
     if len(streams) > 1:
         # The same text is on one side, however often it is there.
         groups = _alike(streams, texts)
         if len(groups) < 2:
             raise InputError(f"{description} is one text, {len(texts)} times; a training and a held-out one are needed")
-        sizes = [sum(map(len, group)) for group in groups]
-        cut = _cut(sizes, held_out * sum(sizes))
-        parts = [_blocks(list(chain(*part)), seq_len) for part in (groups[cut:], groups[:cut])]
+        parts = [_blocks(list(chain(*part)), seq_len) for part in _shared_out(groups, held_out, seq_len)]
     else:
-        blocks = _blocks(streams, seq_len)
-        cut = max(1, round(len(blocks) * held_out))
-        parts = [blocks[:-cut], blocks[-cut:]]
+        parts = [_blocks([part], seq_len) for part in _without_its_end(streams[0], held_out, seq_len)]
     if not all(parts):
         total = sum(map(len, streams))
         raise InputError(
@@ -221,14 +214,50 @@ def _alike(items: Sequence[_Item], keys: Sequence[Hashable]) -> list[list[_Item]
     return list(groups.values())
 
 
-def _cut(sizes: Sequence[int], wanted: float) -> int:
-    """Return how many of the first items make up a size, at least one and not all."""
+def _shared_out(
+    groups: list[list[list[int]]], held_out: float, seq_len: int
+) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+    """Divide two or more texts, in groups of the same, into those to train on and those to hold out.
+
+    Where the texts do not add up to the share, as one of them is nearly all, the end of the longest is held out too.
+    """
+    sizes = [sum(map(len, group)) for group in groups]
+    wanted = max(held_out * sum(sizes), seq_len)
+    held = _held_out(sizes, wanted)
+    rest = [i for i in range(len(groups)) if i not in held]
+    longest = max((i for i in range(len(groups)) if len(groups[i]) == 1), key=sizes.__getitem__, default=None)
+    learned, tested = ([groups[i] for i in part] for part in (rest, sorted(held)))
+    if longest is not None and not wanted / 2 <= sum(sizes[i] for i in held) <= _OVERSHOOT * wanted:
+        begin, end = _without_its_end(groups[longest][0], wanted / sizes[longest], seq_len)
+        learned, tested = [*(groups[i] for i in range(len(groups)) if i != longest), [begin]], [[end]]
+    return learned, tested
+
+
+# How far over the size that is wanted the held-out part may go before the next text or record is tried instead.
+_OVERSHOOT = 1.5
+
+
+def _held_out(sizes: Sequence[int], wanted: float) -> set[int]:
+    """Return the places of items that make up about a size: of the first that do not go far beyond it.
+
+    At least one and not all.
+    """
+    held: set[int] = set()
     taken = 0
-    for count, size in enumerate(sizes, start=1):
-        taken += size
-        if taken >= wanted:
-            return min(count, len(sizes) - 1)
-    return len(sizes) - 1
+    for i, size in enumerate(sizes):
+        if taken >= wanted or len(held) == len(sizes) - 1:
+            break
+        if taken + size <= _OVERSHOOT * wanted:
+            held.add(i)
+            taken += size
+    return held or {min(range(len(sizes)), key=sizes.__getitem__)}
+
+
+def _without_its_end(text: list[int], share: float, seq_len: int) -> tuple[list[int], list[int]]:
+    """Cut off a share of the blocks of a text, but at least one and not all."""
+    blocks = len(text) // seq_len
+    cut = seq_len * (blocks - min(max(1, round(blocks * share)), max(blocks - 1, 1)))
+    return text[:cut], text[cut:]
 
 
 def _blocks(streams: list[list[int]], seq_len: int) -> list[Tensor]:
@@ -240,227 +269,63 @@ def _blocks(streams: list[list[int]], seq_len: int) -> list[Tensor]:
 
 
 def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> tuple[Dataset, Dataset]:
-    records = list(_read_records(path))
+    records = list(read_records(path))
     if not records:
         raise InputError(f"{path} is empty")
-    if all(_form(record) == "text" for record in records):
+    if all(form_of(record) == "text" for record in records):
         # Not the first ones, which may be of one topic or time.
         texts = sorted((r["text"] for r in records if r["text"].strip()), key=_hash)
         return _from_texts(texts, tokenizer, seq_len, held_out, str(path))
-    begin = _special_begin(tokenizer)
-    examples = [e for r in records if (e := _example(r, tokenizer, seq_len, begin)) is not None]
+    begin = special_begin(tokenizer)
+    found = [examples for r in records if (examples := examples_of(r, tokenizer, seq_len, begin))]
     # By a hash of the content: the same record is on the same side, wherever it stands and however often.
-    examples.sort(key=lambda example: _hash(str(example.ids)))
-    groups = _alike(examples, [tuple(example.ids) for example in examples])
+    tokens = [[token for example in examples for token in example.ids] for examples in found]
+    order = sorted(range(len(found)), key=lambda i: _hash(str(tokens[i])))
+    groups = _alike([found[i] for i in order], [tuple(tokens[i]) for i in order])
     if len(groups) < 2:
+        cut = any(example.is_cut for examples in found for example in examples)
         raise InputError(
-            f"{path} has {len(groups)} usable example(s) without repetitions; a training and a held-out one are needed"
-            f"{_no_assistant(records)}"
+            f"{path} has {len(groups)} usable example(s) without repetitions"
+            + (f", cut to {seq_len} tokens" if cut else "")
+            + f"; a training and a held-out one are needed{no_assistant(records)}"
         )
-    cut = _cut([len(group) for group in groups], round(held_out * len(examples)))
-    dropped = len(records) - len(examples)
+    counts = [sum(map(len, group)) for group in groups]
+    held = _held_out(counts, max(1, round(held_out * sum(counts))))
+    dropped = len(records) - len(found)
     name = (
         f"{path} without {dropped} of its {len(records)} records, in which nothing is to be learnt"
         if dropped
         else str(path)
     )
     return tuple(  # type: ignore[return-value]
-        _examples([example for group in part for example in group], name, seq_len, _asked(records[0], tokenizer))
-        for part in (groups[cut:], groups[:cut])
-    )
-
-
-def _no_assistant(records: Sequence[dict[str, Any]]) -> str:
-    """Say which roles there are where none is the one whose messages are learnt; "" otherwise."""
-    roles = {m["role"]: None for r in records if _form(r) == "messages" for m in r["messages"]}
-    if not roles or _ASSISTANT in roles:
-        return ""
-    return f"; no message has the role {_ASSISTANT!r} (found: {listed(roles)})"
-
-
-# The role of the messages that are learnt.
-_ASSISTANT = "assistant"
-# The forms of a record with a prompt and an answer.
-_PAIRS = (("instruction", "output"), ("prompt", "completion"))
-
-
-def _read_records(path: Path) -> Iterator[dict[str, Any]]:
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode.
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{path}, line {number}: a string has half of a surrogate pair, which is no text"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if _form(record) is None:
-            keys = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise InputError(
-                f"{path}, line {number}: expected an object with the strings text; instruction and output; prompt and "
-                f"completion; or a list messages of objects with role and content; got {keys or 'an empty object'}"
-            )
-        yield record
-
-
-def _form(record: Any) -> str | tuple[str, str] | None:
-    """Return what a record is read as: "messages", "text", or the keys of its prompt and answer; None for nothing.
-
-    Other keys do not count, nor does one of these that holds something else, as in sets with fixed columns.
-    """
-    if not isinstance(record, dict):
-        return None
-    messages = record.get("messages")
-    if isinstance(messages, list) and messages:
-        strings = (
-            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages
+        _examples(
+            [
+                example
+                for i, group in enumerate(groups)
+                if (i in held) is tested
+                for record in group
+                for example in record
+            ],
+            name,
+            seq_len,
+            _asked(records[0], tokenizer),
         )
-        return "messages" if all(strings) else None
-    if isinstance(record.get("text"), str):
-        return "text"
-    return next((pair for pair in _PAIRS if all(isinstance(record.get(key), str) for key in pair)), None)
-
-
-@dataclass(frozen=True)
-class _Example:
-    """One tokenised record, and whether it was cut to the longest length."""
-
-    ids: list[int]
-    labels: list[int]
-    is_cut: bool
-
-
-def _example(record: dict[str, Any], tokenizer: Any, seq_len: int, begin: list[int]) -> _Example | None:
-    """Tokenise one record, with labels on what the model is to answer; None if nothing of that is left.
-
-    ``begin`` is what the tokenizer puts in front of a text.
-    """
-    form = _form(record)
-    pieces: list[tuple[str, bool]]
-    if form == "messages":
-        pieces = _turns(record["messages"], tokenizer)
-    elif form == "text":
-        pieces = [(record["text"] + tokenizer.eos_token, True)]
-    else:
-        pieces = [(prompt_of(record), False), (record[form[1]] + tokenizer.eos_token, True)]  # type: ignore[index]
-    # A chat template writes the special tokens itself.
-    ids = [] if form == "messages" and tokenizer.chat_template else list(begin)
-    labels = [IGNORED] * len(ids)
-    context = ""
-    for learn, parts in groupby(pieces, key=lambda piece: piece[1]):
-        text = "".join(part for part, _ in parts)
-        tokens = _continued(tokenizer, context, text)
-        context += text
-        ids += tokens
-        labels += tokens if learn else [IGNORED] * len(tokens)
-    prompt = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
-    dropped = max(0, min(len(ids) - seq_len, prompt - seq_len // 2))
-    example = _Example(ids[dropped:][:seq_len], labels[dropped:][:seq_len], len(ids) > seq_len)
-    return None if all(label == IGNORED for label in example.labels[1:]) else example
-
-
-def prompt_ids(tokenizer: Any, prompt: str, *, special: bool = True) -> list[int]:
-    """Return the tokens of what a model is to continue: as in training, with nothing that ends a text behind them."""
-    begin = _special_begin(tokenizer) if special else []
-    return begin + tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _special_begin(tokenizer: Any) -> list[int]:
-    """Return the special tokens that a tokenizer puts in front of a text, without those that it may put behind."""
-    plain, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    begins = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[: next(begins, 0)]
-
-
-def _continued(tokenizer: Any, context: str, text: str) -> list[int]:
-    """Return the tokens of a text that continues another one, whose own tokens stay as they are without it.
-
-    By itself it might get the space that many tokenizers put in front.
-    """
-    if context and tokenizer.is_fast:
-        whole = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        border = len(context)
-        if not any(start < border < end for start, end in whole["offset_mapping"]):
-            pairs = zip(whole["input_ids"], whole["offset_mapping"], strict=True)
-            return [token for token, (start, _) in pairs if start >= border]
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for tested in (False, True)
+    )
 
 
 def _asked(record: dict[str, Any], tokenizer: Any) -> str:
     """Return the format in which a model that learnt from a record is asked."""
-    if _form(record) == "messages":
+    if form_of(record) == "messages":
         return "chat" if tokenizer.chat_template else "text"
-    return "text" if _form(record) == "text" else "instruction"
+    return "text" if form_of(record) == "text" else "instruction"
 
 
-def _examples(examples: list[_Example], name: str, seq_len: int, form: str) -> Dataset:
+def _examples(examples: list[Example], name: str, seq_len: int, form: str) -> Dataset:
     cut = sum(example.is_cut for example in examples)
     description = f"{name}, {len(examples)} examples" + (f", {cut} of them cut to {seq_len} tokens" if cut else "")
     ids, labels = [torch.tensor(e.ids) for e in examples], [torch.tensor(e.labels) for e in examples]
     return Dataset(ids, labels, description, form)
-
-
-def prompt_of(record: dict[str, Any]) -> str:
-    """Return what a model is given of a record with a prompt and an answer; the answer follows."""
-    form = _form(record)
-    if not isinstance(form, tuple):
-        raise InputError(f"a record with a prompt and an answer is needed, got the keys {', '.join(record)}")
-    prompt, more = record[form[0]], record.get("input")
-    has_input = form[0] == "instruction" and isinstance(more, str) and more.strip()
-    return prompt_text(f"{prompt}\n\n{more}" if has_input else prompt)
-
-
-def prompt_text(prompt: str) -> str:
-    """Return what a model is given of an instruction; its answer follows."""
-    return f"{prompt}\n\n"
-
-
-def _turns(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bool]]:
-    """Split a conversation into texts, those of the assistant to be learnt."""
-    if not tokenizer.chat_template:
-        return [(f"{m['role']}: {m['content']}{tokenizer.eos_token}\n", m["role"] == _ASSISTANT) for m in messages]
-    render: Callable[..., str] = tokenizer.apply_chat_template
-    try:
-        pieces = _all_turns(messages, render)
-        return _last_turn(messages, render) if pieces is None else pieces
-    except Exception as error:  # whatever a template raises
-        raise InputError(
-            f"the model's chat template refuses the conversation that begins with {messages[0]['content'][:60]!r} "
-            f"({error})"
-        ) from error
-
-
-def _all_turns(messages: list[dict[str, str]], render: Callable[..., str]) -> list[tuple[str, bool]] | None:
-    """Return the texts up to each answer and the answers, as the template writes them.
-
-    None where it writes earlier turns differently later on. It is asked at the borders of answers only: there are
-    templates that take no conversation without a question, as of a system message alone.
-    """
-    pieces, done = [], ""
-    for i in (i for i, message in enumerate(messages) if message["role"] == _ASSISTANT):
-        asked = [(render(messages[:i], tokenize=False, add_generation_prompt=True), False)] if i else []
-        for text, learn in [*asked, (render(messages[: i + 1], tokenize=False), True)]:
-            if not text.startswith(done):
-                return None
-            pieces.append((text[len(done) :], learn))
-            done = text
-    return pieces
-
-
-def _last_turn(messages: list[dict[str, str]], render: Callable[..., str]) -> list[tuple[str, bool]]:
-    """Return the conversation up to the last answer, which alone is learnt."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == _ASSISTANT), default=None)
-    if last is None:
-        return []
-    asked = render(messages[:last], tokenize=False, add_generation_prompt=True)
-    whole = render(messages[: last + 1], tokenize=False)
-    if not whole.startswith(asked):
-        raise ValueError("what it writes to ask for an answer is not what it writes before one")
-    return [(asked, False), (whole[len(asked) :], True)]
 
 
 def _hash(text: str) -> str:

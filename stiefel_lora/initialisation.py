@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel_lora._batches import to_device
-from stiefel_lora._budget import check_least
+from stiefel_lora._budget import check_least, share_of
 from stiefel_lora._losses import LossFn, batch_losses
 from stiefel_lora._models import find_linears, is_conv1d, linear_shape, plain_weight, undisturbed, unwrap
 from stiefel_lora._precision import LOSS_SCALES, wide_dtype
@@ -42,11 +42,13 @@ def gradient_init(
 
     With A orthonormal the update can first move the weight only within the span of A's columns; these starts are the
     spans that hold most of the gradient. The memory is that of one gradient of the weights to adapt.
-    In a torch.distributed job the gradients of all ranks' batches add up, and all get the same starts.
+    In a torch.distributed job the gradients of all ranks' batches add up, and all get the same starts. A weight that
+    several linear maps share has one gradient, the sum over all of them, and they get the same start.
 
     Args:
         model: The bare base model; it comes back as it was.
-        batches: Mappings for ``model(**batch)`` with a ``loss``, or whatever ``loss_fn`` takes.
+        batches: Mappings for ``model(**batch)`` with a ``loss``, or whatever ``loss_fn`` takes. Each batch counts the
+            same, so they should be of one size.
         layers: As for `add_adapters`, like the rest.
         rank: As for `add_adapters`.
         target_modules: As for `add_adapters`.
@@ -94,10 +96,10 @@ def allocate_ranks(
     """Spread a budget of trainable parameters over the directions in which the loss falls fastest.
 
     An adapter that starts in the leading r right singular vectors of its weight's gradient, with B = 0, has a gradient
-    of squared norm sum_{i <= r} sigma_i^2 (times the scaling squared). So among all ways to share out the parameters,
-    the steepest descent at the start is had by taking singular values of all linear maps in the order of
-    sigma_i^2 / (in + out), each of which is one more rank to its map. Where `fisher_select` chooses layers or linear
-    maps, this chooses single directions::
+    of squared norm sum_{i <= r} sigma_i^2 (times the scaling squared). So singular values of all linear maps are taken
+    in the order of sigma_i^2 / (in + out), each of which is one more rank to its map: the steepest descent that the
+    parameters allow, up to what the last directions that do not fit would have added. Where `fisher_select` chooses
+    layers or linear maps, this chooses single directions::
 
         ranks, starts = allocate_ranks(model, batches, rank=16, budget=0.5)
         add_adapters(model, layers=None, target_modules=list(ranks), rank=16, rank_pattern=ranks, init=starts)
@@ -141,7 +143,7 @@ def allocate_ranks(
     if not isinstance(budget, float) or not 0 < budget <= 1:
         raise InputError(f"budget must be a share of the adapters' parameters, a float in (0, 1], got {budget!r}")
     total = sum(adapter_size(*shape, rank, orthonormal) for shape in shapes.values())
-    parameters = int(budget * total)
+    parameters = share_of(budget, total)
     least = min(adapter_size(*shape, 1, orthonormal) for shape in shapes.values())
     check_least(budget, parameters, total, least, "direction")
     highest = {name: min(most, *shape) for name, shape in shapes.items()}
@@ -156,6 +158,8 @@ def allocate_ranks(
     spectra = {name: values for name, (_, _, values) in found.items()}
     ranks = _steepest(spectra, shapes, parameters, orthonormal)
     if not ranks:
+        if not any(float(values[0]) > 0 for values in spectra.values()):
+            raise InputError("the gradients of all linear maps to adapt are zero; are all labels -100?")
         raise InputError(f"no gradient has a direction that takes at most {parameters} parameters, the budget")
     starts: dict[str, Init] = {}
     for name, r in ranks.items():
@@ -167,7 +171,7 @@ def allocate_ranks(
 def _steepest(
     spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], parameters: int, orthonormal: Orthonormal
 ) -> dict[str, int]:
-    """Return the ranks above 0 that hold the most of the squared singular values for that many parameters."""
+    """Return the ranks above 0 that hold the most of the squared singular values a parameter, filled up greedily."""
     steps = []
     for place, (name, values) in enumerate(spectra.items()):
         # What is rounding alone is no direction, and must not put a later one first.
@@ -289,6 +293,8 @@ def _sketches(
     ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], oversampling: int, seed: int
 ) -> GradientSketches:
     """Return sums of gradients with ``oversampling`` more directions than the ranks that are wanted of them."""
+    if not isinstance(oversampling, int) or isinstance(oversampling, bool):
+        raise TypeError(f"oversampling must be an int, got {type(oversampling).__name__}")
     if oversampling < 0:
         raise InputError(f"oversampling must not be negative, got {oversampling}")
     return GradientSketches({name: min(r + oversampling, *shapes[name]) for name, r in ranks.items()}, seed)

@@ -48,7 +48,7 @@ class StiefelLoRALinear(nn.Module):
 
     One factor has orthonormal columns and is a ``geoopt.ManifoldParameter`` on ``geoopt.EuclideanStiefel``; the factor
     that is free starts at zero, so the layer starts as its base, exactly. The factors are kept in float32 (float64 over
-    a float64 base): ``half()``, ``bfloat16()`` and ``to(dtype)`` convert the base, not the factors. Outside autocast
+    a float64 base): what is narrower, as after ``half()``, is the base's dtype, not the factors'. Outside autocast
     the update is computed in the factors' dtype, under autocast in autocast's; the output has the base output's dtype.
 
     Args:
@@ -301,7 +301,9 @@ class StiefelLoRALinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StiefelLoRALinear":
         def keep_precision(tensor: Tensor) -> Tensor:
             out = fn(tensor)
-            return out if _is_wide(out) else tensor.to(out.device)
+            if _is_wide(out) or not tensor.is_floating_point():
+                return out
+            return tensor.to(out.device, torch.float32)
 
         if recurse:
             for child in self.children():

@@ -43,6 +43,8 @@ def find_source(model: str | Path | None) -> Source:
     if model is None:
         return _default_source()
     path = Path(model)
+    if not str(model):
+        raise InputError(f"the name of the model is empty{_INSTEAD}")
     # Absolute: a saved adapter names it as its base. Links stay: those of a hub's cache lead to files without endings.
     name = path.absolute()
     if path.suffix == ".gguf":
@@ -80,6 +82,8 @@ def find_device(device: str | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
+        if found.type == "meta":
+            raise RuntimeError("nothing is computed there")
     except (RuntimeError, AssertionError) as error:
         available = "cpu, cuda" if torch.cuda.is_available() else "cpu"
         raise InputError(f"there is no device {device!r} here; available: {available}") from error
@@ -114,6 +118,8 @@ def load_pretrained(
     with _loading("a causal language model", source):
         tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
         network = _network(AutoModelForCausalLM, source, dtype=chosen, **options)
+    if source.gguf_file:
+        _name_specials(tokenizer, network.config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # What a saved adapter names as its base.
@@ -176,7 +182,10 @@ def load_base(model: str | Path | None, kind: str | None, adapted: Collection[st
             # transformers would fill in what is missing, and build a model of the default size.
             raise InputError(f"{source} is a {config.model_type}, the adapter was made for a {kind}")
         network = _network(auto, source, adapted, dtype="auto", **options)
-        return network.eval(), _processor(source, options)
+        processor = _processor(source, options)
+        if source.gguf_file and processor is not None:
+            _name_specials(processor, config)
+        return network.eval(), processor
 
 
 def _network(auto: Any, source: Source, adapted: Collection[str] = (), **options: Any) -> Any:
@@ -190,6 +199,17 @@ def _network(auto: Any, source: Source, adapted: Collection[str] = (), **options
         found = ", and ".join(f"{verb} {listed(names)}" for verb, names in lost.items() if names)
         raise InputError(f"{source} does not hold all of a {type(network).__name__}: it {found}")
     return network
+
+
+def _name_specials(tokenizer: Any, config: Any) -> None:
+    """Give a tokenizer that was read from a GGUF file the special tokens which the file names.
+
+    That of transformers before 5.24 may take one for another, as the beginning of a message for its end.
+    """
+    for kind in ("bos", "eos", "pad"):
+        number = getattr(config, f"{kind}_token_id", None)
+        if isinstance(number, int) and getattr(tokenizer, f"{kind}_token_id") != number:
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
 
 
 def _model_class(name: str | None) -> Any:

@@ -70,6 +70,8 @@ def table(metrics: Mapping[str, Any]) -> str:
     seconds = metrics["seconds"]
     ranks = metrics["ranks"]
     rows = [
+        ("training data", metrics["data"]["training"]),
+        ("held-out data", metrics["data"]["held_out"]),
         _chosen(metrics),
         ("linears adapted", describe(ranks)),
         ("trainable parameters", f"{metrics['trainable_parameters']:,} ({metrics['trainable_share']:.2%})"),

@@ -1,5 +1,6 @@
 """The folder of a run: who may write into it, and how one that is there goes on."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,11 +35,18 @@ def config_of_run(folder: Path, given: dict[str, Any]) -> FinetuneConfig:
         raise InputError(f"{run_file} is damaged; --overwrite starts the run anew") from error
     own = asdict(config)
     now = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if key in own}
-    changed = sorted(key for key, value in now.items() if value != own[key])
+    was = from_anywhere(own)
+    changed = sorted(key for key, value in from_anywhere(now).items() if value != was[key])
     if changed:
         differences = ", ".join(f"{option(key)} was {own[key]!r}, now {now[key]!r}" for key in changed)
         raise InputError(f"cannot resume with another configuration: {differences}")
     return config
+
+
+def from_anywhere(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with files and folders that they name made absolute, to be found from another folder too."""
+    named = {key: value for key in ("model", "data") if (value := options.get(key)) and Path(value).exists()}
+    return {**options, **{key: os.path.abspath(value) for key, value in named.items()}}
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stiefel_lora._budget import check_least, count_of
+from stiefel_lora._budget import check_least, count_of, share_of
 from stiefel_lora._models import linear_shape
 from stiefel_lora._precision import autocast_like
 from stiefel_lora._progress import progress
@@ -94,7 +94,7 @@ def _check_budget(model: nn.Module, modules: Sequence[str], config: FinetuneConf
         return
     sizes = [adapter_size(*linear_shape(model.get_submodule(name)), config.rank) for name in modules]
     total = sum(sizes)
-    check_least(config.budget, round(config.budget * total), total, min(sizes), "linear map")
+    check_least(config.budget, share_of(config.budget, total), total, min(sizes), "linear map")
 
 
 def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
@@ -102,7 +102,7 @@ def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
     if not config.budget_is_parameters:
         return scores.select(config.budget)
     size = config.rank * sum(scores.parameters_per_rank)
-    return scores.select(budget_params=round(config.budget * size), rank=config.rank)
+    return scores.select(budget_params=share_of(config.budget, size), rank=config.rank)
 
 
 def _gradient_start(

@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -547,3 +548,25 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path, capsys: pytest.Ca
     assert main(["select", "--model", str(folder), "--data", str(tmp_path / "text.py"), "--seq-len", "32"]) == 2
     error = capsys.readouterr().err
     assert f"the token '<new>' as number {len(tokenizer) - 1}, of which the model, with " in error
+
+
+def test_a_run_goes_on_from_another_folder(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data and the base were named as they are seen from where it began."""
+    here, there, output = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    here.mkdir()
+    there.mkdir()
+    shutil.copytree(base[base.index("--model") + 1], here / "model")
+    shutil.copy(base[base.index("--data") + 1], here / "text.py")
+    named = ["--model", "model", "--data", "text.py"]
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("stiefel_lora.training._Run.train", interrupted)
+    assert main(finetune(base, output, *named)) == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(there)
+    shutil.copy(here / "text.py", there / "other.py")
+    capsys.readouterr()
+    assert main(["finetune", "--output", str(output), "--resume", "--data", "other.py"]) == 2
+    assert "--data was" in capsys.readouterr().err
+    assert main(["finetune", "--output", str(output), "--resume", "--data", "../here/text.py"]) == 0

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
-from stiefel_lora.data import IGNORED, Dataset, _from_texts, _hash, batch_indices, load_data, prompt_ids, spread
+from stiefel_lora._records import prompt_ids
+from stiefel_lora.data import IGNORED, Dataset, _from_texts, _hash, batch_indices, load_data, spread
 from stiefel_lora.errors import InputError
 from tests.tiny import TEXT, save_tiny_model, write_jsonl
 
@@ -92,7 +94,7 @@ def test_messages_learn_the_assistants_turns(tokenizer: Any, tmp_path: Path) -> 
     asked = ("left?", "total?")
     file = write_jsonl(tmp_path / "d.jsonl", [conversation(x, "right", x, "right") for x in asked])
     train, _ = load_data(file, tokenizer, seq_len=128)
-    assert learnt(tokenizer, train, 0) == "assistant: right<eos>\n" * 2
+    assert learnt(tokenizer, train, 0) == " right<eos>" * 2
     tokenizer.chat_template = CHAT
     train, _ = load_data(file, tokenizer, seq_len=128)
     assert learnt(tokenizer, train, 0) == "right<eos>" * 2
@@ -404,3 +406,118 @@ def test_a_largest_text_at_the_end_of_the_order_leaves_something_to_train_on(tok
     for order in (texts, texts[::-1]):
         train, held_out = _from_texts(order, tokenizer, 16, 0.1, "two texts")
         assert len(train) and len(held_out)
+
+
+def text_of(tokens: int, start: int = 0) -> str:
+    return "".join(f"line number {i} of a text\n" for i in range(start, start + tokens))
+
+
+@pytest.mark.parametrize("names", ["README notes", "notes README", "book intro", "a b", "x y"])
+def test_the_held_out_part_is_near_its_share_whatever_the_texts_are(tokenizer: Any, tmp_path: Path, names: str) -> None:
+    """Here one of two files is nearly all: the end of it is held out, as of a file by itself."""
+    short, long = names.split()
+    (tmp_path / f"{short}.txt").write_text(text_of(40))
+    (tmp_path / f"{long}.txt").write_text(text_of(2000, start=50))
+    train, held_out = load_data(tmp_path, tokenizer, seq_len=32)
+    assert 0.09 < len(held_out) / (len(train) + len(held_out)) < 0.11
+    learned = tokenizer.decode(all_tokens(train))
+    assert "number 3 of" in learned and "number 60 of" in learned
+    assert "number 2040 of" in tokenizer.decode(all_tokens(held_out))
+
+
+@pytest.mark.parametrize("sizes", [[60, *[1] * 6], [1] * 20, [5, 5], [30, 1, 1, 1], [2, 60, 1]])
+def test_about_the_share_of_the_records_is_held_out(tokenizer: Any, tmp_path: Path, sizes: list[int]) -> None:
+    records = [{"prompt": f"add {i}", "completion": f"total {i}"} for i, n in enumerate(sizes) for _ in range(n)]
+    train, held_out = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    assert len(train) + len(held_out) == sum(sizes)
+    # Not far above the share, unless all records are too often there for that.
+    assert 1 <= len(held_out) <= max(1.5 * max(1, round(0.1 * sum(sizes))), min(sizes))
+
+
+def test_several_small_texts_hold_out_a_block(tokenizer: Any, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "d.jsonl", [{"text": text_of(3, start=3 * i)} for i in range(20)])
+    train, held_out = load_data(file, tokenizer, seq_len=128)
+    assert len(held_out) == 1
+    assert len(train) > 2
+
+
+def test_alpacas_prompts_and_answers_are_taken_before_its_text(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"instruction": f"add {i}", "input": "", "output": f"total {i}", "text": f"### {i}"} for i in range(20)]
+    train, _ = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    assert train.format == "instruction"
+    assert learnt(tokenizer, train, 0).startswith("total")
+
+
+def test_a_long_text_beside_other_records_is_several_examples(tokenizer: Any, tmp_path: Path) -> None:
+    texts = [text_of(40, start=100 * i) for i in range(1, 6)]
+    records = [{"prompt": "a", "completion": "b"}, *({"text": text} for text in texts)]
+    parts = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=32)
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    found = sum(len(ids) for part in parts for ids in part.input_ids)
+    # The pair, and of each text all but perhaps a last single token.
+    assert tokens - 5 < found <= tokens + 10
+    sides = [{i for i in range(1, 6) if f"number {i}3" in tokenizer.decode(all_tokens(part))} for part in parts]
+    assert not sides[0] & sides[1]
+
+
+def test_a_cut_prompt_keeps_what_begins_a_text(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<eos> $A", special_tokens=[("<eos>", 0)]
+    )
+    records = [{"prompt": "word " * 200 + str(i), "completion": f"total {i}"} for i in range(4)]
+    train, _ = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=24)
+    assert [len(train.input_ids[0]), int(train.input_ids[0][0])] == [24, 0]
+    assert learnt(tokenizer, train, 0).startswith("total")
+
+
+def test_an_answer_that_begins_a_conversation_is_learnt_without_what_is_before_it(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = "SYSTEM " + CHAT
+    greeting = {"role": "assistant", "content": "Hello"}
+    records = [{"messages": [greeting, *conversation(f"add {i}", "total")["messages"]]} for i in range(4)]
+    train, _ = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    text = learnt(tokenizer, train, 0)
+    assert text.startswith("Hello")
+    assert "SYSTEM" not in text
+    assert "total" in text
+
+
+def test_records_anywhere_in_a_folder_of_texts_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text(TEXT)
+    write_jsonl(tmp_path / "deep" / "B.JSONL", [{"text": "x"}])
+    with pytest.raises(InputError, match=r"not deep/B\.JSONL; give the file itself"):
+        load_data(tmp_path, tokenizer, seq_len=32)
+
+
+def test_an_empty_name_is_no_folder(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="the name of the data is empty"):
+        load_data("", tokenizer, seq_len=32)
+
+
+def test_messages_that_are_none_give_way_to_another_form(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"messages": ["x"], "prompt": f"add {i}", "completion": f"total {i}"} for i in range(4)]
+    train, _ = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=64)
+    assert learnt(tokenizer, train, 0).startswith("total")
+
+
+def test_records_that_are_equal_once_cut_are_named_so(tokenizer: Any, tmp_path: Path) -> None:
+    records = [{"prompt": f"{i} " + "word " * 200, "completion": "total"} for i in range(3)]
+    with pytest.raises(InputError, match="1 usable example.* without repetitions, cut to 24 tokens"):
+        load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=24)
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        ({"instruction": "a", "output": None}, "got instruction: a string, output: null"),
+        ({"prompt": [1], "completion": 5}, "got prompt: a list, completion: a number"),
+        ([], "got a list"),
+        (None, "got null"),
+        ({}, "got an empty object"),
+    ],
+)
+def test_what_a_record_has_instead_is_named(tokenizer: Any, tmp_path: Path, record: object, found: str) -> None:
+    with pytest.raises(InputError, match=f"line 1: expected an object .*; {found}$"):
+        load_data(write_jsonl(tmp_path / "d.jsonl", [record]), tokenizer, seq_len=24)

@@ -48,7 +48,8 @@ LEVELS: list[dict[str, set[str]]] = [
         "info": {"checkpoint", "convert"},
     },
     {
-        "data": set(),
+        "_records": set(),
+        "data": {"_records"},
         "pretrained": set(),
         "selection": {"data"},
         "training": {"data", "pretrained", "selection"},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stiefel_lora._budget import share_of
 from stiefel_lora._losses import SampleLosses
 from stiefel_lora._models import is_conv1d, linear_shape
 from stiefel_lora._sketches import GradientSketches
@@ -178,7 +179,7 @@ def test_bad_input_for_allocated_ranks() -> None:
         with pytest.raises(error, match=message):  # type: ignore[call-overload]
             allocate_ranks(model, consumed, **{"rank": 2, **options})  # type: ignore[arg-type]
         assert next(consumed) is batch  # told before the pass
-    with pytest.raises(InputError, match=r"no gradient has a direction that takes at most \d+ parameters, the budget"):
+    with pytest.raises(InputError, match="the gradients of all linear maps to adapt are zero"):
         allocate_ranks(model, [batch], rank=2, loss_fn=lambda m, b: 0 * m(**b).loss)
 
 
@@ -608,3 +609,23 @@ def test_ranks_of_a_distributed_job_get_the_starts_of_all_samples(tmp_path: Path
         check_spans(starts, mean_gradients(model, starts, [batch]), 2)
         # Sums of two terms in float64 are the same in either order.
         torch.testing.assert_close(exact, expected, rtol=0, atol=0)
+
+
+def test_a_share_of_the_parameters_is_not_one_short_by_the_rounding_of_floats() -> None:
+    assert int(0.29 * 25600) == 7423
+    assert [share_of(0.29, 25600), share_of(0.5, 3), share_of(1.0, 7)] == [7424, 1, 7]
+
+
+def test_batches_without_a_label_are_named() -> None:
+    family = FAMILIES["llama"]
+    batch = family.batch(2, 8)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    zero = lambda model, batch: model(input_ids=batch["input_ids"]).logits.sum() * 0.0  # noqa: E731
+    with pytest.raises(InputError, match="the gradients of all linear maps to adapt are zero"):
+        allocate_ranks(family.build(), [batch], rank=2, budget=0.5, loss_fn=zero)
+
+
+def test_oversampling_is_a_whole_number() -> None:
+    family = FAMILIES["llama"]
+    with pytest.raises(TypeError, match="oversampling must be an int, got float"):
+        allocate_ranks(family.build(), [family.batch(2, 8)], rank=2, budget=0.5, oversampling=2.5)  # type: ignore[arg-type]

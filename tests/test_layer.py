@@ -623,3 +623,10 @@ def test_refactoring_keeps_the_update(orthonormal: Any) -> None:
     for name, factor in layer.manifold_parameters().items():
         assert float(orthogonality_error(factor)) < 2e-6
         assert factor is parameters[name] and isinstance(factor, geoopt.ManifoldParameter)
+
+
+def test_factors_over_a_base_that_was_made_wide_and_narrow_again_are_float32() -> None:
+    layer = StiefelLoRALinear(nn.Linear(12, 8), 4).double().half()
+    assert (layer.base.weight.dtype, layer.lora_A.dtype, layer.lora_B.dtype) == (torch.float16, *[torch.float32] * 2)
+    assert isinstance(layer.lora_A, geoopt.ManifoldParameter)
+    assert float(orthogonality_error(layer.lora_A)) < 1e-6

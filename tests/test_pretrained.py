@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,10 +173,20 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         load_pretrained("nobody/nothing")
 
 
+def test_a_tokenizer_of_a_gguf_file_has_the_special_tokens_that_the_file_names(tmp_path: Path) -> None:
+    _, tokenizer = load_pretrained(save_tiny_model(tmp_path))
+    config = SimpleNamespace(bos_token_id=3, eos_token_id=5, pad_token_id=None)
+    pretrained._name_specials(tokenizer, config)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (3, 5)
+    assert len(tokenizer) == tokenizer.vocab_size, "no token is new"
+
+
 def test_devices_and_dtypes_are_checked(tmp_path: Path) -> None:
     assert find_device("cpu").type == "cpu"
     with pytest.raises(InputError, match="there is no device 'gpu' here; available: cpu"):
         find_device("gpu")
+    with pytest.raises(InputError, match="there is no device 'meta' here"):
+        find_device("meta")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="there is no device 'cuda' here"):
             find_device("cuda")
