@@ -103,9 +103,11 @@ class Problem:
 def nearest(x: Tensor) -> Tensor | None:
     """Return the polar factor X (X^T X)^(-1/2) in float64, None where X is not of full rank or not finite."""
     x = x.detach().to(torch.float64)
-    if not x.isfinite().all():
+    gram = x.mT @ x
+    # A product of large entries overflows before they do.
+    if not gram.isfinite().all():
         return None
-    values, vectors = torch.linalg.eigh(x.mT @ x)
+    values, vectors = torch.linalg.eigh(gram)
     # A gap of 1e-9 is quadratic in the distance, so this loses nothing that counts down to |X|^2 eps.
     if values[0] <= 1e-12 * values[-1]:
         return None

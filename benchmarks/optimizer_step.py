@@ -365,7 +365,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             )  # fmt: skip
         axes.set_yticks(range(len(names)), reversed(names) if model == next(iter(models)) else [], fontsize=8)
         axes.set_xscale("log")
-        axes.set_xlim(1, 4 * max(row["times_fused_adamw"] for row in rows.values()))
+        ratios = [row["times_fused_adamw"] for row in rows.values()]
+        axes.set_xlim(min(1, 0.6 * min(ratios)), 4 * max(ratios))
         axes.set_title(f"{model}, rank {scopes['rank']}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("time of one step, as a multiple of torch's fused AdamW on the same tensors", fontsize=9)

@@ -133,6 +133,7 @@ def test_gap_is_that_of_the_nearest_point_and_infinite_where_there_is_none() -> 
     assert problem.gap(stretched) == pytest.approx(problem.gap(x), rel=1e-12)
     assert problem.gap(torch.full_like(x, torch.nan)) == torch.inf
     assert problem.gap(torch.ones_like(x)) == torch.inf
+    assert problem.gap(1e200 * x) == torch.inf, "finite, but its products are not"
 
 
 def test_a_solver_is_not_measured_on_the_batches_that_it_was_tuned_on() -> None:

@@ -92,6 +92,34 @@ def test_the_quoted_speeds_are_what_the_committed_results_say() -> None:
             assert times == pytest.approx(row["times_fused_adamw"], rel=1e-2), (name, solver)
 
 
+CUDA_SPEEDS = (
+    "torch AdamW, fused",
+    "ours, qr",
+    "ours, qr, in a CUDA graph",
+    "torch AdamW, fused, in a CUDA graph",
+    "geoopt, EuclideanStiefel",
+)
+
+
+def test_the_quoted_speeds_on_cuda_are_what_the_committed_results_say() -> None:
+    results = result("optimizer_step_cuda")
+    for name, model in results["models"].items():
+        (line,) = (line for line in README.splitlines() if line.startswith(f"| {name}, {model['rank']}, CUDA |"))
+        for cell, solver in zip(line.strip("| ").split("|")[1:], CUDA_SPEEDS, strict=True):
+            row = model["adapter"]["rows"][solver]
+            milliseconds, times = (float(number) for number in re.findall(r"[\d.]+", f"{cell} 1")[:2])
+            assert milliseconds == pytest.approx(1e3 * row["median_s"], rel=1e-2), (name, solver)
+            assert times == pytest.approx(row["times_fused_adamw"], rel=1e-2), (name, solver)
+    rows = {name: found["rows"] for name, found in results["training"].items()}
+    shares = [[100 * rows[name][solver]["optimizer_share"] for solver in CUDA_SPEEDS[1::-1]] for name in rows]
+    assert list(rows) == ["SmolLM2-135M", "LLaMA-3.2-1B", "LLaMA-3.1-8B"]
+    assert [found["tokens"] for found in results["training"].values()] == [4096] * 3
+    large = quoted_numbers(r"optimizer takes ([\d.]+) % of it, fused AdamW ([\d.]+) %")
+    assert large == pytest.approx(shares[2], rel=2e-2)
+    small = quoted_numbers(r"there it takes ([\d.]+) and ([\d.]+) % \(AdamW ([\d.]+) and ([\d.]+) %\)")
+    assert small == pytest.approx([shares[0][0], shares[1][0], shares[0][1], shares[1][1]], rel=2e-2)
+
+
 def result(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())["results"]
 
