@@ -211,6 +211,12 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--optimizer", choices=CHOICES["optimizer"], default=defaults.optimizer, help="Riemannian optimizer"
     )
     parser.add_argument(
+        "--second-moment",
+        choices=CHOICES["second_moment"],
+        default=defaults.second_moment,
+        help="of adam, for the orthonormal factors: one for a matrix (mean, or norm as geoopt has it) or for each element",
+    )
+    parser.add_argument(
         "--retraction",
         choices=CHOICES["retraction"],
         default=defaults.retraction,

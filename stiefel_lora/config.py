@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
 from stiefel_lora._budget import count_of
-from stiefel_lora._types import Orthonormal, Retraction
+from stiefel_lora._types import Orthonormal, Retraction, SecondMoment
 from stiefel_lora.errors import InputError, check_choice
 
 # What a run puts into its folder.
@@ -24,6 +24,7 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 CHOICES: dict[str, tuple[str, ...]] = {
     "granularity": get_args(Chosen),
     "optimizer": get_args(Optimizer),
+    "second_moment": get_args(SecondMoment),
     "retraction": get_args(Retraction),
     "orthonormal": get_args(Orthonormal),
     "init": get_args(Start),
@@ -64,6 +65,7 @@ class FinetuneConfig:
         warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
             afterwards.
         optimizer: "adam" or "sgd" (with momentum 0.9).
+        second_moment: Of Adam for the orthonormal factors: "mean", "norm" or "element"; see `RiemannianAdam`.
         retraction: "qr", "cayley", "polar" or "exp".
         rslora: Scale the updates by alpha / sqrt(rank) instead of alpha / rank.
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
@@ -92,6 +94,7 @@ class FinetuneConfig:
     lr_ratio: float | None = None
     warmup: int | None = None
     optimizer: Optimizer = "adam"
+    second_moment: SecondMoment = "mean"
     retraction: Retraction = "qr"
     rslora: bool = False
     orthonormal: Orthonormal = "A"
@@ -150,6 +153,8 @@ class FinetuneConfig:
                 raise InputError(f"{option(name)} must be positive and finite, got {value}")
             if name in CHOICES:
                 check_choice(option(name), value, CHOICES[name])
+        if self.optimizer == "sgd" and self.second_moment != "mean":
+            raise InputError(f"--second-moment is an option of --optimizer adam, got {self.second_moment!r} with sgd")
         if not 0 <= self.warmup_steps <= self.steps:
             raise InputError(f"--warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
         if not 0 <= self.dropout < 1:

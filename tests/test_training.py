@@ -59,6 +59,7 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
     [
         {"optimizer": "adam"},
         {"optimizer": "sgd"},
+        {"second_moment": "element"},
         {"init": "gradient"},
         {"init": "gradient", "granularity": "module", "lr_ratio": 2.0},
         {"granularity": "direction"},
@@ -309,6 +310,22 @@ def test_accumulated_batches_are_one_large_batch(config: FinetuneConfig, tmp_pat
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
+@pytest.mark.parametrize(("second_moment", "dim"), [("mean", 0), ("element", 2)])
+def test_the_second_moment_is_the_one_asked_for(
+    config: FinetuneConfig, second_moment: Any, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Tensor] = []
+    metrics = training._Run.metrics
+
+    def spy(run: Any, after: dict[str, float]) -> dict[str, Any]:
+        kept.extend(run.optimizer.state[p]["exp_avg_sq"] for p in run.points.values())
+        return metrics(run, after)
+
+    monkeypatch.setattr(training._Run, "metrics", spy)
+    finetune(replace(config, second_moment=second_moment, steps=1, warmup=0), tmp_path)
+    assert {moment.dim() for moment in kept} == {dim}
+
+
 def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     config = FinetuneConfig(steps=20, warmup=4, lr=1.0)
     rates = [learning_rate(config, step) for step in range(20)]
@@ -348,6 +365,11 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"dropout": 1.0}, "dropout must be in"),
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
         ({"retraction": "svd"}, "retraction must be one of"),
+        ({"second_moment": "max"}, "second-moment must be one of 'mean', 'norm', 'element'"),
+        (
+            {"second_moment": "element", "optimizer": "sgd"},
+            "--second-moment is an option of --optimizer adam, got 'element' with sgd",
+        ),
         ({"init": "zeros"}, "init must be one of 'random', 'svd', 'gradient'"),
         ({"retraction": None}, "retraction must be one of"),
         ({"granularity": None}, "granularity must be one of 'layer', 'module', 'direction', got None"),
