@@ -346,7 +346,7 @@ def _short(x: float) -> float | None:
 
 def report(results: dict[str, Any]) -> str:
     """Return the tables as Markdown: first the verdict on our choice, then each problem."""
-    parts = [_verdicts(results["problems"])]
+    parts = [_verdicts(results["problems"]), _scope(results)]
     tuned = [f"rate / decade to {_key(target)}" for target in TARGETS[1:]]
     header = ["solver", *tuned, "iterations to 1e-6", "ms an iteration", f"times {CHOICE}"]
     header += [f"s to {target:.0e}" for target in TARGETS] + ["last gap", "orthogonality error"]
@@ -370,6 +370,23 @@ def report(results: dict[str, Any]) -> str:
         parts.append(f"### {name}\n\n{problem['about']}.\n\n{_harness.markdown(header, rows + left_out)}")
     parts += [f"{key}: {why}." for key, why in results["absent"].items()]
     return "\n\n".join(parts)
+
+
+def _scope(results: dict[str, Any]) -> str:
+    """Say what the verdicts are over, and how many settings lie on the edge of the grid."""
+    fastest = min(decade for decade in results.get("grid", {}).get("decades", DECADES) if decade)
+    settings = [
+        row["settings"][_key(ASKED)]
+        for problem in results["problems"].values()
+        for row in problem["rows"].values()
+        if row.get("settings", {}).get(_key(ASKED))
+    ]
+    edge = sum(setting["decade"] == fastest for setting in settings)
+    return (
+        "Each problem is one random instance with one random start, tuned on itself unless it is a stream: among "
+        f"solvers near each other the order is that instance's. Of {len(settings)} settings tuned for {ASKED:g} {edge} "
+        f"have the grid's fastest decay, a factor of ten in {fastest} iterations; a faster one might do better."
+    )
 
 
 def _settings(row: dict[str, Any]) -> list[str]:
