@@ -219,7 +219,7 @@ def _shared_out(
 ) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
     """Divide two or more texts, in groups of the same, into those to train on and those to hold out.
 
-    Where the texts do not add up to the share, as one of them is nearly all, the end of the longest is held out too.
+    Where the texts do not add up to the share, as one is nearly all, the end of the longest is held out instead.
     """
     sizes = [sum(map(len, group)) for group in groups]
     wanted = max(held_out * sum(sizes), seq_len)
