@@ -214,6 +214,21 @@ def test_the_quoted_manifold_problems_are_what_the_committed_results_say() -> No
         assert quoted_numbers(pattern) == pytest.approx([slower[0], slower[-1]], abs=0.06)
 
 
+def test_the_quoted_times_with_another_seed_are_what_the_committed_results_say() -> None:
+    times: dict[str, float] = {}
+    for name, problem in result("manifold_seed1")["problems"].items():
+        rows = {s: r["reached"]["1e-06"] for s, r in problem["rows"].items() if r["kind"] == "first-order"}
+        seconds = {solver: hit[1] for solver, hit in rows.items() if hit}
+        assert min(seconds, key=seconds.__getitem__).startswith("geoopt Nesterov")
+        times[name] = seconds["ours, Nesterov, qr"] / min(seconds.values())
+    worst = times.pop("PCA, condition 1000, 200 x 8")
+    quoted = quoted_numbers(
+        r"ours takes ([\d.]+) to ([\d.]+) times as long, and ([\d.]+) times on PCA with condition 1000"
+    )
+    assert quoted == pytest.approx([min(times.values()), max(times.values()), worst], rel=5e-3)
+    assert len(times) == 5
+
+
 def test_the_quoted_ratios_to_geoopt_are_what_the_committed_results_say() -> None:
     models = result("optimizer_step")["models"].values()
     ours, canonical = SPEEDS[1], SPEEDS[4]
