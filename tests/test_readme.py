@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import _finetune_table, manifold
 from benchmarks._harness import RESULTS
-from benchmarks._methods import METHODS
+from benchmarks._methods import BY_ELEMENT, METHODS
 
 ROOT = Path(__file__).parent.parent
 README, FINDINGS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "FINDINGS.md").read_text()
@@ -129,6 +129,33 @@ def quoted_numbers(pattern: str) -> list[float]:
     found = re.search(pattern, " ".join(README.split()))
     assert found, pattern
     return [float(number) for number in found.groups()]
+
+
+def leads(name: str, other: str) -> list[float]:
+    """Return by how much the row with a second moment of each element leads another, for each seed."""
+    ((task, _),) = result(name)["selection"].items()
+    return _finetune_table.gain(result(name)["cells"], task, BY_ELEMENT, other)
+
+
+def test_the_quoted_leads_are_what_the_committed_results_say() -> None:
+    code = [leads("finetune", other) for other in ("LoRA", "DoRA", "LoRA, half the rank")]
+    quoted = quoted_numbers(
+        r"leads LoRA by ([\d.]+) and DoRA by ([\d.]+), on each of three seeds \(spread ([\d.]+) and ([\d.]+), "
+        r"p = .*?\), and LoRA at half the rank by ([\d.]+) "
+    )
+    means, spreads = [[f(gains) for gains in code] for f in (statistics.mean, statistics.stdev)]
+    # Four digits are quoted.
+    assert quoted == pytest.approx([*means[:2], *spreads[:2], means[2]], abs=6e-5)
+    assert all(gain > 0 for gains in code for gain in gains)
+    assert [len(gains) for gains in code] == [3, 3, 3]
+    answers = [leads("finetune_answers", other) for other in ("LoRA", "DoRA")]
+    quoted = quoted_numbers(
+        r"level with LoRA \(([\d.]+) behind over three seeds, spread ([\d.]+)\) and DoRA \(([\d.]+) behind, "
+        r"spread ([\d.]+)\)"
+    )
+    expected = [f for gains in answers for f in (-statistics.mean(gains), statistics.stdev(gains))]
+    assert quoted == pytest.approx(expected, abs=6e-5)
+    assert [len(gains) for gains in answers] == [3, 3]
 
 
 def test_the_quoted_cost_of_scoring_is_what_the_committed_results_say() -> None:
