@@ -357,7 +357,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         rows = scopes["adapter"]["rows"]
         for height, name in enumerate(reversed(names)):
             ratio = rows[name]["times_fused_adamw"] if name in rows else None
-            colour = "#1f77b4" if name in OURS else "#c7c7c7"
+            colour = "#1f77b4" if name.startswith("ours") else "#c7c7c7"
             axes.barh(height, ratio or 0, color=colour)
             axes.annotate(
                 "not run" if ratio is None else f"{ratio:.3g}", (ratio or 1, height), xytext=(3, 0),
