@@ -140,14 +140,14 @@ def leads(name: str, other: str) -> list[float]:
 def test_the_quoted_leads_are_what_the_committed_results_say() -> None:
     code = [leads("finetune", other) for other in ("LoRA", "DoRA", "LoRA, half the rank")]
     quoted = quoted_numbers(
-        r"leads LoRA by ([\d.]+) and DoRA by ([\d.]+), on each of three seeds \(spread ([\d.]+) and ([\d.]+), "
+        r"leads LoRA by ([\d.]+) and DoRA by ([\d.]+), on each of four seeds \(spread ([\d.]+) and ([\d.]+), "
         r"p = .*?\), and LoRA at half the rank by ([\d.]+) "
     )
     means, spreads = [[f(gains) for gains in code] for f in (statistics.mean, statistics.stdev)]
     # Four digits are quoted.
     assert quoted == pytest.approx([*means[:2], *spreads[:2], means[2]], abs=6e-5)
     assert all(gain > 0 for gains in code for gain in gains)
-    assert [len(gains) for gains in code] == [3, 3, 3]
+    assert [len(gains) for gains in code] == [4, 4, 3]
     answers = [leads("finetune_answers", other) for other in ("LoRA", "DoRA")]
     quoted = quoted_numbers(
         r"level with LoRA \(([\d.]+) behind over three seeds, spread ([\d.]+)\) and DoRA \(([\d.]+) behind, "
