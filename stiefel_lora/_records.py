@@ -27,6 +27,7 @@ _PAIRS = (("instruction", "output"), ("prompt", "completion"))
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a .jsonl file, each of a form that `form_of` knows, or raise InputError with the line."""
     # Not splitlines(): JSON strings may hold the other line separators of Unicode.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 from torch import Tensor
 
 from stiefel_lora import add_adapters, fisher_scores, load_adapter, save_adapter, stiefel, training
-from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.errors import InputError
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.training import finetune
 from tests.models import FAMILIES
-from tests.tiny import TEXT, save_tiny_model
+from tests.tiny import tiny_run
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
@@ -270,21 +270,7 @@ def test_adapters_are_saved_from_the_device_and_loaded_anywhere(tmp_path: Path) 
 def test_a_run_that_broke_off_ends_where_the_whole_one_does(
     dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "text.py").write_text(TEXT)
-    config = FinetuneConfig(
-        model=str(save_tiny_model(tmp_path / "model")),
-        data=str(tmp_path / "text.py"),
-        rank=4,
-        calibration_samples=6,
-        steps=9,
-        batch_size=2,
-        seq_len=32,
-        warmup=2,
-        lr=1e-2,
-        eval_samples=6,
-        dropout=0.1,
-        dtype=dtype,
-    )
+    config = replace(tiny_run(tmp_path), dtype=dtype)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()

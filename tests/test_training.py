@@ -22,26 +22,12 @@ from stiefel_lora.pretrained import load_pretrained
 from stiefel_lora.selection import select
 from stiefel_lora.training import evaluate, finetune, learning_rate
 from tests.models import FAMILIES
-from tests.tiny import TEXT, save_tiny_model, write_jsonl
+from tests.tiny import TEXT, save_tiny_model, tiny_run, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "text.py").write_text(TEXT)
-    return FinetuneConfig(
-        model=str(save_tiny_model(folder / "model")),
-        data=str(folder / "text.py"),
-        rank=4,
-        calibration_samples=6,
-        steps=9,
-        batch_size=2,
-        seq_len=32,
-        warmup=2,
-        lr=1e-2,
-        eval_samples=6,
-        dropout=0.1,
-    )
+    return tiny_run(tmp_path_factory.mktemp("data"))
 
 
 def adapters(folder: Path) -> dict[str, torch.Tensor]:

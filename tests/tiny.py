@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from stiefel_lora.config import FinetuneConfig
+
 TEXT = "\n".join(f"def add_{i}(left, right):\n    total = left + right + {i}\n    return total\n" for i in range(120))
 
 
@@ -38,6 +40,24 @@ def save_tiny_model(folder: Path, *, layers: int = 4) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def tiny_run(folder: Path) -> FinetuneConfig:
+    """Put a tiny model and data into a folder and return the configuration of a short run on them."""
+    (folder / "text.py").write_text(TEXT)
+    return FinetuneConfig(
+        model=str(save_tiny_model(folder / "model")),
+        data=str(folder / "text.py"),
+        rank=4,
+        calibration_samples=6,
+        steps=9,
+        batch_size=2,
+        seq_len=32,
+        warmup=2,
+        lr=1e-2,
+        eval_samples=6,
+        dropout=0.1,
+    )
 
 
 def write_jsonl(path: Path, records: list[object]) -> Path:
