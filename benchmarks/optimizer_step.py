@@ -298,25 +298,23 @@ def _slope(x: list[float], y: list[float]) -> float:
 def report(results: dict[str, Any]) -> str:
     """Return the tables as Markdown."""
     parts = []
+    on_cuda = results["device"] == "cuda"
+    header = ["optimizer", "ms a step", *["ms on the device alone"] * on_cuda, "times fused AdamW", "geoopt / this"]
+    header.append("orthogonality error")
     for name, model in results["models"].items():
         for scope in ("adapter", "A only"):
             rows: list[list[object]] = [
                 [
                     optimizer,
                     1e3 * row["median_s"],
+                    *[1e3 * row["device"]["median_s"] if "device" in row else ""] * on_cuda,
                     row["times_fused_adamw"],
                     row.get("geoopt_euclidean_times_ours", ""),
                     row["orthogonality_error"] if "AdamW," not in optimizer else "no manifold",
                 ]
                 for optimizer, row in model[scope]["rows"].items()
             ]
-            rows += [[optimizer, why, "", "", ""] for optimizer, why in model[scope]["absent"].items()]
-            header = ["optimizer", "ms a step", "times fused AdamW", "geoopt / this", "orthogonality error"]
-            if results["device"] == "cuda":
-                header.insert(2, "ms on the device alone")
-                for cells in rows:
-                    row = model[scope]["rows"].get(str(cells[0]), {})
-                    cells.insert(2, 1e3 * row["device"]["median_s"] if "device" in row else "")
+            rows += [[other, why, *[""] * (len(header) - 2)] for other, why in model[scope]["absent"].items()]
             parts.append(
                 f"### {name}, rank {model['rank']}, {scope} ({results['device']})\n\n" + _harness.markdown(header, rows)
             )
@@ -333,10 +331,10 @@ def report(results: dict[str, Any]) -> str:
             for name, found in results["training"].items()
             for optimizer, row in found["rows"].items()
         ]
-        header = ["model", "tokens", "optimizer", "ms a training step", "ms of them the optimizer's", "share"]
+        columns = ["model", "tokens", "optimizer", "ms a training step", "ms of them the optimizer's", "share"]
         parts.append(
             f"### Training steps of random bfloat16 models with adapters ({results['device']})\n\n"
-            + _harness.markdown(header, rows)
+            + _harness.markdown(columns, rows)
         )
     for axis, fit in results["exponents"].items():
         parts.append(f"Cost grows as {axis}^{fit['exponent']:.2f} over {axis} = {fit['grid']}.")

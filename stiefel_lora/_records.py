@@ -97,7 +97,8 @@ def examples_of(record: dict[str, Any], tokenizer: Any, seq_len: int, begin: lis
         return [example] if (example := _example(record, tokenizer, seq_len, begin)) is not None else []
     if not record["text"].strip():
         return []
-    ids = prompt_ids(tokenizer, record["text"]) + [tokenizer.eos_token_id]
+    plain = tokenizer(record["text"], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [*begin, *plain, tokenizer.eos_token_id]
     parts = [ids[i : i + seq_len] for i in range(0, len(ids), seq_len)]
     # A single token has nothing before it that it would follow from.
     return [Example(part, part, is_cut=False) for part in parts if len(part) > 1]

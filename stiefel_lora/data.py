@@ -224,13 +224,11 @@ def _shared_out(
     sizes = [sum(map(len, group)) for group in groups]
     wanted = max(held_out * sum(sizes), seq_len)
     held = _held_out(sizes, wanted)
-    rest = [i for i in range(len(groups)) if i not in held]
     longest = max((i for i in range(len(groups)) if len(groups[i]) == 1), key=sizes.__getitem__, default=None)
-    learned, tested = ([groups[i] for i in part] for part in (rest, sorted(held)))
-    if longest is not None and not wanted / 2 <= sum(sizes[i] for i in held) <= _OVERSHOOT * wanted:
-        begin, end = _without_its_end(groups[longest][0], wanted / sizes[longest], seq_len)
-        learned, tested = [*(groups[i] for i in range(len(groups)) if i != longest), [begin]], [[end]]
-    return learned, tested
+    if longest is None or wanted / 2 <= sum(sizes[i] for i in held) <= _OVERSHOOT * wanted:
+        return [group for i, group in enumerate(groups) if i not in held], [groups[i] for i in sorted(held)]
+    begin, end = _without_its_end(groups[longest][0], wanted / sizes[longest], seq_len)
+    return [*(group for i, group in enumerate(groups) if i != longest), [begin]], [[end]]
 
 
 # How far over the size that is wanted the held-out part may go before the next text or record is tried instead.

@@ -17,6 +17,12 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def check_int(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a whole number; True and False are none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def listed(names: Iterable[str], limit: int = 6) -> str:
     """Return the first names and how many more there are."""
     names = list(names)

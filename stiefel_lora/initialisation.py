@@ -18,7 +18,7 @@ from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora._types import Normalize, Orthonormal
 from stiefel_lora.adapters import adapter_layers
-from stiefel_lora.errors import InputError, check_choice, listed
+from stiefel_lora.errors import InputError, check_choice, check_int, listed
 from stiefel_lora.factors import CONSTRAINED, adapter_size, leading_singular_vectors
 from stiefel_lora.fisher import Scoring, score
 from stiefel_lora.layer import Init
@@ -136,8 +136,7 @@ def allocate_ranks(
     shapes = {name: linear_shape(model.get_submodule(name)) for name in targets}
     module_ranks(model, targets, rank)
     most = 4 * rank if max_rank is None else max_rank
-    if not isinstance(most, int) or isinstance(most, bool):
-        raise TypeError(f"max_rank must be an int, got {type(most).__name__}")
+    check_int("max_rank", most)
     if most < 1:
         raise InputError(f"max_rank must be at least 1, got {most}")
     if not isinstance(budget, float) or not 0 < budget <= 1:
@@ -293,8 +292,7 @@ def _sketches(
     ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]], oversampling: int, seed: int
 ) -> GradientSketches:
     """Return sums of gradients with ``oversampling`` more directions than the ranks that are wanted of them."""
-    if not isinstance(oversampling, int) or isinstance(oversampling, bool):
-        raise TypeError(f"oversampling must be an int, got {type(oversampling).__name__}")
+    check_int("oversampling", oversampling)
     if oversampling < 0:
         raise InputError(f"oversampling must not be negative, got {oversampling}")
     return GradientSketches({name: min(r + oversampling, *shapes[name]) for name, r in ranks.items()}, seed)

@@ -20,7 +20,7 @@ from stiefel_lora._models import first_tensor, is_conv1d, is_linear, linear_shap
 from stiefel_lora._precision import exact_products, under_autocast, wide_dtype
 from stiefel_lora._sources import takes_one_argument
 from stiefel_lora._types import Orthonormal
-from stiefel_lora.errors import InputError, ManifoldError, check_choice
+from stiefel_lora.errors import InputError, ManifoldError, check_choice, check_int
 from stiefel_lora.factors import (
     CONSTRAINED,
     factor_shapes,
@@ -371,8 +371,7 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
 
 def check_rank(rank: int, n_in: int, n_out: int) -> None:
     """Raise TypeError or InputError unless a linear map of this shape can have an update of this rank."""
-    if not isinstance(rank, int) or isinstance(rank, bool):
-        raise TypeError(f"rank must be an int, got {type(rank).__name__}")
+    check_int("rank", rank)
     limit = min(n_in, n_out)
     if not 1 <= rank <= limit:
         raise InputError(

@@ -340,10 +340,8 @@ class RiemannianOptimizer(torch.optim.Optimizer):
     def _check_capture(self, buckets: list[list[Bucket]]) -> None:
         """Raise where a step is being captured in a CUDA graph that would not do the same when it is replayed."""
         for group, alike in zip(self.param_groups, buckets, strict=True):
-            if not any(is_capturing(bucket.params[0]) for bucket in alike):
-                continue
             # As in torch, SGD has no such option, and needs none.
-            if not group.get("capturable", True):
+            if not group.get("capturable", True) and any(is_capturing(bucket.params[0]) for bucket in alike):
                 raise InputError("a step is captured in a CUDA graph, for which the optimizer needs capturable=True")
 
     def _step_piece(self, piece: Piece, group: Group) -> None:

@@ -213,13 +213,12 @@ class Bucket:
     def _piece(self, run: list[int], workspace: Workspace, *, in_place: bool) -> Piece:
         params = self.params[run[0] : run[-1] + 1]
         first = params[0]
-        others = 0 if in_place else 1
         grads = [p.grad for p in params if p.grad is not None]
         as_it_lies = len(run) == 1 and first.dtype == grads[0].dtype == self.dtype
         if as_it_lies and first.dim() == 2 and reads_at_no_cost(first):
             point = first.detach()
-            work, *more = workspace.take(1 + others, first.shape, self.dtype, first.device)
-            return Piece(params, point, grads[0], work, more[0] if more else point, self._views[run[0]], None)
+            work, into = _scratch(workspace, point, in_place=in_place)
+            return Piece(params, point, grads[0], work, into, self._views[run[0]], None)
         begin, end = self.starts[run[0]], self.ends[run[-1]]
         whole = len(run) == len(self.params)
         state = {key: buffer if whole else buffer[begin:end] for key, buffer in self.buffers.items()}
@@ -227,14 +226,20 @@ class Bucket:
         size = (end - begin, *first.shape[-2:])
         if as_it_lies and first.is_contiguous() and grads[0].is_contiguous():
             point = first.detach().view(size)
-            work, *more = workspace.take(1 + others, size, self.dtype, first.device)
-            return Piece(params, point, grads[0].view(size), work, more[0] if more else point, state, None)
-        point, grad, *more = workspace.take(2 + others, size, self.dtype, first.device)
+            work, into = _scratch(workspace, point, in_place=in_place)
+            return Piece(params, point, grads[0].view(size), work, into, state, None)
+        point, grad, *more = workspace.take(2 if in_place else 3, size, self.dtype, first.device)
         _stack(params, point)
         _stack(grads, grad)
         if master is not None:
             current(point, master, first.dtype, out=point)
         return Piece(params, point, grad, grad, more[0] if more else point, state, master)
+
+
+def _scratch(workspace: Workspace, point: Tensor, *, in_place: bool) -> tuple[Tensor, Tensor]:
+    """Return scratch memory of the size of a point that stays where it is, and where its new value goes."""
+    work, *more = workspace.take(1 if in_place else 2, point.shape, point.dtype, point.device)
+    return work, more[0] if more else point
 
 
 def _placement(params: list[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
