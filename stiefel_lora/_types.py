@@ -4,7 +4,7 @@ from typing import Literal, TypeAlias
 
 Retraction: TypeAlias = Literal["qr", "cayley", "polar", "exp"]
 Metric: TypeAlias = Literal["euclidean", "canonical"]
-SecondMoment: TypeAlias = Literal["mean", "norm", "element"]
+SecondMoment: TypeAlias = Literal["mean", "norm", "row", "element"]
 # Which factor of an adapter is orthonormal.
 Orthonormal: TypeAlias = Literal["A", "B", "both"]
 # What Fisher scores are for: whole layers or single linear maps.

@@ -214,7 +214,7 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--second-moment",
         choices=CHOICES["second_moment"],
         default=defaults.second_moment,
-        help="of adam, for the orthonormal factors: one a matrix (mean, or norm as geoopt has it) or one an element",
+        help="of adam, for the orthonormal factors: one a matrix (mean, or norm as geoopt has it), a row or an element",
     )
     parser.add_argument(
         "--retraction",

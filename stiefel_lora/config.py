@@ -65,7 +65,7 @@ class FinetuneConfig:
         warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
             afterwards.
         optimizer: "adam" or "sgd" (with momentum 0.9).
-        second_moment: Of Adam for the orthonormal factors: "mean", "norm" or "element"; see `RiemannianAdam`.
+        second_moment: Of Adam for the orthonormal factors: "mean", "norm", "row" or "element"; see `RiemannianAdam`.
         retraction: "qr", "cayley", "polar" or "exp".
         rslora: Scale the updates by alpha / sqrt(rank) instead of alpha / rank.
         orthonormal: Which factor is orthonormal: "A", "B" or "both".

@@ -31,6 +31,7 @@ ASYNCHRONOUS = [name for name in stiefel.RETRACTIONS if name != "exp"]
 OPTIMIZERS: list[tuple[Any, dict[str, Any]]] = [
     (RiemannianAdam, {}),
     (RiemannianAdam, {"metric": "canonical", "amsgrad": True}),
+    (RiemannianAdam, {"second_moment": "row"}),
     (RiemannianAdam, {"second_moment": "element"}),
     (RiemannianSGD, {"momentum": 0.9, "nesterov": True}),
 ]
@@ -116,6 +117,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_without_waiting() -> None:
 CAPTURED: list[tuple[Any, dict[str, Any]]] = [
     (RiemannianAdam, {"capturable": True}),
     (RiemannianAdam, {"capturable": True, "metric": "canonical", "amsgrad": True}),
+    (RiemannianAdam, {"capturable": True, "second_moment": "row"}),
     (RiemannianAdam, {"capturable": True, "second_moment": "element"}),
     (RiemannianSGD, {"momentum": 0.9, "nesterov": True}),
 ]

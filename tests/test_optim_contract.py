@@ -185,7 +185,7 @@ def test_capturable_changes_no_step_outside_a_graph() -> None:
 
 
 def test_bad_options_of_one_optimizer_are_named() -> None:
-    with pytest.raises(InputError, match="second_moment must be one of 'mean', 'norm', 'element', got 'max'"):
+    with pytest.raises(InputError, match="second_moment must be one of 'mean', 'norm', 'row', 'element', got 'max'"):
         RiemannianAdam([parameter(12, 4)], second_moment="max")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="Invalid beta"):
         RiemannianAdam([parameter(12, 4)], betas=(1.0, 0.9))

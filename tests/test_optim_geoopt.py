@@ -155,9 +155,10 @@ def test_a_checkpoint_of_geoopts_adam_on_stiefel_goes_on(amsgrad: bool) -> None:
         optimizer.param_groups[0]["lr"] = lr
         run(optimizer, p, n=4)
         torch.testing.assert_close(p.detach(), points[0].detach(), atol=1e-11, rtol=1e-11)
-    optimizer = RiemannianAdam([copy.deepcopy(start)], second_moment="element", amsgrad=amsgrad)
-    optimizer.load_state_dict(copy.deepcopy(saved))
-    run(optimizer, optimizer.param_groups[0]["params"][0], n=1)
+    for second_moment in ("row", "element"):
+        optimizer = RiemannianAdam([copy.deepcopy(start)], second_moment=second_moment, amsgrad=amsgrad)  # type: ignore[arg-type]
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        run(optimizer, optimizer.param_groups[0]["params"][0], n=1)
 
 
 @pytest.mark.parametrize("optimizer_class", [RiemannianAdam, RiemannianSGD])

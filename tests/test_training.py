@@ -296,7 +296,7 @@ def test_accumulated_batches_are_one_large_batch(config: FinetuneConfig, tmp_pat
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-@pytest.mark.parametrize(("second_moment", "dim"), [("mean", 0), ("element", 2)])
+@pytest.mark.parametrize(("second_moment", "dim"), [("mean", 0), ("row", 2), ("element", 2)])
 def test_the_second_moment_is_the_one_asked_for(
     config: FinetuneConfig, second_moment: Any, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,7 +351,7 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"dropout": 1.0}, "dropout must be in"),
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
         ({"retraction": "svd"}, "retraction must be one of"),
-        ({"second_moment": "max"}, "second-moment must be one of 'mean', 'norm', 'element'"),
+        ({"second_moment": "max"}, "second-moment must be one of 'mean', 'norm', 'row', 'element'"),
         (
             {"second_moment": "element", "optimizer": "sgd"},
             "--second-moment is an option of --optimizer adam, got 'element' with sgd",

@@ -10,12 +10,14 @@ from torch import Tensor
 from stiefel_lora._types import Metric, Retraction, SecondMoment
 from stiefel_lora.errors import check_choice
 from stiefel_lora.optim._base import Params, RiemannianOptimizer, bounded_scale, rate_for
-from stiefel_lora.optim._batch import COUNT, MATRIX, SCALAR, Piece, StateSpec
+from stiefel_lora.optim._batch import COUNT, MATRIX, ROWS, SCALAR, Piece, StateSpec
 from stiefel_lora.optim._kinds import Group, is_stiefel
 from stiefel_lora.stiefel import project_
 
 # A tensor, or a Python number that does the same in the same formula.
 Number: TypeAlias = Any
+
+_SECOND_MOMENTS: dict[str, StateSpec] = {"mean": SCALAR, "norm": SCALAR, "row": ROWS, "element": MATRIX}
 
 
 class RiemannianAdam(RiemannianOptimizer):
@@ -46,8 +48,10 @@ class RiemannianAdam(RiemannianOptimizer):
             on CUDA, inside ``torch.linalg.matrix_exp``.
         metric: "euclidean" or "canonical": which Riemannian gradient a Stiefel parameter follows.
         second_moment: "mean" as above; "norm" takes |R|^2 for mean(R^2), which makes steps of Frobenius norm lr (the
-            scale of geoopt, for settings tuned there); "element" keeps one second moment an entry and projects the
-            quotient (the form of StelLA, arXiv:2510.01938), which adapts to single rows but depends on the basis.
+            scale of geoopt, for settings tuned there). "row" keeps the mean square of each row, shape (n, 1), and
+            projects the quotient: each input feature of an adapter has a step of its own, and the basis of the columns
+            still does not matter (the one-sided form of RASA, with Adam's averages). "element" keeps one an entry (the
+            form of StelLA), and depends on the basis.
         maximize: Ascend instead of descend.
         foreach, fused: Handed to AdamW for the ordinary parameters.
         capturable: Whether ``step`` may be captured in a CUDA graph, once a first call has made its state. As in torch,
@@ -65,7 +69,8 @@ class RiemannianAdam(RiemannianOptimizer):
         InputError: For an option that is not allowed, a wide matrix, or a point off the manifold.
 
     Reference: Kingma, Ba, arXiv:1412.6980; Becigneul, Ganea, arXiv:1810.00760, for Adam on manifolds; Loshchilov,
-    Hutter, arXiv:1711.05101, for AdamW.
+    Hutter, arXiv:1711.05101, for AdamW; Kasai, Jawanpuria, Mishra, arXiv:1902.01144, for RASA; arXiv:2510.01938 for
+    StelLA.
     """
 
     _ordinary_class: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
@@ -118,7 +123,7 @@ class RiemannianAdam(RiemannianOptimizer):
         check_choice("second_moment", group["second_moment"], get_args(SecondMoment))
 
     def _state_spec(self, group: Group) -> dict[str, StateSpec | None]:
-        second = MATRIX if group["second_moment"] == "element" else SCALAR
+        second = _SECOND_MOMENTS[group["second_moment"]]
         largest = second if group["amsgrad"] else None
         return {"step": COUNT, "exp_avg": MATRIX, "exp_avg_sq": second, "max_exp_avg_sq": largest}
 
@@ -194,12 +199,12 @@ def adam_step(
         moves: Whether a matrix is updated, shape (k,); where not, its moments stay and its step is zero. None: all are.
         step: Number of updates so far, shape (k,).
         exp_avg: First moment, tangent at ``x``, shape (k, n, r).
-        exp_avg_sq: Second moment, shape (k,); (k, n, r) with "element".
+        exp_avg_sq: Second moment, shape (k,); (k, n, 1) with "row", (k, n, r) with "element".
         max_exp_avg_sq: The largest ``exp_avg_sq`` so far (AMSGrad), same shape, or None.
         lr: Learning rate.
         betas: Decay rates.
         eps: Added to the root of the second moment.
-        second_moment: "mean", "norm" or "element".
+        second_moment: "mean", "norm", "row" or "element".
 
     Returns:
         Directions, shape (k, n, r), and what to multiply them by, shape (k, 1, 1), or one number for a matrix alone.
@@ -210,6 +215,8 @@ def adam_step(
         exp_avg.lerp_(rgrad, (moves.to(x.dtype) * (1 - betas[0]))[:, None, None])
     if second_moment == "element":
         square = rgrad.square()
+    elif second_moment == "row":
+        square = torch.linalg.vector_norm(rgrad, dim=-1, keepdim=True).square_() / rgrad.shape[-1]
     elif second_moment == "mean":
         square = square / rgrad.shape[-2:].numel()
     if moves is not None:
@@ -231,7 +238,7 @@ def adam_step(
             tensor.fill_(value)
     if moves is not None:
         size = torch.where(moves, size, 0)
-    if second_moment == "element":
+    if second_moment in ("row", "element"):
         direction = project_(x, torch.div(exp_avg, root, out=rgrad))
         return direction, bounded_scale(direction, size)
     return exp_avg, bounded_scale(exp_avg, size / root)
@@ -251,7 +258,8 @@ def adam_numbers(
     """Advance what Adam keeps besides the first moment by one update.
 
     Args:
-        square: Squares of the gradients, shape (k,), or (k, n, r) for a second moment of each element; or one number.
+        square: Squares of the gradients, shape (k,), or (k, n, 1) or (k, n, r) for more than one a matrix; or one
+            number.
         step: Number of updates so far, shape (k,); or one number.
         exp_avg_sq: Second moment, like ``square``.
         max_exp_avg_sq: The largest so far (AMSGrad), like ``square``, or None.
@@ -292,7 +300,7 @@ def _maximum(a: Number, b: Number) -> Number:
 
 
 def _like(number: Any, state: Any) -> Any:
-    """Shape one number a matrix, (k,), so that it broadcasts against state of shape (k,) or (k, n, r)."""
+    """Shape one number a matrix, (k,), so that it broadcasts against state of shape (k,) or (k, n, .)."""
     return number[:, None, None] if isinstance(state, Tensor) and state.dim() == 3 else number
 
 
@@ -304,4 +312,4 @@ def _port_second_moments(state: dict[str, Any], p: Tensor, second_moment: str) -
             continue
         if second_moment != "norm":
             value = value / p.shape[-2:].numel()
-        state[key] = value if second_moment == "element" else value[..., 0, 0]
+        state[key] = {"row": value[..., :1], "element": value}.get(second_moment, value[..., 0, 0])

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +22,18 @@ _PIECE_BYTES_ACCELERATOR = 128 << 20
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor of optimizer state: "matrix" for shape (n, r) a matrix, "scalar" for one number a matrix."""
+    """One tensor of optimizer state: (n, r) for a "matrix", (n, 1) for its "rows", or a "scalar" for each matrix."""
 
-    kind: str
+    kind: Literal["matrix", "rows", "scalar"]
     dtype: torch.dtype | None = None  # None: the dtype that the update is computed in
+
+    def shape(self, n: int, r: int) -> tuple[int, ...]:
+        """Return the shape of it for one matrix."""
+        return {"matrix": (n, r), "rows": (n, 1), "scalar": ()}[self.kind]
 
 
 MATRIX = StateSpec("matrix")
+ROWS = StateSpec("rows")
 SCALAR = StateSpec("scalar")
 COUNT = StateSpec("scalar", torch.float32)  # of updates, as torch keeps it
 SKIPPED = StateSpec("scalar", torch.int64)
@@ -45,7 +50,7 @@ class Piece:
         grad: Their Euclidean gradients, same shape and dtype: scratch memory, or the one parameter's own gradient.
         work: Scratch memory of the same shape and dtype, the same as ``grad`` where that is scratch memory.
         into: Where the new points go: ``point`` itself, or more scratch memory.
-        state: Views of the state buffers, shape (k, n, r) or (k,), to be changed in place.
+        state: Views of the state buffers, shape (k, n, r), (k, n, 1) or (k,), to be changed in place.
         master: The float32 copies of low-precision matrices, or None.
     """
 
@@ -163,7 +168,7 @@ class Bucket:
 
     def _gather_state(self, key: str, entry: StateSpec, state: dict[Tensor, Any]) -> Tensor:
         first = self.params[0]
-        tail = first.shape[-2:] if entry.kind == "matrix" else torch.Size()
+        tail = torch.Size(entry.shape(*first.shape[-2:]))
         buffer = torch.zeros((self.ends[-1], *tail), dtype=entry.dtype or self.dtype, device=first.device)
         for p, start, end in zip(self.params, self.starts, self.ends, strict=True):
             saved = state.get(p, {}).get(key)

@@ -29,12 +29,13 @@ def adam(
     for t, g in enumerate(grads, start=1):
         r = _rgrad(x, -g if maximize else g, metric)
         m = betas[0] * m + (1 - betas[0]) * r
-        square = {"mean": (r**2).mean(), "norm": (r**2).sum(), "element": r**2}[second_moment]
+        rows = (r**2).mean(1, keepdim=True)
+        square = {"mean": (r**2).mean(), "norm": (r**2).sum(), "row": rows, "element": r**2}[second_moment]
         v = betas[1] * v + (1 - betas[1]) * square
         v_max = torch.maximum(v, v_max)
         v_hat = (v_max if amsgrad else v) / (1 - betas[1] ** t)
         u = -lr * (m / (1 - betas[0] ** t)) / (v_hat.sqrt() + eps)
-        if second_moment == "element":
+        if second_moment in ("row", "element"):
             u = project(x, u)
         x = RETRACTIONS[retraction](x, u)
         m = project(x, m)
