@@ -236,7 +236,8 @@ def use_adapter(model: nn.Module, name: str) -> None:
 
     Raises:
         InputError: If the model has no such set or is in DistributedDataParallel, a parameter that is to be switched
-            has another shape now, or within `disable_adapters`. The model is left as it was.
+            has gone or has another shape now, a linear map of the set has gone or is another module now, or within
+            `disable_adapters`. The model is left as it was.
     """
     given, model, registry = model, unwrap(model), _registry(model)
     check_home(model)
@@ -244,6 +245,7 @@ def use_adapter(model: nn.Module, name: str) -> None:
         raise InputError(f"no adapter is named {name!r}; the model has: {', '.join(adapter_names(model)) or 'none'}")
     if name != registry.active:
         unwrap(given, adding=True)
+        _check_bases(model, registry.stored[name].layers)
         _check_shapes(model, registry.stored[name].tensors)
         _take_out(model, registry)
         aside = registry.stored.pop(name)
@@ -449,13 +451,27 @@ def _take_out(model: nn.Module, registry: _Registry) -> None:
     set_tensors(model, {**trained, **registry.base}, trainable=False)
 
 
+def _check_bases(model: nn.Module, layers: Mapping[str, StiefelLoRALinear]) -> None:
+    """Raise InputError if the linears that a set put aside was made for are not in the model any more."""
+    there = dict(model.named_modules(remove_duplicate=False))
+    found = {name: module.base if isinstance(module, StiefelLoRALinear) else module for name, module in there.items()}
+    changed = [name for name, layer in layers.items() if found.get(name) is not layer.base]
+    if changed:
+        raise InputError(
+            f"these adapters were made for linears that are not in the model any more, {listed(changed)}; put back "
+            "what was replaced or cut off, or remove the set (remove_adapters)"
+        )
+
+
 def _check_shapes(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Raise InputError if a tensor of the base is no longer of the shape that it is to have again."""
+    """Raise InputError if a tensor of the base has gone, or is no longer of the shape that it is to have again."""
     tensors = base_tensors(model)
+    shapes = {name: tuple(tensors[name].shape) if name in tensors else None for name in values}
     changed = [
-        f"{name} had shape {tuple(value.shape)} and has {tuple(tensors[name].shape)} now"
+        f"{name} had shape {tuple(value.shape)} and "
+        + ("is gone" if shapes[name] is None else f"has {shapes[name]} now")
         for name, value in values.items()
-        if tensors[name].shape != value.shape
+        if shapes[name] != tuple(value.shape)
     ]
     if changed:
         raise InputError(f"{listed(changed)}; bring it back to what it was (resize_token_embeddings) first")

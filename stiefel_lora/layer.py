@@ -274,7 +274,8 @@ class StiefelLoRALinear(nn.Module):
         narrow = any(not _is_wide(state_dict.get(prefix + name, factor)) for name, factor in self.factors().items())
         # A state has the base's own weight, and an update that is not merged into it any more.
         self.unmerge()
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        with _converted_in_place():
+            super()._load_from_state_dict(state_dict, prefix, *args)
         if any(prefix + name in state_dict for name in self.factors()):
             self._refactor_loaded(_INIT_TOLERANCE if narrow else OFF_MANIFOLD)
         self._keep_manifold(polish=narrow)

@@ -344,6 +344,30 @@ def test_named_adapters_switch_exactly() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("change", ["replaced", "cut off", "head"])
+def test_a_set_whose_linears_are_not_there_any_more_is_not_put_in(change: str) -> None:
+    model = LLAMA.build()
+    add_adapters(model, layers=[0, 2], rank=2, name="first")
+    model.lm_head.weight.requires_grad_(True)
+    add_adapters(model, layers=[0], rank=2, name="second")
+    if change == "replaced":  # as by a library that quantises
+        model.model.layers[2].mlp.up_proj = copy.deepcopy(model.model.layers[2].mlp.up_proj)
+        message = r"linears that are not in the model any more, model\.layers\.2\.mlp\.up_proj; put back"
+    elif change == "cut off":
+        model.model.layers = model.model.layers[:2]
+        message = r"linears that are not in the model any more, model\.layers\.2\.self_attn"
+    else:
+        model.lm_head = nn.Identity()
+        message = r"lm_head\.weight had shape .* and is gone; bring it back"
+    layers = adapter_layers(model)
+    with pytest.raises(InputError, match=message):
+        use_adapter(model, "first")
+    assert adapter_names(model) == ["second", "first"]
+    assert adapter_layers(model) == layers
+    remove_adapters(model, "first")
+    assert adapter_names(model) == ["second"]
+
+
 def _train_head(model: nn.Module, value: float) -> torch.Tensor:
     head = model.lm_head.weight.requires_grad_(True)
     with torch.no_grad():

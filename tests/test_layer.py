@@ -564,6 +564,7 @@ def test_conversions_in_torchs_other_ways(way: str) -> None:
     set_(True)
     try:
         layer.to(torch.bfloat16).double()
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()))
         assert get()
     finally:
         set_(False)

@@ -223,6 +223,23 @@ def test_second_moment_norm_takes_steps_of_frobenius_norm_lr() -> None:
     assert float((p - start).detach().norm()) == pytest.approx(1e-4, rel=1e-4)
 
 
+@pytest.mark.parametrize("then", ["norm", "row", "element"])
+def test_a_second_moment_that_is_changed_midway_keeps_its_unit(then: Any) -> None:
+    """All entries of the gradient are of one size, so that every form holds the same mean square."""
+    signs = torch.randint(2, (200, 8)).double() * 2 - 1
+    lengths = []
+    for first in ("mean", then):
+        p = parameter(200, 8)
+        optimizer = RiemannianAdam([p], lr=1e-4, second_moment=first)
+        run(optimizer, [p], [[signs]] * 3)
+        optimizer.param_groups[0]["second_moment"] = then
+        before = p.detach().clone()
+        run(optimizer, [p], [[signs]])
+        lengths.append(float((p - before).detach().norm()))
+    # Two random points, at which the tangent parts of the gradient differ.
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.1)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize(
     "manifold", [geoopt.EuclideanStiefel(), geoopt.CanonicalStiefel(), geoopt.EuclideanStiefelExact()]

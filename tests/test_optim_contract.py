@@ -442,6 +442,14 @@ def test_another_manifold_is_an_error(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", PAIRS)
+def test_a_state_of_another_number_of_parameters_is_refused_in_torchs_words(kind: str) -> None:
+    few, more = (PAIRS[kind][0]([parameter(12, 4) for _ in range(n)], **COMMON[kind]) for n in (1, 2))
+    for target, given in ((few, more), (more, few)):
+        with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+            target.load_state_dict(given.state_dict())
+
+
+@pytest.mark.parametrize("kind", PAIRS)
 def test_a_wrong_option_in_a_loaded_group_is_an_error(kind: str) -> None:
     params = mixed()
     optimizer = PAIRS[kind][0](params, **COMMON[kind])

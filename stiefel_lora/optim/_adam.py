@@ -48,10 +48,10 @@ class RiemannianAdam(RiemannianOptimizer):
             on CUDA, inside ``torch.linalg.matrix_exp``.
         metric: "euclidean" or "canonical": which Riemannian gradient a Stiefel parameter follows.
         second_moment: "mean" as above; "norm" takes |R|^2 for mean(R^2), which makes steps of Frobenius norm lr (the
-            scale of geoopt, for settings tuned there). "row" keeps the mean square of each row, shape (n, 1), and
-            projects the quotient: each input feature of an adapter has a step of its own, and the basis of the columns
-            still does not matter (the one-sided form of RASA, with Adam's averages). "element" keeps one an entry (the
-            form of StelLA), and depends on the basis.
+            scale of geoopt, for settings tuned there; what is kept is the mean square all the same). "row" keeps the
+            mean square of each row, shape (n, 1), and projects the quotient: each input feature of an adapter has a
+            step of its own, and the basis of the columns still does not matter (the one-sided form of RASA, with Adam's
+            averages). "element" keeps one an entry (the form of StelLA), and depends on the basis.
         maximize: Ascend instead of descend.
         foreach, fused: Handed to AdamW for the ordinary parameters.
         capturable: Whether ``step`` may be captured in a CUDA graph, once a first call has made its state. As in torch,
@@ -199,7 +199,8 @@ def adam_step(
         moves: Whether a matrix is updated, shape (k,); where not, its moments stay and its step is zero. None: all are.
         step: Number of updates so far, shape (k,).
         exp_avg: First moment, tangent at ``x``, shape (k, n, r).
-        exp_avg_sq: Second moment, shape (k,); (k, n, 1) with "row", (k, n, r) with "element".
+        exp_avg_sq: Second moment, a mean square with "norm" as well: shape (k,); (k, n, 1) with "row", (k, n, r) with
+            "element".
         max_exp_avg_sq: The largest ``exp_avg_sq`` so far (AMSGrad), same shape, or None.
         lr: Learning rate.
         betas: Decay rates.
@@ -217,8 +218,11 @@ def adam_step(
         square = rgrad.square()
     elif second_moment == "row":
         square = torch.linalg.vector_norm(rgrad, dim=-1, keepdim=True).square_() / rgrad.shape[-1]
-    elif second_moment == "mean":
-        square = square / rgrad.shape[-2:].numel()
+    else:
+        entries = rgrad.shape[-2:].numel()
+        square = square / entries
+        if second_moment == "norm":
+            lr, eps = lr / entries**0.5, eps / entries**0.5
     if moves is not None:
         # What is kept all the same must not make a NaN of the step.
         square = torch.where(_like(moves, square), square, exp_avg_sq)
@@ -305,11 +309,10 @@ def _like(number: Any, state: Any) -> Any:
 
 
 def _port_second_moments(state: dict[str, Any], p: Tensor, second_moment: str) -> None:
-    """Turn geoopt's second moments, |R|^2 in every entry of a matrix, into ours."""
+    """Turn geoopt's second moments, |R|^2 in every entry of a matrix, into ours, which are mean squares."""
     for key in ("exp_avg_sq", "max_exp_avg_sq"):
         value = state.get(key)
         if value is None or value.shape != p.shape:
             continue
-        if second_moment != "norm":
-            value = value / p.shape[-2:].numel()
+        value = value / p.shape[-2:].numel()
         state[key] = {"row": value[..., :1], "element": value}.get(second_moment, value[..., 0, 0])

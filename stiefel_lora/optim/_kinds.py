@@ -68,8 +68,8 @@ def _family(manifold: str | None) -> str | None:
 def check_manifolds(saved: Group, group: Group, g: int) -> None:
     """Raise unless the parameters of a saved group were on the manifolds that they are on now."""
     then, now = saved.get("manifolds"), [manifold_name(p) for p in group["params"]]
-    # In another order the state may have been mapped by the parameters' names.
-    if then is None or Counter(map(_family, then)) == Counter(map(_family, now)):
+    # torch refuses another number of them itself, and in another order the state may have been mapped by their names.
+    if then is None or len(then) != len(now) or Counter(map(_family, then)) == Counter(map(_family, now)):
         return
     for i, (old, new) in enumerate(zip(then, now, strict=True)):
         if _family(old) == _family(new):
