@@ -18,18 +18,17 @@ _EXPERTS: dict[str, Set[str]] = {
 }
 
 
-def check_not_for_experts(model: nn.Module | None, names: Iterable[str]) -> None:
-    """Raise InputError if PEFT would give the adapters of some linear maps to the fused experts of the model."""
+def check_not_for_experts(kind: str | None, names: Iterable[str]) -> None:
+    """Raise InputError if PEFT would give the adapters of some linear maps to the fused experts of such a model."""
     try:
         from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as loaded_like
     except ImportError:
         return
-    kind = getattr(getattr(model, "config", None), "model_type", None)
     taken = _EXPERTS.get(loaded_like.get(str(kind), ""), set())
     found = [name for name in names if name.rsplit(".", 1)[-1] in taken]
     if found:
         raise InputError(
-            f"PEFT takes targets named {', '.join(sorted(taken))} for the fused experts of {type(model).__name__}, and "
+            f"PEFT takes targets named {', '.join(sorted(taken))} for the fused experts of a {kind}, and "
             f"these adapters would be lost: {listed(found)}; keep them with save_adapter, or leave them out"
         )
 

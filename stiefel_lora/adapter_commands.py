@@ -2,34 +2,29 @@
 
 import argparse
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, get_args
 
 from stiefel_lora._files import atomic_folder
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.config import ADAPTER_FOLDER
 from stiefel_lora.errors import InputError
 
-# Loads a model by folder, hub name or .gguf file, its class if that is known, and the names of parameters that it may
-# lack; and its tokenizer if it has one.
-LoadModel: TypeAlias = Callable[[str, str | None, Collection[str]], tuple[Any, Any]]
 
-
-def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model: LoadModel) -> None:
+def add_adapter_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     """Register the commands; each parser's ``run`` takes the parsed arguments.
 
     Args:
         commands: What ``ArgumentParser.add_subparsers()`` returned.
-        load_model: Used by ``export --format merged``.
     """
     export = commands.add_parser("export", help="write an adapter as a PEFT LoRA, or merged into its base model")
     export.add_argument("adapter", type=Path, help="folder of an adapter, or of a run")
     export.add_argument("--format", choices=["peft", "merged"], required=True, help="what to write")
     export.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold anything yet")
     export.add_argument("--model", help="base model for 'merged' (default: the one named in the adapter)")
-    export.set_defaults(run=lambda args: _export(args, load_model))
+    export.set_defaults(run=_export)
 
     imported = commands.add_parser("import", help="turn any PEFT LoRA into a Stiefel adapter of the same function")
     imported.add_argument("adapter", type=Path, help="PEFT adapter folder")
@@ -47,23 +42,28 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]", load_model
 
 def adapter_folder(path: Path) -> Path:
     """Return the folder of an adapter, given it or the folder of its run."""
-    return path / ADAPTER_FOLDER if (path / ADAPTER_FOLDER).is_dir() else path
+    from stiefel_lora.checkpoint import CONFIG_FILE
+    from stiefel_lora.convert import PEFT_CONFIG_FILE
+
+    is_itself = any((path / name).is_file() for name in (CONFIG_FILE, PEFT_CONFIG_FILE))
+    return path / ADAPTER_FOLDER if (path / ADAPTER_FOLDER).is_dir() and not is_itself else path
 
 
-def named_base(folder: Path, base_model: Mapping[str, str]) -> str:
-    """Return the base model that an adapter names, or raise InputError if it names none."""
+def named_base(folder: Path, base_model: Mapping[str, Any]) -> str:
+    """Return the base model that an adapter names, or raise InputError if it names none that is there."""
+    from stiefel_lora.pretrained import find_base
+
     name = base_model.get("name_or_path")
     if not name:
         raise InputError(f"{folder} does not name its base model; give it with --model")
-    return name
+    return find_base(name)
 
 
-def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
-    from safetensors import SafetensorError
-
+def _export(args: argparse.Namespace) -> None:
     from stiefel_lora.checkpoint import load_adapter, read_adapter
     from stiefel_lora.convert import write_peft
     from stiefel_lora.merging import merge_adapters
+    from stiefel_lora.pretrained import load_base
 
     folder = adapter_folder(args.adapter)
     state = read_adapter(folder)
@@ -72,18 +72,18 @@ def _export(args: argparse.Namespace, load_model: LoadModel) -> None:
         write_peft(state, args.output)
         print(f"PEFT LoRA of {len(state.modules)} linears written to {args.output}")
         return
-    model, tokenizer = load_model(
-        args.model or named_base(folder, state.base_model), state.base_model.get("class"), state.parameters
-    )
+    base = state.base_model
+    name = args.model or named_base(folder, base)
+    model, processor = load_base(name, base.get("class"), state.parameters, base.get("task"))
     load_adapter(model, folder)
     merged: Any = merge_adapters(model)
     with atomic_folder(args.output) as output:
         try:
             merged.save_pretrained(output)
-        except SafetensorError as error:  # as on a full disk
+            if processor is not None:
+                processor.save_pretrained(output)
+        except Exception as error:  # on a full disk safetensors and tokenizers raise exceptions of their own
             raise InputError(f"cannot write to {args.output}: {error}") from error
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output)
     print(f"{type(merged).__name__} with {len(state.modules)} merged linears written to {args.output}")
 
 

@@ -49,7 +49,8 @@ class AdapterState:
     Names are those of the plain model, whatever its parts were wrapped in.
 
     Attributes:
-        base_model: What is known of the base: its "class", "model_type" and "name_or_path".
+        base_model: What is known of the base: its "class", "model_type" and "name_or_path", and as "task" the options
+            of its configuration by which it differs from what the name alone gives, such as a classifier's labels.
         modules: For each adapted linear, by qualified name, the options of its `StiefelLoRALinear` and its
             "in_features" and "out_features".
         factors: For each adapted linear its factors by parameter name.
@@ -59,7 +60,7 @@ class AdapterState:
             ``parameters``. None if that is not known, as of folders written before this was kept.
     """
 
-    base_model: dict[str, str]
+    base_model: dict[str, Any]
     modules: dict[str, dict[str, Any]]
     factors: dict[str, dict[str, Tensor]]
     parameters: dict[str, Tensor]
@@ -354,20 +355,28 @@ def _check_parameters(model: nn.Module, state: AdapterState, what: str) -> None:
     have = {name: tuple(p.shape) for name, p in base_tensors(model).items()}
     wrong = [name for name, tensor in state.parameters.items() if have.get(name) != tuple(tensor.shape)]
     if wrong:
-        raise InputError(
-            f"{what} does not fit {type(model).__name__}, which has no parameter {listed(wrong)} of its shape"
-        )
+        shapes = {name: tuple(state.parameters[name].shape) for name in wrong}
+        found = (f"{name} of shape {shape}, here {have.get(name, 'there is none')}" for name, shape in shapes.items())
+        raise InputError(f"{what} does not fit {type(model).__name__}: it has {listed(found)}")
 
 
-def describe_base(model: nn.Module) -> dict[str, str]:
-    """Return what can be said of the base model, for people and for error messages."""
+# What a base may be loaded with, as ``from_pretrained(name, num_labels=5)``, and the name alone does not say.
+_TASK_OPTIONS = ("id2label", "label2id", "problem_type", "is_decoder")
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """Return what can be said of the base model, for people, for error messages, and to load it again."""
     config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
     known = {
         "class": type(model).__name__,
         "model_type": getattr(config, "model_type", None),
-        "name_or_path": getattr(config, "_name_or_path", None),
+        "name_or_path": str(Path(name).absolute()) if name and Path(name).exists() else name,
     }
-    return {key: value for key, value in known.items() if isinstance(value, str) and value}
+    described: dict[str, Any] = {key: value for key, value in known.items() if isinstance(value, str) and value}
+    changed: dict[str, Any] = getattr(config, "to_diff_dict", dict)()
+    task = {key: changed[key] for key in _TASK_OPTIONS if changed.get(key)}
+    return {**described, "task": task} if task else described
 
 
 def _module_config(layer: StiefelLoRALinear) -> dict[str, Any]:
@@ -397,13 +406,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise InputError(f"{file} is not a {FORMAT} adapter: its format is {config.get('format')!r}")
     version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1) or isinstance(version, bool):
         raise InputError(
             f"{file} has format version {version!r}, this {FORMAT} reads up to {FORMAT_VERSION}; upgrade {FORMAT}"
         )
     modules = config.get("modules")
     base = config.get("base_model")
-    known = isinstance(base, dict) and all(isinstance(value, str) for value in base.values())
+    known = isinstance(base, dict) and all(isinstance(base[key], dict if key == "task" else str) for key in base)
     if not isinstance(modules, dict) or not modules or not known:
         raise InputError(f"{file} is damaged: it names no modules or no base model")
     for name, options in modules.items():
@@ -412,7 +421,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(parameters, dict) or not all(isinstance(shape, list) for shape in parameters.values()):
         raise InputError(f"{file} is damaged: its parameters should be an object of shapes")
     tied = config.get("tied", {})
-    if not isinstance(tied, dict) or not all(name in parameters for name in tied.values()):
+    if not isinstance(tied, dict) or not all(isinstance(name, str) and name in parameters for name in tied.values()):
         raise InputError(f"{file} is damaged: tied should be an object of names of its parameters, is {tied!r}")
     return config
 

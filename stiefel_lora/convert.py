@@ -7,6 +7,7 @@ needed for adapters in memory; its folders are read and written here.
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -29,6 +30,7 @@ from stiefel_lora.adapters import (
     replace_modules,
 )
 from stiefel_lora.checkpoint import (
+    CONFIG_FILE,
     AdapterState,
     adapter_state,
     check_module_config,
@@ -274,7 +276,8 @@ def _read_peft_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_dir():
         raise InputError(f"no adapter folder at {path}")
     if not (path / PEFT_CONFIG_FILE).is_file():
-        raise InputError(f"{path} holds no {PEFT_CONFIG_FILE}, so it is not a PEFT adapter")
+        ours = "; it is a Stiefel adapter already, as load_adapter takes it" if (path / CONFIG_FILE).is_file() else ""
+        raise InputError(f"{path} holds no {PEFT_CONFIG_FILE}, so it is not a PEFT adapter{ours}")
     if not (path / PEFT_WEIGHTS_FILE).is_file() and (path / "adapter_model.bin").is_file():
         raise InputError(f"{path} holds a pickle, adapter_model.bin, which is not read; save it with safetensors")
     return read_json(path / PEFT_CONFIG_FILE), read_safetensors(path / PEFT_WEIGHTS_FILE)
@@ -297,31 +300,61 @@ def _check_peft_config(where: str, config: Mapping[str, Any]) -> None:
             f"{where} has init_lora_weights={start!r}, which changed the base weights; save it in PEFT with "
             "path_initial_model_for_weight_conversion to make it a plain LoRA"
         )
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-        raise InputError(f"{where} is damaged: r is {config.get('r')!r} and lora_alpha {config.get('lora_alpha')!r}")
-    alphas, modules = config.get("alpha_pattern") or {}, config.get("modules_to_save") or []
-    if not isinstance(alphas, dict) or not all(isinstance(alpha, int | float) for alpha in alphas.values()):
-        raise InputError(f"{where} is damaged: alpha_pattern is {alphas!r}")
-    if not isinstance(modules, list | set | tuple) or not all(isinstance(name, str) and name for name in modules):
-        raise InputError(f"{where} is damaged: modules_to_save is {modules!r}")
+    for key, is_right in _OPTION_CHECKS.items():
+        if not is_right(config.get(key)):
+            raise InputError(f"{where} is damaged: {key} is {str(config.get(key))[:80]!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < sys.float_info.max
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_pattern_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: not value or (isinstance(value, dict) and all(map(is_right, value.values())))
+
+
+# What an import relies on.
+_OPTION_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "rank_pattern": _is_pattern_of(_is_rank),
+    "alpha_pattern": _is_pattern_of(_is_number),
+    "lora_dropout": lambda value: value is None or _is_number(value),
+    "use_rslora": lambda value: value is None or isinstance(value, bool),
+    "base_model_name_or_path": lambda value: value is None or isinstance(value, str),
+    "modules_to_save": lambda value: (
+        not value or (isinstance(value, list | set | tuple) and all(isinstance(name, str) and name for name in value))
+    ),
+}
 
 
 def _scaling(where: str, config: Mapping[str, Any], name: str, peft_rank: int, rank: int) -> dict[str, Any]:
     """Return the rank and the alpha that gives it the scaling that PEFT gives the module."""
-    alpha = config["lora_alpha"]
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", name)  # PEFT's rule: the first key that matches
-        except re.error as error:
-            raise InputError(
-                f"{where} is damaged: {key!r} in alpha_pattern is no regular expression: {error}"
-            ) from error
-        if found:
-            alpha = value
-            break
+    said = _by_pattern(where, config, name, "r", "rank_pattern")
+    if said != peft_rank:
+        raise InputError(f"{where} is damaged: {name} has rank {peft_rank} in the weights, {said} in the configuration")
+    alpha = _by_pattern(where, config, name, "lora_alpha", "alpha_pattern")
     rslora = bool(config.get("use_rslora"))
     reduced = math.sqrt(rank / peft_rank) if rslora else rank / peft_rank
     return {"rank": rank, "alpha": float(alpha * reduced), "rslora": rslora}
+
+
+def _by_pattern(where: str, config: Mapping[str, Any], name: str, key: str, patterns: str) -> Any:
+    """Return an option of one module, by PEFT's rule: that of the first pattern that matches its name."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise InputError(
+                f"{where} is damaged: {pattern!r} in {patterns} is no regular expression: {error}"
+            ) from error
+        if found:
+            return value
+    return config[key]
 
 
 def _saved_modules(where: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -349,6 +382,8 @@ def _pairs(where: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor,
             hint = "; save it in PEFT with save_embedding_layers=False" if key.endswith(_BASE_WEIGHTS) else ""
             shape = tuple(tensor.shape)
             raise InputError(f"{where} holds {key} of shape {shape}, which is not a low-rank factor of a linear{hint}")
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise InputError(f"{where}: {key} is {tensor.dtype}; factors are of 16 bits a number or more")
         if not tensor.isfinite().all():
             raise InputError(f"{where}: {key} has NaN or infinite entries")
         found.setdefault(match[1], {})[match[2]] = tensor
@@ -385,7 +420,7 @@ def _peft_config(
 ) -> dict[str, Any]:
     """Return a LoraConfig's options; ``spell`` makes a name in the model one of those that PEFT is to find."""
     modules = state.modules
-    check_not_for_experts(model, modules)
+    check_not_for_experts(state.base_model.get("model_type"), modules)
     # PEFT has one use_rslora and patterns of alpha that do not go with it everywhere: keep it only where all agree.
     forms = {(o["rank"], o["alpha"], o["rslora"]) for o in modules.values()}
     rslora = len(forms) == 1 and next(iter(forms))[2]

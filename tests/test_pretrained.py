@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from stiefel_lora import pretrained
+from stiefel_lora.adapters import add_adapters
+from stiefel_lora.checkpoint import adapter_state
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import check_causal, find_device, find_source, load_base, load_pretrained
 from tests.models import FAMILIES
@@ -119,6 +121,20 @@ def test_a_local_model_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch
     assert str(find_source("model.gguf")) == str(tmp_path / "model.gguf")
 
 
+def test_an_adapter_names_a_local_base_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny_model(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained("model")
+    add_adapters(model, layers=[0], rank=2)
+    assert adapter_state(model).base_model["name_or_path"] == str(tmp_path / "model")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    FAMILIES["gpt2"].build().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"the folder {tmp_path} holds no tokenizer"):
+        load_pretrained(tmp_path)
+
+
 def test_verbosity_is_put_back(tmp_path: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
@@ -158,6 +174,9 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no config.json"):
         find_source(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        load_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="cannot load a causal language model"):
         load_pretrained(tmp_path)
 
