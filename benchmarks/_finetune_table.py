@@ -8,7 +8,18 @@ from typing import Any
 import scipy.stats
 
 from benchmarks import _harness
-from benchmarks._methods import ALLOCATED, BY_ELEMENT, CALIBRATED, FASTER, FORA, METHODS, SELECTED, STARTED
+from benchmarks._methods import (
+    ALLOCATED,
+    BY_ELEMENT,
+    BY_ROW,
+    CALIBRATED,
+    FASTER,
+    FORA,
+    FORA_BY_ROW,
+    METHODS,
+    SELECTED,
+    STARTED,
+)
 
 Cell = dict[str, Any]
 
@@ -47,6 +58,11 @@ COMPARISONS = (
     ),
     ("Half the rank on all layers with a second moment of each element beats LoRA", BY_ELEMENT, "LoRA"),
     ("Half the rank on all layers with a second moment of each element beats DoRA", BY_ELEMENT, "DoRA"),
+    ("Half the rank on all layers with a second moment of each row beats LoRA", BY_ROW, "LoRA"),
+    ("Half the rank on all layers with a second moment of each row beats DoRA", BY_ROW, "DoRA"),
+    ("A second moment of each element beats one of each row, at half the rank on all layers", BY_ELEMENT, BY_ROW),
+    ("A second moment of each row helps FoRA", FORA_BY_ROW, FORA),
+    ("FoRA with a second moment of each row beats LoRA", FORA_BY_ROW, "LoRA"),
     (
         "The constraint helps with a second moment of each element, at half the rank on all layers",
         BY_ELEMENT,

@@ -260,6 +260,7 @@ FASTER = "FoRA (A), ranks by gradient, A at 4 times the rate"
 CALIBRATED = "FoRA (A), ranks by gradient of 128 samples, A at 4 times the rate"
 BY_ELEMENT = "Stiefel A, half the rank, second moment of each element"
 BY_ROW = "Stiefel A, half the rank, second moment of each row"
+FORA_BY_ROW = "FoRA (A), second moment of each row"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
@@ -273,7 +274,7 @@ METHODS: dict[str, Build] = {
     "FoRA (A), second moment of each element": ours(_selected, second_moment="element"),
     BY_ELEMENT: ours(_all, share=0.5, second_moment="element"),
     "FoRA (A), modules, second moment of each element": ours(second_moment="element"),
-    "FoRA (A), second moment of each row": ours(_selected, second_moment="row"),
+    FORA_BY_ROW: ours(_selected, second_moment="row"),
     "FoRA (A), modules, second moment of each row": ours(second_moment="row"),
     BY_ROW: ours(_all, share=0.5, second_moment="row"),
     "Stiefel A, all layers, second moment of each row": ours(_all, second_moment="row"),

@@ -207,8 +207,9 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
     parser.add_argument(
         "--second-moment",
         choices=CHOICES["second_moment"],
-        default=defaults.second_moment,
-        help="of adam, for the orthonormal factors: one a matrix (mean, or norm as geoopt has it), a row or an element",
+        default=argparse.SUPPRESS,
+        help="of adam, for the orthonormal factors: one a matrix (mean, or norm as geoopt has it), a row or an element "
+        "(default: row, or mean with a start from the gradient)",
     )
     parser.add_argument(
         "--retraction",

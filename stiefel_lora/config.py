@@ -65,7 +65,8 @@ class FinetuneConfig:
         warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
             afterwards.
         optimizer: "adam" or "sgd" (with momentum 0.9).
-        second_moment: Of Adam for the orthonormal factors: "mean", "norm", "row" or "element"; see `RiemannianAdam`.
+        second_moment: Of Adam for the orthonormal factors: "mean", "norm", "row" or "element", see `RiemannianAdam`;
+            None for "row", or "mean" with a start from the gradient.
         retraction: "qr", "cayley", "polar" or "exp".
         rslora: Scale the updates by alpha / sqrt(rank) instead of alpha / rank.
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
@@ -94,7 +95,7 @@ class FinetuneConfig:
     lr_ratio: float | None = None
     warmup: int | None = None
     optimizer: Optimizer = "adam"
-    second_moment: SecondMoment = "mean"
+    second_moment: SecondMoment | None = None
     retraction: Retraction = "qr"
     rslora: bool = False
     orthonormal: Orthonormal = "A"
@@ -126,13 +127,26 @@ class FinetuneConfig:
         return self.lr_ratio or (4.0 if self.start == "gradient" else 1.0)
 
     @property
+    def moment(self) -> SecondMoment:
+        """Second moment of Adam for the orthonormal factors, given or by default."""
+        return self.second_moment or ("mean" if self.start == "gradient" else "row")
+
+    @property
     def warmup_steps(self) -> int:
         """Steps of warm-up, given or by default."""
         return min(5, self.steps // 10) if self.warmup is None else self.warmup
 
     def resolved(self) -> "FinetuneConfig":
         """Return the configuration with those defaults filled in that depend on other options."""
-        return replace(self, lr=self.highest_lr, lr_ratio=self.ratio, warmup=self.warmup_steps, init=self.start)
+        moment = self.moment if self.optimizer == "adam" else None
+        return replace(
+            self,
+            lr=self.highest_lr,
+            lr_ratio=self.ratio,
+            warmup=self.warmup_steps,
+            init=self.start,
+            second_moment=moment,
+        )
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str):
@@ -153,7 +167,7 @@ class FinetuneConfig:
                 raise InputError(f"{option(name)} must be positive and finite, got {value}")
             if name in CHOICES:
                 check_choice(option(name), value, CHOICES[name])
-        if self.optimizer == "sgd" and self.second_moment != "mean":
+        if self.optimizer == "sgd" and self.second_moment is not None:
             raise InputError(f"--second-moment is an option of --optimizer adam, got {self.second_moment!r} with sgd")
         if not 0 <= self.warmup_steps <= self.steps:
             raise InputError(f"--warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")

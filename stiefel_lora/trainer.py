@@ -30,7 +30,8 @@ def trainer_optimizer(args: TrainingArguments, **options: Any) -> tuple[type[tor
     Args:
         args: ``learning_rate``, ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` are used; ``optim`` is
             "adamw_torch" (with or without "_fused") or "sgd". Trainer itself applies ``weight_decay`` and the schedule.
-        options: More for the optimizer, such as ``retraction`` or SGD's ``momentum``.
+        options: More for the optimizer, such as ``retraction`` or SGD's ``momentum``. Adam's ``second_moment`` is "row"
+            unless given, which does best on language models' adapters from a random start.
 
     Returns:
         The class and its keyword arguments.
@@ -46,7 +47,8 @@ def trainer_optimizer(args: TrainingArguments, **options: Any) -> tuple[type[tor
         name = getattr(args.optim, "value", args.optim)
         raise InputError(f"optim={name!r} has no Riemannian form here; use 'adamw_torch' or 'sgd'")
     betas = (args.adam_beta1, args.adam_beta2)
-    return RiemannianAdam, {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, **options}
+    own = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon, "second_moment": "row"}
+    return RiemannianAdam, {**own, **options}
 
 
 class AdapterMetricsCallback(TrainerCallback):
@@ -111,7 +113,7 @@ class StiefelTrainer(Trainer):
 
     Args:
         args: As Trainer's.
-        optimizer_options: More for the optimizer, such as ``{"retraction": "cayley"}``.
+        optimizer_options: More for the optimizer, such as ``{"retraction": "cayley"}``; see `trainer_optimizer`.
         lr_ratio: Learning rate of the orthonormal factors, as a multiple of ``learning_rate``; 4 did well with a start
             from the gradient.
         kwargs: As Trainer's.

@@ -228,7 +228,7 @@ class _Run:
         self.points = {name: f for name, f in self.factors.items() if isinstance(f, ManifoldParameter)}
         options: dict[str, Any] = {"lr": self.config.highest_lr, "retraction": self.config.retraction}
         self.optimizer = (
-            RiemannianAdam(self._groups(), second_moment=self.config.second_moment, **options)
+            RiemannianAdam(self._groups(), second_moment=self.config.moment, **options)
             if self.config.optimizer == "adam"
             else RiemannianSGD(self._groups(), momentum=0.9, **options)
         )

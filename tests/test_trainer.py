@@ -74,6 +74,8 @@ def test_trains_with_the_training_arguments(tmp_path: Path) -> None:
     optimizer = trainer.optimizer.optimizer  # inside accelerate's wrapper
     assert isinstance(optimizer, RiemannianAdam)
     assert optimizer.defaults["retraction"] == "cayley"
+    assert optimizer.defaults["second_moment"] == "row"
+    assert trainer_optimizer(arguments(tmp_path), second_moment="mean")[1]["second_moment"] == "mean"
     points = [isinstance(group["params"][0], ManifoldParameter) for group in optimizer.param_groups]
     # It has no tangent part for those.
     assert [(group["weight_decay"], p) for group, p in zip(optimizer.param_groups, points, strict=True)] == [

@@ -296,9 +296,18 @@ def test_accumulated_batches_are_one_large_batch(config: FinetuneConfig, tmp_pat
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-@pytest.mark.parametrize(("second_moment", "dim"), [("mean", 0), ("row", 2), ("element", 2)])
+@pytest.mark.parametrize(
+    ("asked", "tail"),
+    [
+        ({"second_moment": "mean"}, 0),
+        ({"second_moment": "row"}, 1),
+        ({"second_moment": "element"}, 4),
+        ({}, 1),
+        ({"init": "gradient"}, 0),
+    ],
+)
 def test_the_second_moment_is_the_one_asked_for(
-    config: FinetuneConfig, second_moment: Any, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: FinetuneConfig, asked: dict[str, Any], tail: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Tensor] = []
     metrics = training._Run.metrics
@@ -308,8 +317,8 @@ def test_the_second_moment_is_the_one_asked_for(
         return metrics(run, after)
 
     monkeypatch.setattr(training._Run, "metrics", spy)
-    finetune(replace(config, second_moment=second_moment, steps=1, warmup=0), tmp_path)
-    assert {moment.dim() for moment in kept} == {dim}
+    finetune(replace(config, **asked, steps=1, warmup=0), tmp_path)
+    assert {moment.shape[-1] if moment.dim() else 0 for moment in kept} == {tail}
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
