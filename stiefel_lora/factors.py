@@ -72,7 +72,7 @@ def leading_singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor,
     with exact_products([wide.device.type]):
         right = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(-1)[:, :rank]
         # The squares have lost the directions of values below the root of the rounding. An iteration with W itself, as
-        # W v = s u and W^T u = s v, finds them; QR completes the bases where s is zero.
+        # W v = s u and W^T u = s v, finds them, to some eps of the largest value; QR completes the bases below.
         left = torch.linalg.qr(wide @ right).Q
         right, core = torch.linalg.qr(wide.T @ left)
         inner = torch.linalg.svd(core.T)
