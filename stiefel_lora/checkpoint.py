@@ -12,6 +12,7 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 
+from stiefel_lora._base_model import check_description, describe_base
 from stiefel_lora._files import atomic_folder, fill_json, read_json
 from stiefel_lora._models import linear_shape, unwrap
 from stiefel_lora._names import name_in, plain_name
@@ -360,25 +361,6 @@ def _check_parameters(model: nn.Module, state: AdapterState, what: str) -> None:
         raise InputError(f"{what} does not fit {type(model).__name__}: it has {listed(found)}")
 
 
-# What a base may be loaded with, as ``from_pretrained(name, num_labels=5)``, and the name alone does not say.
-_TASK_OPTIONS = ("id2label", "label2id", "problem_type", "is_decoder")
-
-
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """Return what can be said of the base model, for people, for error messages, and to load it again."""
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)
-    known = {
-        "class": type(model).__name__,
-        "model_type": getattr(config, "model_type", None),
-        "name_or_path": str(Path(name).absolute()) if name and Path(name).exists() else name,
-    }
-    described: dict[str, Any] = {key: value for key, value in known.items() if isinstance(value, str) and value}
-    changed: dict[str, Any] = getattr(config, "to_diff_dict", dict)()
-    task = {key: changed[key] for key in _TASK_OPTIONS if changed.get(key)}
-    return {**described, "task": task} if task else described
-
-
 def _module_config(layer: StiefelLoRALinear) -> dict[str, Any]:
     return {**layer.options, "in_features": layer.in_features, "out_features": layer.out_features}
 
@@ -411,10 +393,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{file} has format version {version!r}, this {FORMAT} reads up to {FORMAT_VERSION}; upgrade {FORMAT}"
         )
     modules = config.get("modules")
-    base = config.get("base_model")
-    known = isinstance(base, dict) and all(isinstance(base[key], dict if key == "task" else str) for key in base)
-    if not isinstance(modules, dict) or not modules or not known:
-        raise InputError(f"{file} is damaged: it names no modules or no base model")
+    if not isinstance(modules, dict) or not modules:
+        raise InputError(f"{file} is damaged: it names no modules")
+    check_description(file, config.get("base_model"))
     for name, options in modules.items():
         check_module_config(file, name, options)
     parameters = config.get("parameters")

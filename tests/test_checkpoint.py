@@ -363,8 +363,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a version of before the first": (_edit_config(lambda c: c.update(format_version=0)), "has format version 0"),
     "no version": (_edit_config(lambda c: c.update(format_version=True)), "has format version True"),
     "a list as a name": (_edit_config(lambda c: c.update(tied={"a": []})), "tied should be an object of names"),
-    "a task in words": (_edit_config(lambda c: c["base_model"].update(task="x")), "or no base model"),
-    "a base of another type": (_edit_config(lambda c: c["base_model"].update({"class": 3})), "or no base model"),
+    "a task in words": (_edit_config(lambda c: c["base_model"].update(task="x")), "a base's task has id2label, .* 'x'"),
+    "a task that runs code": (
+        _edit_config(lambda c: c["base_model"].update(task={"trust_remote_code": True})),
+        "is damaged: a base's task has .*trust_remote_code",
+    ),
+    "labels without numbers": (
+        _edit_config(lambda c: c["base_model"].update(task={"id2label": {"no": 0}})),
+        "is damaged: a base's task has id2label",
+    ),
+    "a base of another type": (_edit_config(lambda c: c["base_model"].update({"class": 3})), "names no base model"),
     "no modules": (_edit_config(lambda c: c.update(modules={})), "names no modules"),
     "unknown option": (_edit_config(lambda c: c["modules"][Q].update(gate=1)), "should have the entries"),
     "wrong type": (_edit_config(lambda c: c["modules"][Q].update(rank="4")), "rank of .* is '4'"),

@@ -23,7 +23,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "config": {"_budget"},
         "run_folder": {"_files", "config"},
     },
-    {"stiefel": set(), "_models": set(), "_names": set(), "_sources": set()},
+    {"_base_model": set(), "stiefel": set(), "_models": set(), "_names": set(), "_sources": set()},
     {
         "optim": set(),
         "factors": set(),
