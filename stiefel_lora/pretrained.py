@@ -26,6 +26,11 @@ class Source:
     gguf_file: str | None = None
     is_hub: bool = False
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What transformers has to be told beside the name."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
     def __str__(self) -> str:
         return str(Path(self.name) / self.gguf_file) if self.gguf_file else self.name
 
@@ -128,12 +133,11 @@ def load_pretrained(
         check_choice("dtype", dtype, tuple(DTYPES))
     chosen = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     _check_hub(source)
-    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     if not _has_tokenizer(source):
         raise InputError(f"the folder {source} holds no tokenizer")
     with _loading("a causal language model", source):
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
-        network = _network(AutoModelForCausalLM, source, dtype=chosen, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options)
+        network = _network(AutoModelForCausalLM, source, dtype=chosen)
     if source.gguf_file:
         _name_specials(tokenizer, network.config)
     if tokenizer.pad_token is None:
@@ -192,20 +196,19 @@ def load_base(
 
     source = find_source(model)
     _check_hub(source)
-    options: dict[str, Any] = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     task = dict(task or {})
     if "id2label" in task:  # whose keys JSON has made strings of
         task["id2label"] = {int(number): label for number, label in task["id2label"].items()}
     with _loading("a model", source):
         auto = _model_class(kind)
-        config = transformers.AutoConfig.from_pretrained(source.name, **options)
+        config = transformers.AutoConfig.from_pretrained(source.name, **source.options)
         if auto is None:
             auto = _model_class((config.architectures or [None])[0]) or transformers.AutoModelForCausalLM
         elif config.model_type != auto.config_class.model_type:
             # transformers would fill in what is missing, and build a model of the default size.
             raise InputError(f"{source} is a {config.model_type}, the adapter was made for a {kind}")
-        network = _network(auto, source, adapted, dtype="auto", **options, **task)
-        processor = _processor(source, options)
+        network = _network(auto, source, adapted, dtype="auto", **task)
+        processor = _processor(source)
         if source.gguf_file and processor is not None:
             _name_specials(processor, config)
         return network.eval(), processor
@@ -213,7 +216,8 @@ def load_base(
 
 def _network(auto: Any, source: Source, adapted: Collection[str] = (), **options: Any) -> Any:
     """Load a model, or raise InputError where transformers would leave some of its weights random."""
-    network, info = auto.from_pretrained(source.name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    options = {**source.options, "output_loading_info": True, "ignore_mismatched_sizes": True, **options}
+    network, info = auto.from_pretrained(source.name, **options)
     lost = {
         "has no": sorted(set(info["missing_keys"]) - set(adapted)),
         "has other shapes of": sorted({name for name, *_ in info["mismatched_keys"]} - set(adapted)),
@@ -243,13 +247,13 @@ def _model_class(name: str | None) -> Any:
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
-def _processor(source: Source, options: dict[str, str]) -> Any:
+def _processor(source: Source) -> Any:
     """Return a tokenizer, else an image processor, else None."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     for auto in [AutoTokenizer] * _has_tokenizer(source) + [AutoImageProcessor]:
         with suppress(OSError, ValueError):
-            return auto.from_pretrained(source.name, **options)
+            return auto.from_pretrained(source.name, **source.options)
     return None
 
 
