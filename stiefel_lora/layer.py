@@ -1,6 +1,7 @@
 """A linear layer with a low-rank update whose factors may be constrained to the Stiefel manifold."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, cast
@@ -383,7 +384,7 @@ def check_rank(rank: int, n_in: int, n_out: int) -> None:
 def check_options(n_in: int, n_out: int, rank: int, alpha: float | None, dropout: float, orthonormal: str) -> None:
     """Raise TypeError or InputError unless an adapter on a linear map of this shape can have these options."""
     check_rank(rank, n_in, n_out)
-    if alpha is not None and not 0 < alpha < math.inf:
+    if alpha is not None and not 0 < alpha <= sys.float_info.max:
         raise InputError(f"alpha must be positive and finite, got {alpha}")
     if not 0 <= dropout < 1:
         raise InputError(f"dropout must be in [0, 1), got {dropout}")

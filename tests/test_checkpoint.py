@@ -378,6 +378,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "wrong type": (_edit_config(lambda c: c["modules"][Q].update(rank="4")), "rank of .* is '4'"),
     "bool rank": (_edit_config(lambda c: c["modules"][Q].update(rank=True)), "rank of .* is True"),
     "out of range": (_edit_config(lambda c: c["modules"][Q].update(alpha=-1)), "q_proj: alpha must be positive"),
+    "beyond a float": (_edit_config(lambda c: c["modules"][Q].update(alpha=10**400)), "q_proj: alpha must be positive"),
     "rank differs": (_edit_config(lambda c: c["modules"][Q].update(rank=3)), r"is torch.float32 of shape \(32, 4\)"),
     "a module less": (_edit_config(lambda c: c["modules"].pop(Q)), "does not name: .*q_proj.lora_A"),
     "a tensor less": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_B")), "q_proj.lora_B is missing"),

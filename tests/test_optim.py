@@ -223,13 +223,14 @@ def test_second_moment_norm_takes_steps_of_frobenius_norm_lr() -> None:
     assert float((p - start).detach().norm()) == pytest.approx(1e-4, rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(200, 8), (3, 200, 8)], ids=str)
 @pytest.mark.parametrize("then", ["norm", "row", "element"])
-def test_a_second_moment_that_is_changed_midway_keeps_its_unit(then: Any) -> None:
+def test_a_second_moment_that_is_changed_midway_keeps_its_unit(then: Any, shape: tuple[int, ...]) -> None:
     """All entries of the gradient are of one size, so that every form holds the same mean square."""
-    signs = torch.randint(2, (200, 8)).double() * 2 - 1
+    signs = torch.randint(2, shape).double() * 2 - 1
     lengths = []
     for first in ("mean", then):
-        p = parameter(200, 8)
+        p = parameter(*shape)
         optimizer = RiemannianAdam([p], lr=1e-4, second_moment=first)
         run(optimizer, [p], [[signs]] * 3)
         optimizer.param_groups[0]["second_moment"] = then

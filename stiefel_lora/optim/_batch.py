@@ -177,8 +177,11 @@ class Bucket:
                     buffer[start:end].copy_(p.reshape(-1, *tail))
                 continue
             expected = p.shape[:-2] + tail
-            # A step counter may come as one number for all matrices of a parameter.
+            # A step counter may come as one number for all matrices of a parameter, and a second moment as one a
+            # matrix, which then holds for each of its rows or entries.
             saved = torch.as_tensor(saved)
+            if tail and saved.shape == p.shape[:-2]:
+                saved = saved[..., None, None].expand(expected)
             if saved.shape != expected and saved.dim() > 0:
                 raise InputError(
                     f"state {key!r} of a parameter of shape {tuple(p.shape)} has shape {tuple(saved.shape)}, expected "
