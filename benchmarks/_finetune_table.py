@@ -107,10 +107,23 @@ SIGNIFICANT = 0.05
 
 
 def best_rate(cells: list[Cell], task: str, method: str) -> float | None:
-    """Return the learning rate with the lowest validation loss over the cells of the first seed."""
-    rows = [c for c in cells if (c["task"], c["method"]) == (task, method) and "validation_loss" in c]
-    first = min((c["seed"] for c in rows), default=None)
-    return min(((c["validation_loss"], c["lr"]) for c in rows if c["seed"] == first), default=(0, None))[1]
+    """Return the learning rate with the lowest validation loss.
+
+    That is the best of all with the first seed; once it has more seeds, the best over these of all rates that have them
+    as well.
+    """
+    losses: dict[float, dict[int, float]] = {}
+    for c in cells:
+        if (c["task"], c["method"]) == (task, method) and "validation_loss" in c:
+            losses.setdefault(c["lr"], {})[c["seed"]] = c["validation_loss"]
+    first = min((seed for of_rate in losses.values() for seed in of_rate), default=None)
+    if first is None:
+        return None
+    with_first = [lr for lr, of_rate in losses.items() if first in of_rate]
+    best = min(with_first, key=lambda lr: (losses[lr][first], lr))
+    seeds = losses[best].keys()
+    rivals = [lr for lr in with_first if seeds <= losses[lr].keys()]
+    return min(rivals, key=lambda lr: (statistics.mean(losses[lr][seed] for seed in seeds), lr))
 
 
 def at_best_rate(cells: list[Cell], task: str, method: str) -> dict[int, Cell]:

@@ -297,6 +297,14 @@ def test_less_to_train_on_is_a_part_of_what_there_was() -> None:
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_rate_that_is_best_with_one_seed_is_held_against_others_over_all_its_seeds() -> None:
+    cells = [cell("LoRA", 1e-3, seed, 2.0, 1.0) for seed in range(3)]
+    cells += [cell("LoRA", 2e-3, 0, 1.9, 1.0), cell("LoRA", 5e-4, 0, 1.95, 1.0)]
+    assert _finetune_table.best_rate(cells, "code", "LoRA") == 2e-3
+    cells.append(cell("LoRA", 2e-3, 1, 2.2, 1.0))
+    assert _finetune_table.best_rate(cells, "code", "LoRA") == 1e-3
+
+
 def test_the_rate_is_chosen_on_validation_data_and_gains_are_paired_by_seed() -> None:
     cells = [
         cell("LoRA", 1e-3, 0, 2.0, 1.0),
