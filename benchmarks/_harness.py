@@ -10,6 +10,7 @@ same if that run was stopped and is to be gone on with; both None where there ar
 
 import argparse
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -54,6 +55,8 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _CONDITIONS = ("options", "seed", "quick", "python", "packages", "machine")
 # What every result has.
 _NEEDED = {"study", "command", "started", "seed", "quick", "packages", "machine", "revision", "results", "status"}
+# What a run has so far, beside the finished result that it is to replace.
+UNFINISHED = ".unfinished"
 # Options that say nothing about a result.
 _NOT_OF_THE_RESULT = ("output", "overwrite")
 
@@ -91,14 +94,20 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
             stack.enter_context(_alone(args.output))
             in_pieces = getattr(study, "IN_PIECES", False)
             found = {} if args.overwrite else _previous(args.output, envelope, in_pieces=in_pieces)
-            _run(study, args, envelope, found)
+            spared = not in_pieces and _is_finished(args.output)
+            so_far = args.output.with_name(args.output.name + UNFINISHED) if spared else args.output
+            if spared and not args.overwrite and so_far.is_file():
+                found = _previous(so_far, envelope, in_pieces=False)
+            _run(study, args, envelope, found, so_far)
         except InputError as error:
             parser.error(str(error))
 
 
-def _run(study: ModuleType, args: argparse.Namespace, envelope: dict[str, Any], found: Mapping[str, Any]) -> None:
-    """Run a study, going on with what was found at its output, and write and print its result."""
-    begin, output = time.perf_counter(), args.output
+def _run(
+    study: ModuleType, args: argparse.Namespace, envelope: dict[str, Any], found: Mapping[str, Any], so_far: Path
+) -> None:
+    """Run a study, going on from what was found; write and print its result; ``so_far`` has its parts until then."""
+    begin = time.perf_counter()
     # For a study that goes on where it was stopped: a way to keep what it has so far, what an earlier run found, and
     # the same only if that run did not come to its end.
     args.previous, args.command = found.get("results"), envelope["command"]
@@ -106,23 +115,29 @@ def _run(study: ModuleType, args: argparse.Namespace, envelope: dict[str, Any], 
     if args.interrupted:
         pieces = {key: found.get(key) for key in ("started", "revision", "dirty", "seconds")}
         envelope["earlier"] = [*found.get("earlier", []), pieces]
-        print(f"going on with what {output} has of {found['started']}", file=sys.stderr)
+        print(f"going on with what {so_far} has of {found['started']}", file=sys.stderr)
 
-    def save(results: dict[str, Any], status: str = "partial") -> None:
+    def save(path: Path, status: str, results: dict[str, Any]) -> None:
         write_json(
-            output,
+            path,
             {**envelope, "results": results, "status": status, "seconds": round(time.perf_counter() - begin, 1)},
         )
 
-    args.save = save
+    args.save = functools.partial(save, so_far, "partial")
     signal.signal(signal.SIGTERM, _stop)
     try:
         results = study.run(args)
     except KeyboardInterrupt:
         sys.exit(STOPPED[0])
-    save(results, "finished")
+    save(args.output, "finished", results)
+    if so_far != args.output:
+        so_far.unlink(missing_ok=True)
     print(study.report(results))
-    print(f"\nwritten to {output}")
+    print(f"\nwritten to {args.output}")
+
+
+def _is_finished(output: Path) -> bool:
+    return output.is_file() and read_result(output)["status"] == "finished"
 
 
 def _limit_blas(threads: int) -> None:

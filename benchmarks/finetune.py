@@ -13,7 +13,6 @@ import argparse
 import copy
 import math
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -415,7 +414,10 @@ def _evaluated(tuned: Tuned, task: _tasks.Task, frame: Frame) -> dict[str, Any]:
 def _peak_mib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    import resource  # which Windows has not
+
+    # In KiB, but on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
 def report(results: dict[str, Any]) -> str:

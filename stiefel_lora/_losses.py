@@ -49,7 +49,8 @@ class SampleLosses:
         self._norms = norms
         self._sketches = norms.sketches
         self._loss_fn = loss_fn
-        self._fitting: set[str] | None = None  # None: nothing tried yet; empty: one at a time
+        # None: nothing tried yet; empty: one at a time
+        self._fitting: set[str] | None = set() if loss_fn is None and _balances_experts(model) else None
         self._rows_fit: bool | None = None  # Whether the rows of a mean cross entropy are the samples' in order
         self._checked = False
         self._is_number = False
@@ -259,6 +260,16 @@ def _in_order(rows: Rows, batch: Any, size: int) -> bool:
         if _may_be_labels(value, size)
         for known in _aligned(value.reshape(size, -1).to(targets), targets.shape[1])
     )
+
+
+def _balances_experts(model: nn.Module) -> bool:
+    """Tell whether a model of transformers adds to its loss how evenly a whole batch is routed to a mixture's experts.
+
+    That is no sum of the samples' losses, and may be too small to be told from one by the losses alone.
+    """
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: None)()
+    return any(getattr(c, "output_router_logits", False) is True for c in (config, text))
 
 
 def _may_be_labels(value: Any, size: int) -> bool:

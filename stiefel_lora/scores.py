@@ -13,7 +13,7 @@ from stiefel_lora._figures import drawing
 from stiefel_lora._files import read_json, write_json
 from stiefel_lora._models import split_at_layer
 from stiefel_lora._types import Normalize
-from stiefel_lora.errors import InputError, check_choice
+from stiefel_lora.errors import InputError, check_choice, check_int
 
 
 @dataclass(frozen=True, repr=False)
@@ -249,6 +249,7 @@ def divisors(normalize: Normalize, parameters: Sequence[int], squared_weight_nor
 
 def budget_costs(budget_params: int, rank: int | None, parameters_per_rank: Sequence[int]) -> list[int]:
     """Return what each takes of a budget of parameters, or raise InputError if that is not enough for any."""
+    check_int("budget_params", budget_params)
     rank = check_budget_rank(rank)
     cost = [rank * size for size in parameters_per_rank]
     if budget_params < min(cost):
@@ -258,6 +259,8 @@ def budget_costs(budget_params: int, rank: int | None, parameters_per_rank: Sequ
 
 def check_budget_rank(rank: int | None) -> int:
     """Return the rank that a budget of parameters is counted at, or raise InputError if there is none."""
+    if rank is not None:
+        check_int("rank", rank)
     if rank is None or rank < 1:
         raise InputError(f"budget_params counts the parameters of adapters of some rank: give rank >= 1, got {rank}")
     return rank

@@ -349,6 +349,34 @@ def test_the_same_command_makes_a_finished_result_anew_and_goes_on_with_a_stoppe
         assert (f"going on with what {output} has of" in capsys.readouterr().err) == kept
 
 
+def test_a_finished_result_stays_until_the_run_that_replaces_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = importlib.import_module("benchmarks.drift")
+    output, pieces = tmp_path / "drift.json", tmp_path / "drift.json.unfinished"
+    drift(*FULL, "--output", str(output))
+    before = output.read_bytes()
+    measure = study._drift
+
+    def stop_at_float64(dtype: str, *rest: Any) -> Any:
+        if dtype == "float64":
+            raise KeyboardInterrupt
+        return [{**row, "mark": True} for row in measure(dtype, *rest)]
+
+    monkeypatch.setattr(study, "_drift", stop_at_float64)
+    with pytest.raises(SystemExit):
+        drift(*FULL, "--output", str(output))
+    assert output.read_bytes() == before
+    assert {row["dtype"] for row in json.loads(pieces.read_text())["results"]["rows"]} == {"float32"}
+    monkeypatch.undo()
+    drift(*FULL, "--output", str(output))
+    assert f"going on with what {pieces} has of" in capsys.readouterr().err
+    assert [row["dtype"] == "float32" for row in json.loads(output.read_text())["results"]["rows"]] == [
+        "mark" in row for row in json.loads(output.read_text())["results"]["rows"]
+    ]
+    assert not pieces.exists()
+
+
 def test_a_stopped_run_under_other_conditions_is_spared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "drift.json"
     drift(*FULL, "--output", str(output))

@@ -90,6 +90,26 @@ def test_the_split_into_batches_does_not_matter(sizes: tuple[int, ...]) -> None:
     torch.testing.assert_close(torch.tensor(scores.stderr), expected_error.float(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("coefficient", [1e-3, 0.1])
+def test_a_loss_of_how_evenly_a_batch_is_routed_is_that_of_each_sample(coefficient: float) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    config = transformers.MixtralConfig(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=coefficient,
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    batch = causal_batch(4)
+    together = by_module(model, [batch], modules=["v_proj"])
+    alone = by_module(model, [{k: v[n : n + 1] for k, v in batch.items()} for n in range(4)], modules=["v_proj"])
+    # Taken for a mean of the samples' losses, the batch's gave 1e-4 with the smaller coefficient.
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+
+
 def test_padding_changes_nothing() -> None:
     model, batch = LLAMA.build().double(), causal_batch(3, 8)
     longer = {
@@ -895,6 +915,7 @@ def test_errors_say_what_is_wrong() -> None:
         (lambda: fisher_scores(model, [batch], modules=["wq"]), InputError, "q_proj"),
         (lambda: fisher_scores(model, [batch], tol=1.5), InputError, r"tol must be in \(0, 1\), got 1.5"),
         (lambda: fisher_scores(model, [batch], max_samples=0), InputError, "max_samples must be at least 1"),
+        (lambda: fisher_scores(model, [batch], max_samples=2.5), TypeError, "max_samples must be an int, got float"),
         (
             lambda: fisher_scores(model, [batch], loss_fn=lambda *_: torch.ones(())),
             InputError,
@@ -915,6 +936,8 @@ def test_errors_say_what_is_wrong() -> None:
         (lambda: fisher_select(model, [batch], budget=4), InputError, r"in \[1, 3\].*got 4"),
         (lambda: fisher_select(model, [batch], budget=True), TypeError, "got bool"),
         (lambda: fisher_select(model, [], budget_params=100), InputError, "give rank >= 1, got None"),
+        (lambda: fisher_select(model, [], budget_params=100, rank=2.5), TypeError, "rank must be an int, got float"),
+        (lambda: fisher_select(model, [], budget_params=1e6, rank=2), TypeError, "budget_params must be an int"),
         # Before the pass, which would find no batches.
         (
             lambda: fisher_select(model, [], budget_params=100, rank=2),
