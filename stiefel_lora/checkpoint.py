@@ -1,5 +1,7 @@
 """Save a model's adapters to a folder and load them: a safetensors file and a JSON configuration, never a pickle."""
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -41,6 +43,8 @@ logger = logging.getLogger("stiefel_lora")
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 FORMAT = "stiefel_lora"
 FORMAT_VERSION = 1
+# In the metadata of the weights: a digest of the modules in the configuration beside them.
+_OF_ONE_SAVE = "stiefel_lora_modules"
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,7 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
         **({} if state.tied is None else {"tied": state.tied}),
     }
     with atomic_folder(path) as folder:
-        write_safetensors(folder / WEIGHTS_FILE, tensors)
+        write_safetensors(folder / WEIGHTS_FILE, tensors, {_OF_ONE_SAVE: _digest(config)})
         fill_json(folder / CONFIG_FILE, config)
 
 
@@ -292,6 +296,7 @@ def read_adapter(path: str | Path) -> AdapterState:
     parameters = {name: take(name, tuple(shape)) for name, shape in config["parameters"].items()}
     if tensors:
         raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
+    _check_of_one_save(path, config)
     _check_on_manifold(path / WEIGHTS_FILE, modules, factors)
     state = AdapterState(config["base_model"], modules, factors, parameters, config.get("tied"))
     return renamed(state, plain_name)  # a file may be from before names were saved as the plain model's
@@ -314,7 +319,25 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _digest(config: Mapping[str, Any]) -> str:
+    """Return a digest of how a configuration says that the factors beside it are used."""
+    return hashlib.sha256(json.dumps(config["modules"], sort_keys=True).encode()).hexdigest()
+
+
+def _check_of_one_save(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise InputError if the files of an adapter do not belong together, as after a kill between the two."""
+    from safetensors import safe_open
+
+    with safe_open(path / WEIGHTS_FILE, "pt") as file:
+        kept = (file.metadata() or {}).get(_OF_ONE_SAVE)
+    if kept not in (None, _digest(config)):  # None: from before it was kept
+        raise InputError(
+            f"{path} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not of one save. One was edited, or a save over "
+            "them was cut off; its other file may be in a hidden folder (.*.tmp) in or beside this one"
+        )
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a safetensors file.
 
     Raises:
@@ -326,7 +349,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if bad:
         raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
     # safetensors' own save_file makes a file that only its owner can read.
-    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
 def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:

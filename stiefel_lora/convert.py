@@ -160,9 +160,17 @@ def from_peft(
         for place, wrapper in wrappers.items():
             replace_modules(base, {place: wrapper})
         raise
+    _say_if_untied(base)
     # PEFT 0.18 leaves it there, and then takes the base for a model with adapters of its own.
     vars(base).pop("peft_config", None)
     return base
+
+
+def _say_if_untied(base: Any) -> None:
+    """Let a model whose head and embedding PEFT took apart, to train one of them, not tie them when it is loaded."""
+    if getattr(getattr(base, "config", None), "tie_word_embeddings", False):
+        weights = [getattr(get(), "weight", None) for get in (base.get_input_embeddings, base.get_output_embeddings)]
+        base.config.tie_word_embeddings = weights[0] is weights[1]
 
 
 def to_peft(model: nn.Module) -> "PeftModel":
@@ -242,10 +250,13 @@ def read_peft(
     state.parameters.update(_saved_modules(where, config, tensors))
     factors_only = {key: tensor for key, tensor in tensors.items() if key.removeprefix(_PREFIX) not in state.parameters}
     for name, (a, b) in _pairs(where, factors_only).items():
-        factors = state.factors[name] = orthonormal_factors(a, b, orthonormal)
-        options = _scaling(where, config, name, a.shape[1], factors["lora_A"].shape[1])
+        options = _scaling(where, config, name, a.shape[1], min(*a.shape, *b.shape))
         if name in scales and not math.isclose(scales[name], scaling(**options)):
             options["alpha"] = scales[name] / scaling(options["rank"], 1.0, options["rslora"])
+        # A negative scale negates a task, and one of zero switches a module off: ours are positive.
+        sign = (options["alpha"] > 0) - (options["alpha"] < 0)
+        options["alpha"] = abs(options["alpha"]) if sign else float(options["rank"])
+        state.factors[name] = orthonormal_factors(a, b if sign > 0 else sign * b, orthonormal)
         shape = {"in_features": a.shape[0], "out_features": b.shape[0]}
         state.modules[name] = {**options, "dropout": dropout, "orthonormal": orthonormal, **shape}
         check_module_config(where, name, state.modules[name])

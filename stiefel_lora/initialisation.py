@@ -350,10 +350,10 @@ def _total_gradients(
     model: nn.Module, weights: Sequence[nn.Parameter], batches: Iterable[Any], loss_fn: LossFn | None
 ) -> list[Tensor]:
     """Return the sums of the weights' gradients over the batches of all processes of a distributed job."""
-    # A weight that several linear maps share has one.
-    totals = {weight: torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for weight in weights}
-    count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
     with failing_together(), undisturbed(model):
+        # A weight that several linear maps share has one. In here, where inference_mode is off.
+        totals = {weight: torch.zeros_like(weight, dtype=wide_dtype(weight.dtype)) for weight in weights}
+        count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
         for batch in batches:
             count += 1
             batch = to_device(batch, weights[0].device)

@@ -222,9 +222,18 @@ class StiefelLoRALinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the original weight parameter back into the base, bit for bit. Does nothing if not merged."""
+        """Put the original weight parameter back into the base, bit for bit. Does nothing if not merged.
+
+        Raises:
+            InputError: If the merged weight has been parametrized or pruned.
+        """
         if not self.merged:
             return
+        if "weight" not in self.base._parameters:
+            raise InputError(
+                f"the weight of the {type(self.base).__name__} was parametrized or pruned while the adapter was merged "
+                "into it; undo that first, as with torch.nn.utils.parametrize.remove_parametrizations"
+            )
         self.base.weight = self._own_weight()
         self.release()
 
@@ -292,6 +301,7 @@ class StiefelLoRALinear(nn.Module):
             )
             self.refactor()
 
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def refactor(self) -> None:
         """Give the same update, from factors off the manifold as those of an average are, orthonormal ones."""

@@ -407,6 +407,24 @@ def test_bad_files_are_refused_and_leave_the_model_alone(case: str, folder: Path
     assert [p.requires_grad for p in model.parameters()] == trainable
 
 
+def test_the_files_of_two_saves_are_no_adapter(folder: Path, tmp_path: Path) -> None:
+    """As a kill leaves them between the two in a folder that has other files as well."""
+    save_adapter(trained(alpha=400), tmp_path / "other")
+    (tmp_path / "other" / CONFIG_FILE).replace(folder / CONFIG_FILE)
+    with pytest.raises(InputError, match="are not of one save"):
+        load_adapter(LLAMA.build(), folder)
+    (tmp_path / "other" / WEIGHTS_FILE).replace(folder / WEIGHTS_FILE)
+    load_adapter(LLAMA.build(), folder)
+
+
+def test_the_base_may_be_named_anew_and_files_from_before_there_was_a_digest_are_read(folder: Path) -> None:
+    _edit_config(lambda c: c["base_model"].update(name_or_path="elsewhere"))(folder)
+    expected = read_adapter(folder)
+    assert expected.base_model["name_or_path"] == "elsewhere"
+    save_file(load_file(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    assert read_adapter(folder).modules == expected.modules
+
+
 def test_off_manifold_is_its_own_error(folder: Path) -> None:
     DAMAGE["off the manifold"][0](folder)
     with pytest.raises(ManifoldError):

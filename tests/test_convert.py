@@ -1,6 +1,7 @@
 """Against the real PEFT library: what we write it reads, what it writes we read, with the same function."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from stiefel_lora.adapters import (
     adapter_layers,
@@ -596,7 +604,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "='pissa', which changed the base",
     ),
     "IA3": (_edit(lambda c: c.update(peft_type="IA3")), "of type 'IA3'; only LORA"),
-    "alpha": (_edit(lambda c: c.update(lora_alpha=0)), "alpha must be positive and finite, got 0.0"),
+    "an infinite alpha": (_edit(lambda c: c.update(lora_alpha=math.inf)), "damaged: lora_alpha is 'inf'"),
     "alphas": (
         _edit(lambda c: c.update(alpha_pattern={"q_proj": "4"})),
         "damaged: alpha_pattern is \"{'q_proj': '4'}\"",
@@ -704,6 +712,41 @@ def test_a_scale_that_was_changed_in_memory_counts(rslora: bool) -> None:
     torch.testing.assert_close(logits(back), wanted, **SAME)
     assert {layer.alpha for name, layer in adapter_layers(back).items() if "q_proj" in name} == {6.0}
     torch.testing.assert_close(logits(from_peft(model)), wanted, **SAME)
+
+
+@pytest.mark.parametrize("alpha", [-6, 0])
+@pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
+def test_a_scale_that_is_negative_or_zero_goes_into_the_free_factor(
+    alpha: int, orthonormal: Any, tmp_path: Path
+) -> None:
+    source = peft.get_peft_model(
+        LLAMA.build(), peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    source.save_pretrained(tmp_path)
+    wanted = logits(source)
+    for adapter in (tmp_path, source):
+        model = LLAMA.build()
+        import_peft(model, adapter, orthonormal=orthonormal)
+        torch.testing.assert_close(logits(model), wanted, **SAME)
+        assert all(layer.alpha > 0 for layer in adapter_layers(model).values())
+
+
+@pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
+def test_a_head_that_peft_took_off_the_embedding_stays_so(trained: str, tmp_path: Path) -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=97, tie_word_embeddings=True, **sizes)).eval()
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[trained], init_lora_weights=False)
+    source = peft.get_peft_model(build(), config)
+    for name, parameter in source.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.1)
+    wanted = logits(source)
+    merge_adapters(from_peft(source)).save_pretrained(tmp_path)
+    assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"]
+    torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), wanted, **SAME)
 
 
 def test_layers_come_back_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -109,6 +109,9 @@ def test_it_works_in_inference_mode() -> None:
     with torch.inference_mode():
         inside = {k: v.clone() for k, v in batch.items()}
         assert fisher_scores(model, [inside], progress=False).scores == plain.scores
+        starts = gradient_init(model, [inside], layers=None, rank=2)
+    for name, start in gradient_init(model, [batch], layers=None, rank=2).items():
+        assert torch.equal(starts[name], start)
 
 
 def test_empty_batches_are_passed_over() -> None:

@@ -9,6 +9,7 @@ import geoopt
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -320,6 +321,18 @@ def test_unmerge_after_a_conversion() -> None:
     assert torch.equal(layer.weight, before.bfloat16())
 
 
+@pytest.mark.parametrize(
+    "change", [torch.nn.utils.parametrizations.weight_norm, lambda base: prune.l1_unstructured(base, "weight", 0.5)]
+)
+def test_a_merged_weight_that_was_made_something_else_stays_until_that_is_undone(change: Any) -> None:
+    layer = make_layer(dtype=torch.float32)
+    layer.merge()
+    change(layer.base)
+    with pytest.raises(InputError, match="was parametrized or pruned while the adapter was merged"):
+        layer.unmerge()
+    assert layer.merged
+
+
 def test_meta_device() -> None:
     with torch.device("meta"):
         layer = StiefelLoRALinear(nn.Linear(12, 9), 4)
@@ -619,7 +632,9 @@ def test_refactoring_keeps_the_update(orthonormal: Any) -> None:
         for factor in layer.factors().values():
             factor.add_(torch.randn_like(factor))
     expected, parameters = layer.delta_weight(), layer.factors()
-    layer.refactor()
+    with torch.inference_mode():
+        layer.refactor()
+    assert not any(factor.is_inference() for factor in layer.factors().values())
     torch.testing.assert_close(layer.delta_weight(), expected, rtol=1e-5, atol=1e-5)  # float32 factors
     for name, factor in layer.manifold_parameters().items():
         assert float(orthogonality_error(factor)) < 2e-6
