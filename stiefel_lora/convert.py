@@ -169,8 +169,8 @@ def from_peft(
 def _say_if_untied(base: Any) -> None:
     """Let a model whose head and embedding PEFT took apart, to train one of them, not tie them when it is loaded."""
     if getattr(getattr(base, "config", None), "tie_word_embeddings", False):
-        weights = [getattr(get(), "weight", None) for get in (base.get_input_embeddings, base.get_output_embeddings)]
-        base.config.tie_word_embeddings = weights[0] is weights[1]
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        base.config.tie_word_embeddings = head is None or head.weight is embedding.weight
 
 
 def to_peft(model: nn.Module) -> "PeftModel":

@@ -731,6 +731,13 @@ def test_a_scale_that_is_negative_or_zero_goes_into_the_free_factor(
         assert all(layer.alpha > 0 for layer in adapter_layers(model).values())
 
 
+def test_a_model_without_a_head_over_words_keeps_its_configuration() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    source = peft.get_peft_model(FAMILIES["roberta"].build(), config)
+    before = source.config.to_dict()
+    assert from_peft(source).config.to_dict() == before
+
+
 @pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
 def test_a_head_that_peft_took_off_the_embedding_stays_so(trained: str, tmp_path: Path) -> None:
     def build() -> Any:
