@@ -9,6 +9,7 @@ import scipy.stats
 
 from benchmarks import _harness
 from benchmarks._methods import (
+    ALL_BY_ROW,
     ALLOCATED,
     BY_ELEMENT,
     BY_ROW,
@@ -68,6 +69,14 @@ COMPARISONS = (
         BY_ELEMENT,
         "LoRA, half the rank",
     ),
+    (
+        "The constraint helps with a second moment of each row, at half the rank on all layers",
+        BY_ROW,
+        "LoRA, half the rank",
+    ),
+    ("The constraint helps with a second moment of each row, on the selected layers", FORA_BY_ROW, "LoRA, Fisher half"),
+    ("The constraint helps with a second moment of each row, on all layers", ALL_BY_ROW, "LoRA"),
+    ("Orthonormal columns on all layers with a second moment of each row beat DoRA", ALL_BY_ROW, "DoRA"),
     (
         "The constraint helps with rsLoRA's scaling, at half the rank on all layers",
         "Stiefel A, half the rank, rsLoRA's scaling",

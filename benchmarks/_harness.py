@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from stiefel_lora._files import locked, other_than_a_file, write_json
+from stiefel_lora._files import locked, other_than_a_file, path_of, write_json
 from stiefel_lora.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +69,7 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
         description=study.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, help=f"where the JSON goes (default: {RESULTS.name}/{name}.json)")
+    parser.add_argument("--output", type=path_of, help=f"where the JSON goes (default: {RESULTS.name}/{name}.json)")
     add_common(parser, threads=getattr(study, "THREADS", None))
     study.add_arguments(parser)
     args = parser.parse_args(argv)

@@ -260,6 +260,7 @@ FASTER = "FoRA (A), ranks by gradient, A at 4 times the rate"
 CALIBRATED = "FoRA (A), ranks by gradient of 128 samples, A at 4 times the rate"
 BY_ELEMENT = "Stiefel A, half the rank, second moment of each element"
 BY_ROW = "Stiefel A, half the rank, second moment of each row"
+ALL_BY_ROW = "Stiefel A, all layers, second moment of each row"
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
@@ -277,7 +278,7 @@ METHODS: dict[str, Build] = {
     FORA_BY_ROW: ours(_selected, second_moment="row"),
     "FoRA (A), modules, second moment of each row": ours(second_moment="row"),
     BY_ROW: ours(_all, share=0.5, second_moment="row"),
-    "Stiefel A, all layers, second moment of each row": ours(_all, second_moment="row"),
+    ALL_BY_ROW: ours(_all, second_moment="row"),
     "Stiefel A, half the rank, A at rest": ours(_all, share=0.5, rate_on_manifold=0.0),
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
     ALLOCATED: ours(allocate=True, share=0.5),

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import _harness
 from stiefel_lora._figures import can_draw
-from stiefel_lora._files import atomic_file
+from stiefel_lora._files import atomic_file, path_of
 from stiefel_lora.errors import InputError
 
 PAGE = "README.md"
@@ -22,7 +22,11 @@ def main(argv: list[str]) -> None:
     """Write the page of the folder named on the command line, and say what was written."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument(
-        "folder", type=Path, nargs="?", default=_harness.RESULTS, help="of JSON files (default: the committed results)"
+        "folder",
+        type=path_of,
+        nargs="?",
+        default=_harness.RESULTS,
+        help="of JSON files (default: the committed results)",
     )
     folder = parser.parse_args(argv).folder
     try:

@@ -28,11 +28,14 @@ from tqdm import tqdm
 from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
 from benchmarks._methods import (
+    ALL_BY_ROW,
     ALLOCATED,
     BY_ELEMENT,
+    BY_ROW,
     CALIBRATED,
     FASTER,
     FORA,
+    FORA_BY_ROW,
     METHODS,
     SAMPLES,
     SAMPLES_OF_THE_PAPER,
@@ -53,7 +56,8 @@ MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA
         "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers", "FoRA (A), modules, gradient start",
         "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
         "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
-        "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED, BY_ELEMENT)  # fmt: skip
+        "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED, BY_ELEMENT, BY_ROW,
+        FORA_BY_ROW, ALL_BY_ROW)  # fmt: skip
 
 # Tasks that are read from a folder of question sets.
 QUESTIONS = {"instructions": _tasks.instructions, "answers": _tasks.answers}
@@ -109,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows to work on (default: all): " + "; ".join(METHODS),
     )  # fmt: skip
     count, rate = _harness.positive(int), _harness.positive(float)
-    parser.add_argument("--lrs", nargs="+", type=rate, default=[1e-3, 3e-3, 5e-4], help="grid of learning rates")
+    parser.add_argument("--lrs", nargs="+", type=rate, default=[2e-3, 1e-3, 3e-3, 5e-4], help="grid of learning rates")
     parser.add_argument(
         "--seeds", type=count, default=3, help="seeds of the main rows, at their best rate (default: 3)"
     )

@@ -207,6 +207,11 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def path_of(text: str) -> Path:
+    """Read a path as it was typed: a shell leaves the ~ of ``--output=~/runs`` and of quoted ones as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def read_text(file: Path) -> str:
     """Return what is in a text file.
 

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from stiefel_lora._files import atomic_folder
+from stiefel_lora._files import atomic_folder, path_of
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.config import ADAPTER_FOLDER
 from stiefel_lora.errors import InputError
@@ -20,22 +21,26 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]") -> None:
         commands: What ``ArgumentParser.add_subparsers()`` returned.
     """
     export = commands.add_parser("export", help="write an adapter as a PEFT LoRA, or merged into its base model")
-    export.add_argument("adapter", type=Path, help="folder of an adapter, or of a run")
+    export.add_argument("adapter", type=path_of, help="folder of an adapter, or of a run")
     export.add_argument("--format", choices=["peft", "merged"], required=True, help="what to write")
-    export.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold anything yet")
-    export.add_argument("--model", help="base model for 'merged' (default: the one named in the adapter)")
+    export.add_argument("--output", type=path_of, required=True, help="folder to write; it must not hold anything yet")
+    export.add_argument(
+        "--model", type=os.path.expanduser, help="base model for 'merged' (default: the one named in the adapter)"
+    )
     export.set_defaults(run=_export)
 
     imported = commands.add_parser("import", help="turn any PEFT LoRA into a Stiefel adapter of the same function")
-    imported.add_argument("adapter", type=Path, help="PEFT adapter folder")
-    imported.add_argument("--output", type=Path, required=True, help="folder to write; it must not hold anything yet")
+    imported.add_argument("adapter", type=path_of, help="PEFT adapter folder")
+    imported.add_argument(
+        "--output", type=path_of, required=True, help="folder to write; it must not hold anything yet"
+    )
     imported.add_argument(
         "--orthonormal", choices=get_args(Orthonormal), default="A", help="factor to make orthonormal (default: A)"
     )
     imported.set_defaults(run=_import)
 
     info = commands.add_parser("info", help="show what an adapter folder holds, Stiefel or PEFT")
-    info.add_argument("adapter", type=Path, help="folder of an adapter, or of a run")
+    info.add_argument("adapter", type=path_of, help="folder of an adapter, or of a run")
     info.add_argument("--json", action="store_true", help="print JSON instead of a table")
     info.set_defaults(run=_info)
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, get_args
 
 from stiefel_lora import __version__
-from stiefel_lora._files import locked
+from stiefel_lora._files import locked, path_of
 from stiefel_lora._types import Granularity
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands, named_base
 from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, CHOICES, FinetuneConfig, check_positive, check_seed
@@ -109,6 +109,7 @@ def _add_model(parser: Any, default: str = "SmolLM2-135M-Instruct from the packa
     parser.add_argument(
         "--model",
         metavar="MODEL",
+        type=os.path.expanduser,
         default=argparse.SUPPRESS,
         help=f"folder, .gguf file or hub name (default: {default})",
     )
@@ -125,6 +126,7 @@ def _add_selection(parser: Any, defaults: Any) -> None:
     parser.add_argument(
         "--data",
         metavar="PATH",
+        type=os.path.expanduser,
         default=argparse.SUPPRESS,
         help=".txt, .md or .py file, a folder of them, or .jsonl with text, instruction/output (and perhaps input), "
         "prompt/completion or messages (default: the source of Python's standard library)",
@@ -225,7 +227,7 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "the calibration samples (default: random; gradient where directions are chosen)",
     )
     parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
-    parser.add_argument("--output", type=Path, default=Path("runs/finetune"), help="folder for the results")
+    parser.add_argument("--output", type=path_of, default=Path("runs/finetune"), help="folder for the results")
     parser.add_argument("--save-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
@@ -246,17 +248,17 @@ def _add_select(commands: Any) -> None:
         "by score per parameter, or a number, which takes that many of the highest scores",
     )
     parser.add_argument(
-        "--output", type=Path, default=argparse.SUPPRESS, help="also write the scores to this JSON file"
+        "--output", type=path_of, default=argparse.SUPPRESS, help="also write the scores to this JSON file"
     )
     parser.add_argument(
-        "--plot", type=Path, default=argparse.SUPPRESS, help="also draw the scores into this image file"
+        "--plot", type=path_of, default=argparse.SUPPRESS, help="also draw the scores into this image file"
     )
 
 
 def _add_generate(commands: Any) -> None:
     parser = _add_command(commands, "generate", run_generate, "Let a fine-tuned model continue a prompt.")
     _add_model(parser, "the adapter's base")
-    parser.add_argument("--adapter", type=Path, required=True, help="folder of a run, or of an adapter")
+    parser.add_argument("--adapter", type=path_of, required=True, help="folder of a run, or of an adapter")
     parser.add_argument("--prompt", required=True, help="what to continue, or to answer with --format")
     parser.add_argument(
         "--format",

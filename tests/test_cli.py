@@ -23,7 +23,7 @@ from stiefel_lora._figures import check_picture
 from stiefel_lora._files import locked
 from stiefel_lora.adapters import add_adapters
 from stiefel_lora.checkpoint import save_adapter
-from stiefel_lora.cli import main
+from stiefel_lora.cli import build_parser, main
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import ends_of
 from stiefel_lora.scores import FisherScores
@@ -48,6 +48,25 @@ def finetune(base: list[str], output: Path, *more: str) -> list[str]:
 
 def run(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["finetune", "--output=~/a", "--model=~/a", "--data=~/a"],
+        ["select", "--output=~/a", "--plot=~/a", "--model=~/a", "--data=~/a"],
+        ["generate", "--adapter=~/a", "--model=~/a", "--prompt=x"],
+        ["export", "~/a", "--format=peft", "--output=~/a", "--model=~/a"],
+        ["import", "~/a", "--output=~/a"],
+        ["info", "~/a"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_home_that_the_shell_has_not_written_out_is_found(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("USERPROFILE", "/home/somebody")
+    paths = [str(value) for value in vars(build_parser().parse_args(words)).values() if str(value).endswith("/a")]
+    assert paths == [str(Path("/home/somebody/a"))] * sum("~" in word for word in words)
 
 
 def test_finetune_from_end_to_end(base: list[str], tmp_path: Path) -> None:
