@@ -18,6 +18,7 @@ from benchmarks._methods import (
     FORA,
     FORA_BY_ROW,
     METHODS,
+    RANKS_BY_ROW,
     SELECTED,
     STARTED,
 )
@@ -108,6 +109,22 @@ COMPARISONS = (
     ("The same with the gradient of 128 samples, at half the parameters, beats rsLoRA", CALIBRATED, "rsLoRA"),
     ("The gradient of 128 samples is better than that of 32", CALIBRATED, FASTER),
     ("The constraint and a faster A help with that of 128", CALIBRATED, "LoRA, ranks by gradient of 128 samples"),
+    (
+        "Ranks by the gradient from a random start with each row, at half the parameters, beat LoRA",
+        RANKS_BY_ROW,
+        "LoRA",
+    ),
+    (
+        "Ranks by the gradient from a random start with each row, at half the parameters, beat DoRA",
+        RANKS_BY_ROW,
+        "DoRA",
+    ),
+    (
+        "Ranks by the gradient from a random start with each row beat LoRA at half the rank, their equal in parameters",
+        RANKS_BY_ROW,
+        "LoRA, half the rank",
+    ),
+    ("Ranks by the gradient beat one rank for all, both from a random start with each row", RANKS_BY_ROW, BY_ROW),
 )
 
 

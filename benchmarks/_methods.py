@@ -98,6 +98,7 @@ def ours(
     share: float = 1.0,
     gradient_start: bool = False,
     allocate: bool = False,
+    random_start: bool = False,
     rate_on_manifold: float = 1.0,
     second_moment: SecondMoment = "mean",
     samples: int = SAMPLES,
@@ -106,15 +107,17 @@ def ours(
     """Put our adapters at ``share`` of the rank on some layers, or on the linear maps chosen one by one.
 
     With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient, and
-    with ``allocate`` the ranks follow its singular values as well, at ``share`` of the parameters; the gradient is that
-    of ``samples``. Its learning rate is ``rate_on_manifold`` times that of the other factor; ``options`` go to
-    ``add_adapters``.
+    with ``allocate`` the ranks follow its singular values as well, or alone with ``random_start``, at ``share`` of the
+    parameters; the gradient is that of ``samples``. Its learning rate is ``rate_on_manifold`` times that of the other
+    factor; ``options`` go to ``add_adapters``.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
         begin = time.perf_counter()
         if allocate:
             where = _allocated(model, setting, share, samples)
+            if random_start:
+                del where["init"]
         else:
             chosen = None if layers is None else layers(setting)
             where = {"layers": chosen, "target_modules": setting.modules if chosen is None else TARGETS}
@@ -261,6 +264,7 @@ CALIBRATED = "FoRA (A), ranks by gradient of 128 samples, A at 4 times the rate"
 BY_ELEMENT = "Stiefel A, half the rank, second moment of each element"
 BY_ROW = "Stiefel A, half the rank, second moment of each row"
 ALL_BY_ROW = "Stiefel A, all layers, second moment of each row"
+RANKS_BY_ROW = "FoRA (A), ranks by gradient of 128 samples, random start, each row, A at 4 times the rate"
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
@@ -284,6 +288,14 @@ METHODS: dict[str, Build] = {
     ALLOCATED: ours(allocate=True, share=0.5),
     FASTER: ours(allocate=True, share=0.5, rate_on_manifold=4.0),
     CALIBRATED: ours(allocate=True, share=0.5, rate_on_manifold=4.0, samples=SAMPLES_OF_THE_PAPER),
+    RANKS_BY_ROW: ours(
+        allocate=True,
+        random_start=True,
+        share=0.5,
+        rate_on_manifold=4.0,
+        second_moment="row",
+        samples=SAMPLES_OF_THE_PAPER,
+    ),
     "LoRA, ranks by gradient": lora(allocate=True, share=0.5),
     "LoRA, ranks by gradient of 128 samples": lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
@@ -307,7 +319,12 @@ METHODS: dict[str, Build] = {
 }
 
 # Rows that Fisher scores choose the places of.
-SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in name) - {ALLOCATED, FASTER, CALIBRATED}
+SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in name) - {
+    ALLOCATED,
+    FASTER,
+    CALIBRATED,
+    RANKS_BY_ROW,
+}
 
 
 def effective_rank_share(updates: Iterable[tuple[Tensor, Tensor]]) -> float | None:
