@@ -315,7 +315,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     panels = {task: _by_loss(results["cells"], task) for task in results["selection"]}
     heights = [1.3 + 0.3 * len(rows) for rows in panels.values()]
-    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    figure = Figure(figsize=(10, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (task, rows) in zip(all_axes, panels.items(), strict=True):

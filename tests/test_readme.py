@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import _finetune_table, manifold
 from benchmarks._harness import RESULTS
-from benchmarks._methods import BY_ELEMENT, METHODS
+from benchmarks._methods import ALL_BY_ROW, BY_ELEMENT, FORA, FORA_BY_ROW, METHODS
 
 ROOT = Path(__file__).parent.parent
 README, FINDINGS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "FINDINGS.md").read_text()
@@ -133,24 +133,33 @@ def quoted_numbers(pattern: str) -> list[float]:
     return [float(number) for number in found.groups()]
 
 
-def leads(name: str, other: str) -> list[float]:
-    """Return by how much the row with a second moment of each element leads another, for each seed."""
+def leads(name: str, method: str, other: str) -> list[float]:
+    """Return by how much a row leads another, for each seed."""
     ((task, _),) = result(name)["selection"].items()
-    return _finetune_table.gain(result(name)["cells"], task, BY_ELEMENT, other)
+    return _finetune_table.gain(result(name)["cells"], task, method, other)
 
 
-def test_the_quoted_leads_are_what_the_committed_results_say() -> None:
-    code = [leads("finetune", other) for other in ("LoRA", "DoRA", "LoRA, half the rank")]
-    quoted = quoted_numbers(
-        r"leads LoRA by ([\d.]+) and DoRA by ([\d.]+), on each of four seeds \(spread ([\d.]+) and ([\d.]+), "
-        r"p = .*?\), and LoRA at half the rank by ([\d.]+) "
-    )
-    means, spreads = [[f(gains) for gains in code] for f in (statistics.mean, statistics.stdev)]
+@pytest.mark.parametrize(
+    ("method", "other", "seeds", "sign", "pattern"),
+    [
+        (FORA_BY_ROW, "LoRA", 3, -1, r"takes it, is ([\d.]+) behind LoRA \(spread ([\d.]+) over three seeds\)"),
+        (FORA, "LoRA", 3, -1, r"as it was published ([\d.]+) \(([\d.]+)\)"),
+        (BY_ELEMENT, "LoRA", 4, -1, r"each element is ([\d.]+) behind it \(spread ([\d.]+) over four seeds\)"),
+        (BY_ELEMENT, "LoRA, half the rank", 3, 1, r"LoRA at half the rank \(([\d.]+) ahead, spread ([\d.]+)"),
+        (ALL_BY_ROW, "LoRA", 3, 1, r"of each row, lead it by ([\d.]+) \(spread ([\d.]+) over three seeds\)"),
+    ],
+)
+def test_the_quoted_leads_are_what_the_committed_results_say(
+    method: str, other: str, seeds: int, sign: int, pattern: str
+) -> None:
+    gains = leads("finetune", method, other)
     # Four digits are quoted.
-    assert quoted == pytest.approx([*means[:2], *spreads[:2], means[2]], abs=6e-5)
-    assert all(gain > 0 for gains in code for gain in gains)
-    assert [len(gains) for gains in code] == [4, 4, 3]
-    answers = [leads("finetune_answers", other) for other in ("LoRA", "DoRA")]
+    assert quoted_numbers(pattern) == pytest.approx([sign * statistics.mean(gains), statistics.stdev(gains)], abs=6e-5)
+    assert len(gains) == seeds
+
+
+def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> None:
+    answers = [leads("finetune_answers", BY_ELEMENT, other) for other in ("LoRA", "DoRA")]
     quoted = quoted_numbers(
         r"level with LoRA \(([\d.]+) behind over three seeds, spread ([\d.]+)\) and DoRA \(([\d.]+) behind, "
         r"spread ([\d.]+)\)"
