@@ -94,10 +94,10 @@ def main(study: ModuleType, argv: list[str] | None = None) -> None:
             stack.enter_context(_alone(args.output))
             in_pieces = getattr(study, "IN_PIECES", False)
             found = {} if args.overwrite else _previous(args.output, envelope, in_pieces=in_pieces)
-            spared = not in_pieces and _is_finished(args.output)
-            so_far = args.output.with_name(args.output.name + UNFINISHED) if spared else args.output
-            if spared and not args.overwrite and so_far.is_file():
-                found = _previous(so_far, envelope, in_pieces=False)
+            so_far = args.output
+            if not in_pieces and _is_finished(args.output):
+                so_far = args.output.with_name(args.output.name + UNFINISHED)
+                found = {} if args.overwrite else _previous(so_far, envelope, in_pieces=False)
             _run(study, args, envelope, found, so_far)
         except InputError as error:
             parser.error(str(error))

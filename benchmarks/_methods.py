@@ -98,7 +98,6 @@ def ours(
     share: float = 1.0,
     gradient_start: bool = False,
     allocate: bool = False,
-    random_start: bool = False,
     rate_on_manifold: float = 1.0,
     second_moment: SecondMoment = "mean",
     samples: int = SAMPLES,
@@ -107,23 +106,23 @@ def ours(
     """Put our adapters at ``share`` of the rank on some layers, or on the linear maps chosen one by one.
 
     With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient, and
-    with ``allocate`` the ranks follow its singular values as well, or alone with ``random_start``, at ``share`` of the
-    parameters; the gradient is that of ``samples``. Its learning rate is ``rate_on_manifold`` times that of the other
-    factor; ``options`` go to ``add_adapters``.
+    with ``allocate`` the ranks follow its singular values, at ``share`` of the parameters; the gradient is that of
+    ``samples``. The factor's learning rate is ``rate_on_manifold`` times that of the other one; ``options`` go to
+    ``add_adapters``.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
         begin = time.perf_counter()
         if allocate:
             where = _allocated(model, setting, share, samples)
-            if random_start:
+            if not gradient_start:
                 del where["init"]
         else:
             chosen = None if layers is None else layers(setting)
             where = {"layers": chosen, "target_modules": setting.modules if chosen is None else TARGETS}
             where["rank"] = round(share * setting.rank)
-        if gradient_start:
-            where["init"] = gradient_init(model, setting.calibrate(samples), **where)
+            if gradient_start:
+                where["init"] = gradient_init(model, setting.calibrate(samples), **where)
         names = add_adapters(model, **where, **options)
         extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -285,16 +284,11 @@ METHODS: dict[str, Build] = {
     ALL_BY_ROW: ours(_all, second_moment="row"),
     "Stiefel A, half the rank, A at rest": ours(_all, share=0.5, rate_on_manifold=0.0),
     "Stiefel A, half the rank, gradient start": ours(_all, share=0.5, gradient_start=True),
-    ALLOCATED: ours(allocate=True, share=0.5),
-    FASTER: ours(allocate=True, share=0.5, rate_on_manifold=4.0),
-    CALIBRATED: ours(allocate=True, share=0.5, rate_on_manifold=4.0, samples=SAMPLES_OF_THE_PAPER),
+    ALLOCATED: ours(allocate=True, share=0.5, gradient_start=True),
+    FASTER: ours(allocate=True, share=0.5, gradient_start=True, rate_on_manifold=4.0),
+    CALIBRATED: ours(allocate=True, share=0.5, gradient_start=True, rate_on_manifold=4.0, samples=SAMPLES_OF_THE_PAPER),
     RANKS_BY_ROW: ours(
-        allocate=True,
-        random_start=True,
-        share=0.5,
-        rate_on_manifold=4.0,
-        second_moment="row",
-        samples=SAMPLES_OF_THE_PAPER,
+        allocate=True, share=0.5, rate_on_manifold=4.0, second_moment="row", samples=SAMPLES_OF_THE_PAPER
     ),
     "LoRA, ranks by gradient": lora(allocate=True, share=0.5),
     "LoRA, ranks by gradient of 128 samples": lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),

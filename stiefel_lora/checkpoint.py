@@ -271,7 +271,7 @@ def write_adapter(state: AdapterState, path: str | Path) -> None:
         **({} if state.tied is None else {"tied": state.tied}),
     }
     with atomic_folder(path) as folder:
-        write_safetensors(folder / WEIGHTS_FILE, tensors, {_OF_ONE_SAVE: _digest(config)})
+        write_safetensors(folder / WEIGHTS_FILE, tensors, {_OF_ONE_SAVE: _digest(state.modules)})
         fill_json(folder / CONFIG_FILE, config)
 
 
@@ -296,7 +296,7 @@ def read_adapter(path: str | Path) -> AdapterState:
     parameters = {name: take(name, tuple(shape)) for name, shape in config["parameters"].items()}
     if tensors:
         raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
-    _check_of_one_save(path, config)
+    _check_of_one_save(path, modules)
     _check_on_manifold(path / WEIGHTS_FILE, modules, factors)
     state = AdapterState(config["base_model"], modules, factors, parameters, config.get("tied"))
     return renamed(state, plain_name)  # a file may be from before names were saved as the plain model's
@@ -319,18 +319,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
-def _digest(config: Mapping[str, Any]) -> str:
+def _digest(modules: Mapping[str, Any]) -> str:
     """Return a digest of how a configuration says that the factors beside it are used."""
-    return hashlib.sha256(json.dumps(config["modules"], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(modules, sort_keys=True).encode()).hexdigest()
 
 
-def _check_of_one_save(path: Path, config: Mapping[str, Any]) -> None:
+def _check_of_one_save(path: Path, modules: Mapping[str, Any]) -> None:
     """Raise InputError if the files of an adapter do not belong together, as after a kill between the two."""
     from safetensors import safe_open
 
     with safe_open(path / WEIGHTS_FILE, "pt") as file:
         kept = (file.metadata() or {}).get(_OF_ONE_SAVE)
-    if kept not in (None, _digest(config)):  # None: from before it was kept
+    if kept not in (None, _digest(modules)):  # None: from before it was kept
         raise InputError(
             f"{path} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not of one save. One was edited, or a save over "
             "them was cut off; its other file may be in a hidden folder (.*.tmp) in or beside this one"

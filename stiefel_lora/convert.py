@@ -256,7 +256,7 @@ def read_peft(
         # A negative scale negates a task, and one of zero switches a module off: ours are positive.
         sign = (options["alpha"] > 0) - (options["alpha"] < 0)
         options["alpha"] = abs(options["alpha"]) if sign else float(options["rank"])
-        state.factors[name] = orthonormal_factors(a, b if sign > 0 else sign * b, orthonormal)
+        state.factors[name] = orthonormal_factors(a, sign * b, orthonormal)
         shape = {"in_features": a.shape[0], "out_features": b.shape[0]}
         state.modules[name] = {**options, "dropout": dropout, "orthonormal": orthonormal, **shape}
         check_module_config(where, name, state.modules[name])

@@ -23,6 +23,13 @@ def check_int(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise TypeError unless ``value`` is a whole number, InputError unless it is at least 1."""
+    check_int(name, value)
+    if value < 1:
+        raise InputError(f"{name} must be at least 1, got {value}")
+
+
 def listed(names: Iterable[str], limit: int = 6) -> str:
     """Return the first names and how many more there are."""
     names = list(names)

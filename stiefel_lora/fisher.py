@@ -35,7 +35,7 @@ from stiefel_lora._processes import failing_together, gathered, is_distributed
 from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._types import Granularity, Labels, Normalize
-from stiefel_lora.errors import InputError, check_choice, check_int, listed
+from stiefel_lora.errors import InputError, check_choice, check_count, listed
 from stiefel_lora.scores import FisherScores, budget_costs, check_budget_rank, divisors
 
 Number = TypeVar("Number", int, float)
@@ -208,9 +208,7 @@ class Scoring:
         check_choice("labels", self.labels, get_args(Labels))
         check_choice("granularity", self.granularity, get_args(Granularity))
         if self.max_samples is not None:
-            check_int("max_samples", self.max_samples)
-            if self.max_samples < 1:
-                raise InputError(f"max_samples must be at least 1, got {self.max_samples}")
+            check_count("max_samples", self.max_samples)
         if self.tol is not None and not 0 < self.tol < 1:
             raise InputError(f"tol must be in (0, 1), got {self.tol}")
         if self.tol is not None and is_distributed():

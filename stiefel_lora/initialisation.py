@@ -18,7 +18,7 @@ from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora._types import Normalize, Orthonormal
 from stiefel_lora.adapters import adapter_layers
-from stiefel_lora.errors import InputError, check_choice, check_int, listed
+from stiefel_lora.errors import InputError, check_choice, check_count, check_int, listed
 from stiefel_lora.factors import CONSTRAINED, adapter_size, leading_singular_vectors
 from stiefel_lora.fisher import Scoring, score
 from stiefel_lora.layer import Init
@@ -136,9 +136,7 @@ def allocate_ranks(
     shapes = {name: linear_shape(model.get_submodule(name)) for name in targets}
     module_ranks(model, targets, rank)
     most = 4 * rank if max_rank is None else max_rank
-    check_int("max_rank", most)
-    if most < 1:
-        raise InputError(f"max_rank must be at least 1, got {most}")
+    check_count("max_rank", most)
     if not isinstance(budget, float) or not 0 < budget <= 1:
         raise InputError(f"budget must be a share of the adapters' parameters, a float in (0, 1], got {budget!r}")
     total = sum(adapter_size(*shape, rank, orthonormal) for shape in shapes.values())

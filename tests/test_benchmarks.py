@@ -371,9 +371,8 @@ def test_a_finished_result_stays_until_the_run_that_replaces_it_is_finished(
     monkeypatch.undo()
     drift(*FULL, "--output", str(output))
     assert f"going on with what {pieces} has of" in capsys.readouterr().err
-    assert [row["dtype"] == "float32" for row in json.loads(output.read_text())["results"]["rows"]] == [
-        "mark" in row for row in json.loads(output.read_text())["results"]["rows"]
-    ]
+    rows = json.loads(output.read_text())["results"]["rows"]
+    assert [row["dtype"] == "float32" for row in rows] == ["mark" in row for row in rows]
     assert not pieces.exists()
 
 
