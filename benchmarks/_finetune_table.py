@@ -18,6 +18,7 @@ from benchmarks._methods import (
     FORA,
     FORA_BY_ROW,
     METHODS,
+    RANDOM_BY_ROW,
     RANKS_BY_ROW,
     SELECTED,
     STARTED,
@@ -35,6 +36,7 @@ COMPARISONS = (
     ("FoRA at a quarter of the parameters beats AdaLoRA", FORA, "AdaLoRA"),
     ("Selection beats random layers, with plain LoRA", "LoRA, Fisher half", "LoRA, random half"),
     ("Selection beats random layers, on the manifold", FORA, "Stiefel A, random half"),
+    ("Selection beats random layers, on the manifold with a second moment of each row", FORA_BY_ROW, RANDOM_BY_ROW),
     ("The constraint helps on the selected layers", FORA, "LoRA, Fisher half"),
     ("The constraint helps on all layers", "Stiefel A, all layers", "LoRA"),
     ("Single linear maps by score beat whole layers", "FoRA (A), modules", FORA),
@@ -76,6 +78,7 @@ COMPARISONS = (
         "LoRA, half the rank",
     ),
     ("The constraint helps with a second moment of each row, on the selected layers", FORA_BY_ROW, "LoRA, Fisher half"),
+    ("The constraint helps with a second moment of each row, on random layers", RANDOM_BY_ROW, "LoRA, random half"),
     ("The constraint helps with a second moment of each row, on all layers", ALL_BY_ROW, "LoRA"),
     ("Orthonormal columns on all layers with a second moment of each row beat DoRA", ALL_BY_ROW, "DoRA"),
     (

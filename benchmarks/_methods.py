@@ -265,6 +265,7 @@ BY_ROW = "Stiefel A, half the rank, second moment of each row"
 ALL_BY_ROW = "Stiefel A, all layers, second moment of each row"
 RANKS_BY_ROW = "FoRA (A), ranks by gradient of 128 samples, random start, each row, A at 4 times the rate"
 FORA_BY_ROW = "FoRA (A), second moment of each row"
+RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
@@ -304,6 +305,7 @@ METHODS: dict[str, Build] = {
     "FoRA (A), modules, rsLoRA's scaling": ours(rslora=True),
     "FoRA (A), modules, gradient start, rsLoRA's scaling": ours(gradient_start=True, rslora=True),
     "Stiefel A, random half": ours(random_half),
+    RANDOM_BY_ROW: ours(random_half, second_moment="row"),
     "LoRA, random half": lora(random_half),
     "rsLoRA": lora(use_rslora=True),
     "rsLoRA, half the rank": lora(share=0.5, use_rslora=True),
