@@ -130,6 +130,10 @@ COMPARISONS = (
     ("Ranks by the gradient beat one rank for all, both from a random start with each row", RANKS_BY_ROW, BY_ROW),
 )
 
+COMBINATIONS = (
+    ("The two parts combine super-additively", "Stiefel A, random half", FORA),
+    ("The two parts combine super-additively, with a second moment of each row", RANDOM_BY_ROW, FORA_BY_ROW),
+)
 
 # Of one comparison by itself: with so many, one in twenty is to be expected below it by chance.
 SIGNIFICANT = 0.05
@@ -201,18 +205,24 @@ def verdict(text: str, gains: list[float]) -> str:
 
 def claims(cells: list[Cell], task: str) -> list[str]:
     """Return a verdict on each comparison, as far as it has been measured."""
-    lines = [verdict(text, gain(cells, task, a, b)) for text, a, b in COMPARISONS]
-    parts = [gain(cells, task, m, "LoRA, random half") for m in ("LoRA, Fisher half", "Stiefel A, random half", FORA)]
-    if not all(parts):
-        return [*lines, "The two parts combine super-additively: not measured yet."]
-    selection, constraint, both = map(statistics.mean, parts)
-    word = "yes" if both > selection + constraint else "no"
-    seeds = min(map(len, parts))
-    base = "by one seed alone" if seeds == 1 else f"over {seeds} seeds"
     return [
-        *lines,
-        f"The two parts combine super-additively: {word}, {base} (over plain LoRA on random layers selection gains "
-        f"{selection:+.4f}, the constraint {constraint:+.4f}, both {both:+.4f}).",
+        *(verdict(text, gain(cells, task, a, b)) for text, a, b in COMPARISONS),
+        *(verdict(text, interaction(cells, task, constraint, both)) for text, constraint, both in COMBINATIONS),
+    ]
+
+
+def interaction(cells: list[Cell], task: str, constraint: str, both: str) -> list[float]:
+    """Return by how much the gain of both parts is more than the sum of their gains, for each seed that all have.
+
+    All gains are over plain LoRA on random layers; ``constraint`` is the row on these with orthonormal columns.
+    """
+    names = ("LoRA, random half", "LoRA, Fisher half", constraint, both)
+    neither, selection, constrained, combined = rows = [at_best_rate(cells, task, name) for name in names]
+    return [
+        (neither[seed]["test_loss"] - combined[seed]["test_loss"])
+        - (neither[seed]["test_loss"] - selection[seed]["test_loss"])
+        - (neither[seed]["test_loss"] - constrained[seed]["test_loss"])
+        for seed in sorted(set.intersection(*map(set, rows)))
     ]
 
 

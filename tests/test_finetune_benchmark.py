@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import _finetune_table, _methods, _report, _tasks, finetune
-from benchmarks._methods import FORA, METHODS
+from benchmarks._methods import FORA, FORA_BY_ROW, METHODS
 from stiefel_lora import stiefel
 from stiefel_lora.errors import InputError
 from tests.tiny import save_tiny_model, write_jsonl
@@ -319,6 +319,19 @@ def test_the_rate_is_chosen_on_validation_data_and_gains_are_paired_by_seed() ->
     assert _finetune_table.gain(cells, "code", FORA, "LoRA") == pytest.approx([0.5, 0.4])
     assert "leans to yes" in _finetune_table.claims(cells, "code")[0]
     assert "not measured yet" in _finetune_table.claims(cells, "code")[1]
+
+
+def test_two_parts_combine_super_additively_when_both_gain_more_than_the_sum_of_each() -> None:
+    losses = {"LoRA, random half": 4.0, "LoRA, Fisher half": 3.7, _methods.RANDOM_BY_ROW: 3.9}
+    cells = [cell(method, 1e-3, seed, 1.0, loss) for method, loss in losses.items() for seed in range(3)]
+    # The parts gain 0.3 and 0.1; both 0.5 with the first seed and 0.25 with the second. The third has no cell.
+    cells += [cell(FORA_BY_ROW, 1e-3, 0, 1.0, 3.5), cell(FORA_BY_ROW, 1e-3, 1, 1.0, 3.75)]
+    gains = _finetune_table.interaction(cells, "code", _methods.RANDOM_BY_ROW, FORA_BY_ROW)
+    assert gains == pytest.approx([0.1, -0.15])
+    assert _finetune_table.interaction(cells, "code", "Stiefel A, random half", FORA) == []
+    cells = [c for c in cells if c["seed"] == 0]
+    claim = "The two parts combine super-additively, with a second moment of each row: yes, by one seed alone"
+    assert _finetune_table.claims(cells, "code")[-1].startswith(claim)
 
 
 @pytest.mark.parametrize(
