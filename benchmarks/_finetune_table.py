@@ -17,9 +17,11 @@ from benchmarks._methods import (
     FASTER,
     FORA,
     FORA_BY_ROW,
+    LORA_RANKS,
     METHODS,
     RANDOM_BY_ROW,
     RANKS_BY_ROW,
+    RANKS_BY_ROW_FASTER,
     SELECTED,
     STARTED,
 )
@@ -128,6 +130,9 @@ COMPARISONS = (
         "LoRA, half the rank",
     ),
     ("Ranks by the gradient beat one rank for all, both from a random start with each row", RANKS_BY_ROW, BY_ROW),
+    ("Ranks by the gradient help plain LoRA", LORA_RANKS, "LoRA, half the rank"),
+    ("The constraint helps with ranks by the gradient from a random start with each row", RANKS_BY_ROW, LORA_RANKS),
+    ("A faster A helps with ranks by the gradient from a random start", RANKS_BY_ROW_FASTER, RANKS_BY_ROW),
 )
 
 COMBINATIONS = (

@@ -114,9 +114,7 @@ def ours(
     def build(model: Any, setting: Setting) -> Tuned:
         begin = time.perf_counter()
         if allocate:
-            where = _allocated(model, setting, share, samples)
-            if not gradient_start:
-                del where["init"]
+            where = _allocated(model, setting, share, samples, gradient_start=gradient_start)
         else:
             chosen = None if layers is None else layers(setting)
             where = {"layers": chosen, "target_modules": setting.modules if chosen is None else TARGETS}
@@ -136,12 +134,13 @@ def ours(
     return build
 
 
-def _allocated(model: Any, setting: Setting, share: float, samples: int) -> dict[str, Any]:
-    """Return which linear maps get which ranks and starts at a share of the parameters."""
+def _allocated(model: Any, setting: Setting, share: float, samples: int, *, gradient_start: bool) -> dict[str, Any]:
+    """Return which linear maps get which ranks at a share of the parameters, and their starts if asked for."""
     rank = setting.rank
     batches = setting.calibrate(samples)
     ranks, starts = allocate_ranks(model, batches, rank=rank, budget=share, target_modules=TARGETS)
-    return {"layers": None, "target_modules": list(ranks), "rank": rank, "rank_pattern": ranks, "init": starts}
+    where = {"layers": None, "target_modules": list(ranks), "rank": rank, "rank_pattern": ranks}
+    return {**where, "init": starts} if gradient_start else where
 
 
 def _our_updates(model: Any) -> Iterable[tuple[Tensor, Tensor]]:
@@ -166,7 +165,7 @@ def lora(
     """PEFT's LoRA at ``share`` of the rank; ``more`` goes to its configuration.
 
     With ``gradient_start`` its A starts where ours does, in the leading directions of the gradient of calibration
-    ``samples``; with ``allocate`` it has ranks and starts as ours has.
+    ``samples``; with ``allocate`` its ranks are those of ours.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
@@ -174,10 +173,13 @@ def lora(
         rank, chosen = round(share * setting.rank), list(layers(setting))
         begin = time.perf_counter()
         alike: dict[str, Any] = {"layers": chosen, "rank": rank, "target_modules": list(targets)}
-        where = _allocated(model, setting, share, samples) if allocate else alike
+        if allocate:
+            where = _allocated(model, setting, share, samples, gradient_start=gradient_start)
+        elif gradient_start:
+            where = {**alike, "init": gradient_init(model, setting.calibrate(samples), **alike)}
+        else:
+            where = alike
         starts, ranks = where.get("init", {}), where.get("rank_pattern", {})
-        if gradient_start:
-            starts = gradient_init(model, setting.calibrate(samples), **where)
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
@@ -263,7 +265,9 @@ CALIBRATED = "FoRA (A), ranks by gradient of 128 samples, A at 4 times the rate"
 BY_ELEMENT = "Stiefel A, half the rank, second moment of each element"
 BY_ROW = "Stiefel A, half the rank, second moment of each row"
 ALL_BY_ROW = "Stiefel A, all layers, second moment of each row"
-RANKS_BY_ROW = "FoRA (A), ranks by gradient of 128 samples, random start, each row, A at 4 times the rate"
+RANKS_BY_ROW = "FoRA (A), ranks by gradient of 128 samples, random start, each row"
+RANKS_BY_ROW_FASTER = f"{RANKS_BY_ROW}, A at 4 times the rate"
+LORA_RANKS = "LoRA, ranks by gradient of 128 samples, random start"
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 METHODS: dict[str, Build] = {
@@ -288,11 +292,15 @@ METHODS: dict[str, Build] = {
     ALLOCATED: ours(allocate=True, share=0.5, gradient_start=True),
     FASTER: ours(allocate=True, share=0.5, gradient_start=True, rate_on_manifold=4.0),
     CALIBRATED: ours(allocate=True, share=0.5, gradient_start=True, rate_on_manifold=4.0, samples=SAMPLES_OF_THE_PAPER),
-    RANKS_BY_ROW: ours(
+    RANKS_BY_ROW: ours(allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER),
+    RANKS_BY_ROW_FASTER: ours(
         allocate=True, share=0.5, rate_on_manifold=4.0, second_moment="row", samples=SAMPLES_OF_THE_PAPER
     ),
-    "LoRA, ranks by gradient": lora(allocate=True, share=0.5),
-    "LoRA, ranks by gradient of 128 samples": lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
+    "LoRA, ranks by gradient": lora(allocate=True, share=0.5, gradient_start=True),
+    "LoRA, ranks by gradient of 128 samples": lora(
+        allocate=True, share=0.5, gradient_start=True, samples=SAMPLES_OF_THE_PAPER
+    ),
+    LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
     "Stiefel A, half the rank, gradient start, rsLoRA's scaling": ours(
@@ -320,6 +328,7 @@ SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in n
     FASTER,
     CALIBRATED,
     RANKS_BY_ROW,
+    RANKS_BY_ROW_FASTER,
 }
 
 

@@ -195,6 +195,22 @@ def test_loras_gradient_start_is_ours_and_leaves_the_output_alone() -> None:
     torch.testing.assert_close(peers.model(**batch).loss.detach(), before, rtol=1e-6, atol=0)
 
 
+def test_loras_ranks_by_the_gradient_are_ours_and_its_start_is_its_own() -> None:
+    model, task = _tasks.tiny()
+    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
+    setting = finetune._setting(frame, task, finetune._select(model, task, frame), seed=0, lr=1e-2)
+    ours = METHODS[_methods.RANKS_BY_ROW](copy.deepcopy(model), setting)
+    peers = METHODS[_methods.LORA_RANKS](model, setting)
+    pairs = list(zip(ours.updates(), peers.updates(), strict=True))
+    ranks = [len(other) for _, (_, other) in pairs]
+    assert [len(mine) for (_, mine), _ in pairs] == ranks
+    assert len(set(ranks)) > 1
+    for (_, mine), (_, other) in pairs:
+        torch.testing.assert_close(mine @ mine.T, torch.eye(len(mine)), rtol=0, atol=1e-5)
+        # Kaiming's: entries within 1 / sqrt(in), a third of the norm of orthonormal rows.
+        assert float(other.abs().max()) <= other.shape[1] ** -0.5
+
+
 def dense_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {
         name: getattr(module, "base_layer", module)
