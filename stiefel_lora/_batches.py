@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -197,7 +198,7 @@ def _members(batch: Any) -> dict[Any, Any]:
 def _mapped(batch: Any, function: Callable[[Any, Any], Any]) -> Any:
     """Return a structure like the one given with the function's values for its members, by name and value."""
     if isinstance(batch, Mapping):
-        return {name: function(name, value) for name, value in batch.items()}
+        return _like(batch, {name: function(name, value) for name, value in batch.items()})
     if isinstance(batch, list | tuple):
         new = (function(i, value) for i, value in enumerate(batch))
         return type(batch)(*new) if hasattr(batch, "_fields") else type(batch)(new)
@@ -205,6 +206,19 @@ def _mapped(batch: Any, function: Callable[[Any, Any], Any]) -> Any:
     for name, value in _members(batch).items():
         object.__setattr__(record, name, function(name, value))  # frozen ones too
     return record
+
+
+def _like(batch: Mapping[Any, Any], members: dict[Any, Any]) -> Any:
+    """Return the members as a mapping of the batch's class, such as a BatchEncoding, or a dict where it has no copy."""
+    if type(batch) is dict or not isinstance(batch, dict | UserDict):
+        return members
+    try:
+        new = copy.copy(batch)
+        for name, value in members.items():
+            new[name] = value
+    except Exception:  # a frozen one
+        return members
+    return new
 
 
 def _cut(name: Any, value: Any, rows: slice, size: int) -> Any:

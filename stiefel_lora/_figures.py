@@ -1,18 +1,44 @@
 """Draw pictures with matplotlib, which is only loaded when one is drawn."""
 
-import importlib.util
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from stiefel_lora._files import atomic_file
 from stiefel_lora.errors import InputError
 
+logger = logging.getLogger("stiefel_lora")
+
 
 def can_draw() -> bool:
-    """Tell whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    """Tell whether there is a matplotlib; one that is installed and cannot be loaded is logged as a warning."""
+    if find_spec("matplotlib") is None:
+        return False
+    try:
+        _load()
+    except Exception as error:  # whatever a broken installation raises
+        logger.warning("there will be no pictures: matplotlib cannot be loaded (%s)", error)
+        return False
+    return True
+
+
+def _load() -> None:
+    """Load matplotlib, whatever it is told to show pictures with: they are only written to files."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ValueError:
+        # A notebook's shell commands inherit a backend that only the notebook has.
+        backend = os.environ.pop("MPLBACKEND", None)
+        if backend is None:
+            raise
+        try:
+            import matplotlib.figure  # noqa: F401
+        finally:
+            os.environ["MPLBACKEND"] = backend
 
 
 def check_picture(path: Path) -> None:
@@ -36,6 +62,7 @@ def drawing(path: str | Path, width: float = 7.0) -> Iterator[Any]:
 
     The ending of ``path`` decides its format, PNG if it has none.
     """
+    _load()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 3.6), layout="constrained")

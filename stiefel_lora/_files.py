@@ -44,7 +44,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             f"{path} is a link to {path.readlink()}, which does not exist; make that folder or give another"
         )
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(path)
     temporary = _folder_for(path)
     try:
         yield temporary
@@ -54,6 +54,13 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _fill(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_parents(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"cannot write {path}: {error.filename} is no folder") from error
 
 
 def _folder_for(path: Path) -> Path:
@@ -123,7 +130,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path).resolve()
     if other := other_than_a_file(path):
         raise InputError(f"{path} is {other}; give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(path)
     temporary = _temporary(path.parent)
     try:
         yield temporary

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.swa_utils import AveragedModel
 
 from stiefel_lora.errors import InputError
@@ -79,10 +80,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """Return (in_features, out_features) of a linear map, whichever way it stores its weight.
 
     Raises:
-        TypeError: If ``module`` does not have the two widths of a linear map.
+        TypeError: If ``module`` does not have the two widths of a linear map, or not yet.
     """
     if not _has_widths(module):
         raise TypeError(f"expected a linear module, got {type(module).__name__}")
+    if isinstance(getattr(module, "weight", None), UninitializedParameter):
+        raise TypeError(f"a {type(module).__name__} has no weights yet; run a forward pass or initialise it first")
     names = ("nx", "nf") if is_conv1d(module) else ("in_features", "out_features")
     return int(getattr(module, names[0])), int(getattr(module, names[1]))
 
@@ -95,8 +98,10 @@ def first_tensor(module: nn.Module) -> Tensor | None:
 def is_plain(linear: nn.Module) -> bool:
     """Tell whether a linear map's weight is an ordinary floating-point matrix, not a quantised one."""
     weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter):
+        return False
     # torchao's quantised weights pass for floating point, but their data is a tensor subclass.
-    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.dim() != 2:
+    if type(weight.data) is not Tensor or weight.dim() != 2:
         return False
     # Floating-point numbers of 8 bits have a scale beside them.
     return weight.is_floating_point() and weight.itemsize >= 2 and weight.numel() == math.prod(linear_shape(linear))

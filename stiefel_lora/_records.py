@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -129,6 +130,19 @@ def _example(record: dict[str, Any], tokenizer: Any, seq_len: int, begin: list[i
     return None if all(label == IGNORED for label in example.labels[1:]) else example
 
 
+def chat_prompt(question: str, tokenizer: Any) -> str:
+    """Return a question as the model's chat template writes it, up to where the answer begins.
+
+    Raises:
+        InputError: If there is no template, or it refuses a conversation of a question alone.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the model's tokenizer has no chat template; use --format instruction or text")
+    turns = [{"role": "user", "content": question}]
+    with _refusals(turns):
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
 def prompt_ids(tokenizer: Any, prompt: str, *, special: bool = True) -> list[int]:
     """Return the tokens of what a model is to continue: as in training, with nothing that ends a text behind them."""
     begin = special_begin(tokenizer) if special else []
@@ -184,9 +198,15 @@ def _turns(messages: list[dict[str, str]], tokenizer: Any) -> list[tuple[str, bo
             )
         ]
     render: Callable[..., str] = tokenizer.apply_chat_template
-    try:
+    with _refusals(messages):
         pieces = _all_turns(messages, render)
         return _last_turn(messages, render) if pieces is None else pieces
+
+
+@contextmanager
+def _refusals(messages: list[dict[str, str]]) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # whatever a template raises
         raise InputError(
             f"the model's chat template refuses the conversation that begins with {messages[0]['content'][:60]!r} "

@@ -135,8 +135,8 @@ def state_in_place(model: nn.Module) -> AdapterState:
     check_enabled(model)
     layers = required_layers(model, with_values=True)
     modules = {name: _module_config(layer) for name, layer in layers.items()}
-    trained = _trained(model, layers)
-    return AdapterState(describe_base(model), modules, _factors_to_save(layers), trained, _other_names(model, trained))
+    factors, trained = _factors_to_save(layers), _trained(model, layers)
+    return AdapterState(describe_base(model), modules, factors, trained, _other_names(model, trained))
 
 
 def renamed(state: AdapterState, name_of: Callable[[str], str]) -> AdapterState:
@@ -155,10 +155,10 @@ def _factors_to_save(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, dict[
     found, errors = {}, {}
     for name, layer in layers.items():
         factors = found[name] = {key: factor.detach() for key, factor in layer.factors().items()}
-        error = manifold_error(factors, layer.orthonormal)
+        update, error = folded(factors), manifold_error(factors, layer.orthonormal)
         if OFF_MANIFOLD < error < math.inf:
             errors[name] = error
-            found[name] = orthonormal_factors(*folded(factors), layer.orthonormal)
+            found[name] = orthonormal_factors(*update, layer.orthonormal)
     if errors:
         logger.warning(
             "%s: off the manifold by |X^T X - I|_F up to %.2g, as after another optimizer or an average; the same "

@@ -394,7 +394,7 @@ def run_generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from stiefel_lora._records import prompt_ids, prompt_text
+    from stiefel_lora._records import chat_prompt, prompt_ids, prompt_text
     from stiefel_lora.checkpoint import load_adapter, read_adapter
     from stiefel_lora.pretrained import ends_of, find_device, load_pretrained, positions_of
 
@@ -406,10 +406,7 @@ def run_generate(args: argparse.Namespace) -> None:
     load_adapter(model, folder)
     model.eval()
     if args.format == "chat":
-        if not tokenizer.chat_template:
-            raise InputError("the model's tokenizer has no chat template; use --format instruction or text")
-        turns = [{"role": "user", "content": args.prompt}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt = chat_prompt(args.prompt, tokenizer)
     else:
         prompt = prompt_text(args.prompt) if args.format == "instruction" else args.prompt
     # A chat template has written the special tokens itself.
@@ -426,6 +423,9 @@ def run_generate(args: argparse.Namespace) -> None:
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         **sampling,
+        # One text, as it comes, whatever the model's own configuration asks for.
+        num_beams=1,
+        num_return_sequences=1,
         max_new_tokens=min(args.max_new_tokens, room),
         eos_token_id=ends_of(model, tokenizer) or None,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,6 +1,5 @@
 """What decides the numbers of a fine-tuning run, and the names of its files."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
@@ -14,6 +13,9 @@ SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE, ADAPTER_FOLDER = "fisher.png", "ran
 PICTURES = (SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE)
 # What an adapter's folder holds.
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors")
+
+# The largest number that float32 holds.
+_LARGEST = (2 - 2**-23) * 2.0**127
 
 # What is chosen: whole layers, single linear maps, or single directions, which gives each linear map its own rank.
 Chosen: TypeAlias = Literal["layer", "module", "direction"]
@@ -163,8 +165,8 @@ class FinetuneConfig:
         optional = {field.name for field in fields(self) if field.default is None}
         given = {name: value for name, value in vars(self).items() if value is not None or name not in optional}
         for name, value in given.items():
-            if name in ("lr", "lr_ratio", "alpha") and not 0 < value < math.inf:
-                raise InputError(f"{option(name)} must be positive and finite, got {value}")
+            if name in ("lr", "lr_ratio", "alpha") and not 0 < value <= _LARGEST:
+                raise InputError(f"{option(name)} must be positive and finite in float32, got {value}")
             if name in CHOICES:
                 check_choice(option(name), value, CHOICES[name])
         if self.optimizer == "sgd" and self.second_moment is not None:

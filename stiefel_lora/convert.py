@@ -359,7 +359,7 @@ def _by_pattern(where: str, config: Mapping[str, Any], name: str, key: str, patt
     for pattern, value in (config.get(patterns) or {}).items():
         try:
             found = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(
                 f"{where} is damaged: {pattern!r} in {patterns} is no regular expression: {error}"
             ) from error

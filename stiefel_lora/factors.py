@@ -24,7 +24,18 @@ def factor_shapes(n_in: int, n_out: int, rank: int, orthonormal: str) -> dict[st
 
 
 def folded(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return A and B of the update B A^T, with S, if there is one, folded into B."""
+    """Return A and B of the update B A^T, with S, if there is one, folded into B.
+
+    Raises:
+        InputError: If one is not a parameter, and so not among the factors.
+    """
+    for name in ("lora_A", "lora_B"):
+        if name not in factors:
+            raise InputError(
+                f"{name} of an adapter is computed from another parameter (it is parametrized or pruned) and cannot be "
+                f"merged or saved as it is; call torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) "
+                "or torch.nn.utils.prune.remove first"
+            )
     a, b = factors["lora_A"], factors["lora_B"]
     if "lora_S" not in factors:
         return a, b

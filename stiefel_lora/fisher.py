@@ -134,7 +134,8 @@ def fisher_scores(
             may mix lengths; their size changes the speed and the memory, not the scores.
         layers: Qualified name of the list of layers, where the longest one is not meant.
         modules: Names of the linear maps that count, matched against the end of their qualified names (default: all).
-        loss_fn: Called as ``loss_fn(model, batch)``; returns the loss of each sample, shape (batch,), or one number.
+        loss_fn: Called as ``loss_fn(model, batch)``, with the model out of any wrapper such as DDP; returns the loss of
+            each sample, shape (batch,), or one number.
         labels: "data" for the empirical Fisher information; "model" draws the labels from the model's own output, the
             true Fisher information, at the cost of one more forward pass.
         granularity: "layer", or "module" for a score of each linear map.

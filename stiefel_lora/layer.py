@@ -377,7 +377,7 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
         return shape
     raise TypeError(
         "the base must be a linear layer (nn.Linear, transformers' Conv1D, or a quantised linear with in_features and "
-        f"out_features), got {type(base).__name__}"
+        f"out_features and no module inside), got {type(base).__module__}.{type(base).__qualname__}"
     )
 
 

@@ -1,5 +1,6 @@
 """Put the results of a run into files, a table and pictures."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -12,21 +13,30 @@ from stiefel_lora._targets import describe, ranges
 from stiefel_lora.config import LOSS_PICTURE, METRICS_FILE, RANKS_PICTURE, SCORES_PICTURE
 from stiefel_lora.scores import FisherScores, draw_grid, grid_width
 
+logger = logging.getLogger("stiefel_lora")
+
 
 def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     """Write the metrics and the pictures of a run; returns the files. Without matplotlib there are no pictures."""
-    pictures = []
-    if can_draw():
-        by_score = metrics["fisher"] is not None
-        pictures = [folder / (SCORES_PICTURE if by_score else RANKS_PICTURE), folder / LOSS_PICTURE]
-        if by_score:
-            FisherScores(**metrics["fisher"]).plot(pictures[0], metrics["selected"])
-        else:
-            plot_ranks(metrics["ranks"], pictures[0])
-        plot_loss(metrics, pictures[1])
+    try:
+        pictures = _draw_run(folder, metrics) if can_draw() else []
+    except Exception as error:  # a picture is not worth a run's results
+        logger.warning("the pictures could not be drawn: %s", error)
+        pictures = []
     # Last: where there are metrics, the run is finished.
     write_json(folder / METRICS_FILE, metrics)
     return [folder / METRICS_FILE, *pictures]
+
+
+def _draw_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
+    by_score = metrics["fisher"] is not None
+    choice, loss = folder / (SCORES_PICTURE if by_score else RANKS_PICTURE), folder / LOSS_PICTURE
+    if by_score:
+        FisherScores(**metrics["fisher"]).plot(choice, metrics["selected"])
+    else:
+        plot_ranks(metrics["ranks"], choice)
+    plot_loss(metrics, loss)
+    return [choice, loss]
 
 
 def plot_ranks(ranks: Mapping[str, int], path: Path) -> None:

@@ -1,8 +1,9 @@
 """Batches of every structure are taken apart into the samples that they hold, and score as these do one by one."""
 
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import BatchEncoding, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from stiefel_lora._batches import batch_size, sample, take, to_device
 from stiefel_lora.errors import InputError
@@ -93,6 +94,33 @@ def test_what_has_no_entry_for_each_sample_stays_whole() -> None:
     assert [image.shape for image in take(images, slice(0, 2), 3)["images"]] == [(3, 8, 8)] * 2
     moved = to_device(batch, torch.device("meta"))
     assert moved["past"][0][0].is_meta and moved["texts"] == batch["texts"]
+
+
+class Attributes(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+class Frozen(dict[str, Any]):
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError("frozen")
+
+
+@pytest.mark.parametrize("kind", [BatchEncoding, Attributes, OrderedDict])
+def test_a_batch_reaches_the_loss_as_the_class_that_it_has(kind: type[Any]) -> None:
+    rows = torch.arange(6.0).reshape(3, 2)
+    batch = kind({"x": rows, "name": "three"})
+    for new, expected in ((take(batch, slice(1, 2), 3), rows[1:2]), (to_device(batch, torch.device("cpu")), rows)):
+        assert type(new) is kind
+        assert torch.equal(new["x"], expected) and new["name"] == "three"
+        if kind is not OrderedDict:
+            assert torch.equal(new.x, expected)
+    assert batch["x"] is rows
+
+
+@pytest.mark.parametrize("kind", [Frozen, MappingProxyType])
+def test_a_batch_that_cannot_be_changed_reaches_the_loss_as_a_dict(kind: Any) -> None:
+    new = take(kind({"x": torch.arange(3)}), slice(1, 2), 3)
+    assert new == {"x": torch.tensor([1])} and type(new) is dict
 
 
 # How samples of different length are put together in lists, and what takes them apart again.

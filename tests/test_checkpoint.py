@@ -247,6 +247,15 @@ def test_a_head_that_was_trained_too_is_saved(tmp_path: Path) -> None:
         save_adapter(model, tmp_path)
 
 
+def test_a_parametrized_factor_is_refused_by_name(tmp_path: Path) -> None:
+    model = trained()
+    layer = next(iter(adapter_layers(model).values()))
+    torch.nn.utils.parametrize.register_parametrization(layer, "lora_B", torch.nn.Tanh())
+    with pytest.raises(InputError, match="lora_B of an adapter is computed from another parameter"):
+        save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_saving_replaces_an_adapter_and_keeps_other_files(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     save_adapter(trained(rank=2), folder)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stiefel_lora import report
+from stiefel_lora import _figures, report
 from stiefel_lora._figures import check_picture
 from stiefel_lora._files import locked
 from stiefel_lora.adapters import add_adapters
@@ -147,6 +147,44 @@ def test_a_killed_run_resumes_to_the_same_bits(base: list[str], tmp_path: Path, 
         assert a[key] == b[key], key
 
 
+def test_a_run_with_a_notebooks_backend_for_pictures_draws_them(base: list[str], tmp_path: Path) -> None:
+    # What the shell commands of a notebook inherit, in an environment that has no package of that name.
+    environment = {**os.environ, "MPLBACKEND": "module://no_such_backend"}
+    words = [*COMMAND, *finetune(base, tmp_path / "run", "--steps", "2")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {"fisher.png", "loss.png", "metrics.json"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_results(
+    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(report, "plot_loss", fail)
+    assert main(finetune(base, tmp_path / "run", "--steps", "2")) == 0
+    assert "the pictures could not be drawn: no fonts" in caplog.text
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["loss_curve"]
+
+
+def test_a_matplotlib_that_cannot_be_loaded_is_told_and_none_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise ImportError("built for another NumPy")
+
+    monkeypatch.setattr(_figures, "_load", fail)
+    with pytest.raises(InputError, match="pictures need matplotlib"):
+        check_picture(Path("scores.png"))
+    assert "no pictures: matplotlib cannot be loaded (built for another NumPy)" in caplog.text
+    caplog.clear()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(_figures, "find_spec", lambda _: None)
+    assert not _figures.can_draw()
+    assert not caplog.text
+
+
 def test_select_prints_the_ranking(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, plot = tmp_path / "scores.json", tmp_path / "scores.png"
     words = ["select", *base, "--calibration-samples", "4", "--budget", "1", "--output", str(file), "--plot", str(plot)]
@@ -261,7 +299,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--warmup", "7"], "warmup must be in [0, 6]"),
     (["--device", "cuda:99"], "there is no device 'cuda:99'"),
     (["--lr", "-1"], "lr must be positive"),
-    (["--lr", "inf"], "lr must be positive and finite, got inf"),
+    (["--lr", "inf"], "lr must be positive and finite in float32, got inf"),
     (["--optimizer", "lion"], "invalid choice: 'lion'"),
     (["--resume"], "there is no run to resume"),
     (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),
@@ -459,6 +497,42 @@ def test_generate_stays_within_the_models_positions(
     capsys.readouterr()
     assert main([*words, "--prompt", "q" * 128]) == 2
     assert "the prompt has 128 tokens, which leaves no room: the model has 128 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_generate_writes_one_text_whatever_the_models_configuration_asks_for(
+    own: dict[str, Any], base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base[1], folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    add_adapters(model, layers=[0], rank=2)
+    save_adapter(model, tmp_path / "a")
+    words = ["generate", "--adapter", str(tmp_path / "a"), "--model", str(folder), "--max-new-tokens", "4"]
+    assert main([*words, "--prompt", "def"]) == 0
+    expected = capsys.readouterr().out
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    assert main([*words, "--prompt", "def"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('system first') }}", "{% if %}x"])
+def test_generate_says_that_a_chat_template_refuses(
+    template: str, base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(base[1], folder)
+    (folder / "chat_template.jinja").write_text(template)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    add_adapters(model, layers=[0], rank=2)
+    save_adapter(model, tmp_path / "a")
+    words = ["generate", "--adapter", str(tmp_path / "a"), "--model", str(folder), "--format", "chat", "--prompt", "hi"]
+    capsys.readouterr()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "the model's chat template refuses the conversation that begins with 'hi' (" in error
+    assert error.count("\n") == 1
 
 
 def test_generate_says_that_the_adapters_base_has_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

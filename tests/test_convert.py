@@ -631,6 +631,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         _edit(lambda c: c.update(alpha_pattern={"(": 4})),
         r"'\(' in alpha_pattern is no regular expression",
     ),
+    "a huge pattern": (
+        _edit(lambda c: c.update(rank_pattern={"a{99999999999999999999}": 4})),
+        "in rank_pattern is no regular expression: the repetition number is too large",
+    ),
     "whole modules": (_edit(lambda c: c.update(modules_to_save="lm_head")), "damaged: modules_to_save is 'lm_head'"),
     "NaN alpha": (
         _edit(lambda c: c.update(alpha_pattern={"q_proj": float("nan")})),

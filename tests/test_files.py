@@ -12,6 +12,7 @@ import pytest
 
 from stiefel_lora import _files
 from stiefel_lora._files import atomic_file, atomic_folder
+from stiefel_lora.errors import InputError
 
 SHARED = Path("/dev/shm")  # noqa: S108
 NAMES = ("a", "b")
@@ -48,6 +49,15 @@ def test_a_link_stays_and_its_folder_is_written(tmp_path: Path, other_device: Pa
         assert texts(target) == {**dict.fromkeys(NAMES, "third"), "other": "kept"}
         assert link.is_symlink() and [path.name for path in target.parent.iterdir() if path != link] == ["folder"]
         link.unlink()
+
+
+def test_what_lies_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        for write_one in (atomic_file, atomic_folder):
+            with pytest.raises(InputError, match=f"cannot write {path}: .*file.* is no folder"), write_one(path):
+                pass
+    assert texts(tmp_path) == {"file": "kept"}
 
 
 def test_a_link_to_a_file_stays(tmp_path: Path, other_device: Path) -> None:

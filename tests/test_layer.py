@@ -471,8 +471,21 @@ def test_bases_that_are_not_linear_are_refused(base: Any) -> None:
         StiefelLoRALinear(base, 1)
 
 
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_a_parametrized_factor_is_used_and_refused_by_name_in_a_merge(name: str) -> None:
+    layer, x = make_layer(), torch.randn(3, 12, dtype=torch.float64)
+    nn.utils.parametrize.register_parametrization(layer, name, nn.Tanh())
+    with torch.no_grad():
+        expected = layer.base(x) + layer.scaling * x @ layer.lora_A @ layer.lora_B.T
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-13)  # sums in another order
+    with pytest.raises(InputError, match=f"{name} of an adapter is computed from another.*remove_parametrizations"):
+        layer.merge()
+    nn.utils.parametrize.remove_parametrizations(layer, name)
+    layer.merge()
+
+
 def test_a_wrapped_layer_is_not_wrapped_again() -> None:
-    with pytest.raises(TypeError, match="got StiefelLoRALinear"):
+    with pytest.raises(TypeError, match="got stiefel_lora.layer.StiefelLoRALinear"):
         StiefelLoRALinear(make_layer(), 2)
 
 

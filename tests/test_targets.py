@@ -78,6 +78,14 @@ def test_all_linear_takes_every_linear_but_the_head(layers: list[int] | None) ->
     assert got == [n for n in expected if layers is None or "layers.1." not in n]
 
 
+def test_linears_without_weights_yet_are_refused_by_name() -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.LazyLinear(4), nn.ReLU()) for _ in range(3)))
+    with pytest.raises(TypeError, match="a LazyLinear has no weights yet; run a forward pass"):
+        add_adapters(net, layers=None, rank=1, target_modules="all-linear")
+    with pytest.raises(TypeError, match="a LazyLinear has no weights yet; run a forward pass"):
+        fisher_select(net, [(torch.ones(2, 4),)], loss_fn=lambda net, batch: net(batch[0]).square().mean(1))
+
+
 def test_rank_pattern_takes_the_longest_match() -> None:
     pattern = {"q_proj": 2, "layers.2.self_attn.q_proj": 3}
     model = adapted(rank_pattern=pattern)
