@@ -14,9 +14,14 @@ from stiefel_lora.errors import InputError
 logger = logging.getLogger("stiefel_lora")
 
 
+def has_matplotlib() -> bool:
+    """Tell whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
 def can_draw() -> bool:
-    """Tell whether there is a matplotlib; one that is installed and cannot be loaded is logged as a warning."""
-    if find_spec("matplotlib") is None:
+    """Tell whether matplotlib can be loaded; if it is installed and cannot, that is logged as a warning."""
+    if not has_matplotlib():
         return False
     try:
         _load()

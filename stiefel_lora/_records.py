@@ -58,7 +58,17 @@ def _described(record: Any) -> str:
     """Say what a record is that cannot be read."""
     if not isinstance(record, dict):
         return _KINDS.get(type(record), "null")
-    return ", ".join(f"{key}: {_KINDS.get(type(value), 'null')}" for key, value in record.items()) or "an empty object"
+    kinds = {key: _KINDS.get(type(value), "null") for key, value in record.items()}
+    messages = record.get("messages")
+    if isinstance(messages, list):
+        wrong = ((n, message) for n, message in enumerate(messages, start=1) if not _is_message(message))
+        n, message = next(wrong, (0, None))
+        kinds["messages"] = f"a list whose message {n} is ({_described(message)})" if n else "an empty list"
+    return ", ".join(f"{key}: {kind}" for key, kind in kinds.items()) or "an empty object"
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def form_of(record: Any) -> str | tuple[str, str] | None:
@@ -70,12 +80,8 @@ def form_of(record: Any) -> str | tuple[str, str] | None:
     if not isinstance(record, dict):
         return None
     messages = record.get("messages")
-    if isinstance(messages, list) and messages:
-        strings = (
-            isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content")) for m in messages
-        )
-        if all(strings):
-            return "messages"
+    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+        return "messages"
     pair = next((pair for pair in _PAIRS if all(isinstance(record.get(key), str) for key in pair)), None)
     return pair or ("text" if isinstance(record.get("text"), str) else None)
 

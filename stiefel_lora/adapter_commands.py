@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, get_args
 
 from stiefel_lora._files import atomic_folder, path_of
 from stiefel_lora._types import Orthonormal
-from stiefel_lora.config import ADAPTER_FOLDER
+from stiefel_lora.config import ADAPTER_FOLDER, RUN_FILE
 from stiefel_lora.errors import InputError
 
 
@@ -46,12 +47,25 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def adapter_folder(path: Path) -> Path:
-    """Return the folder of an adapter, given it or the folder of its run."""
+    """Return the folder of an adapter, given it or the folder of its run.
+
+    Raises:
+        InputError: If the run has not come to its adapter yet.
+    """
     from stiefel_lora.checkpoint import CONFIG_FILE
     from stiefel_lora.convert import PEFT_CONFIG_FILE
 
     is_itself = any((path / name).is_file() for name in (CONFIG_FILE, PEFT_CONFIG_FILE))
-    return path / ADAPTER_FOLDER if (path / ADAPTER_FOLDER).is_dir() and not is_itself else path
+    if is_itself:
+        return path
+    if (path / ADAPTER_FOLDER).is_dir():
+        return path / ADAPTER_FOLDER
+    if (path / RUN_FILE).is_file():
+        raise InputError(
+            f"the run in {path} has no adapter yet; go on with: stiefel-lora finetune --output "
+            f"{shlex.quote(str(path))} --resume"
+        )
+    return path
 
 
 def named_base(folder: Path, base_model: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, get_args
 
 from stiefel_lora import __version__
+from stiefel_lora._figures import has_matplotlib
 from stiefel_lora._files import locked, path_of
 from stiefel_lora._types import Granularity
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands, named_base
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
     try:
+        _check_current_folder()
         run: Callable[[argparse.Namespace], None] = args.run
         run(args)
         if sys.stdout is not None:  # closed, as by >&-
@@ -82,6 +84,13 @@ def main(argv: list[str] | None = None) -> int:
         print("\ninterrupted" + (_how_to_go_on(args) if args.command == "finetune" else ""), file=sys.stderr)
         return 130
     return 0
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:  # MKL would end the process
+        raise InputError("the current folder is not there any more; change to one that is") from error
 
 
 def build_parser(defaults: Any = None) -> argparse.ArgumentParser:
@@ -222,9 +231,9 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
     parser.add_argument(
         "--init",
         choices=CHOICES["init"],
-        default=argparse.SUPPRESS,
+        default=defaults.init,
         help="start of the orthonormal factors: random, or the leading directions of the weight or of the gradient on "
-        "the calibration samples (default: random; gradient where directions are chosen)",
+        "the calibration samples",
     )
     parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
     parser.add_argument("--output", type=path_of, default=Path("runs/finetune"), help="folder for the results")
@@ -320,7 +329,7 @@ def run_finetune(args: argparse.Namespace) -> None:
         (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     print(report.table(metrics))
     print(f"\nadapter     {folder / ADAPTER_FOLDER}\n" + "\n".join(f"{file.suffix[1:]:11} {file}" for file in files))
-    if len(files) == 1:
+    if not has_matplotlib():
         print("no plots: pip install 'stiefel-lora[demo]' brings matplotlib")
     trial = TRIALS[metrics["data"]["format"]]
     print(f"\ntry it: stiefel-lora generate --adapter {shlex.quote(str(folder))} {trial}")
@@ -354,9 +363,14 @@ def run_select(args: argparse.Namespace) -> None:
 
     config = _config(args)
     # All that can be found out before the slow work.
-    for path in (getattr(args, "output", None), getattr(args, "plot", None)):
-        if path is not None:
+    others = [] if config.data is None else [("--data", Path(config.data))]
+    for name in ("output", "plot"):
+        if (path := getattr(args, name, None)) is not None:
             _check_file(path)
+            for other, taken in others:
+                if path.resolve() == taken.resolve():
+                    raise InputError(f"--{name} would replace {other}, {taken}; give another file")
+            others.append((f"--{name}", path))
     if hasattr(args, "plot"):
         check_picture(args.plot)
     if config.data is not None:

@@ -14,8 +14,8 @@ PICTURES = (SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE)
 # What an adapter's folder holds.
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors")
 
-# The largest number that float32 holds.
-_LARGEST = (2 - 2**-23) * 2.0**127
+# Of these numbers: products of two, and a first step of Adam with them, stay finite in float32.
+_LARGEST = 1e18
 
 # What is chosen: whole layers, single linear maps, or single directions, which gives each linear map its own rank.
 Chosen: TypeAlias = Literal["layer", "module", "direction"]
@@ -73,7 +73,7 @@ class FinetuneConfig:
         rslora: Scale the updates by alpha / sqrt(rank) instead of alpha / rank.
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
         init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
-            gradient on the calibration samples); None for "gradient" where directions are chosen, else "random".
+            gradient on the calibration samples).
         target_modules: Names of the linear maps to adapt and score; None for the architecture's default.
         dropout: Dropout of the adapters' input.
         eval_samples: Held-out samples that are evaluated.
@@ -101,7 +101,7 @@ class FinetuneConfig:
     retraction: Retraction = "qr"
     rslora: bool = False
     orthonormal: Orthonormal = "A"
-    init: Start | None = None
+    init: Start = "random"
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
     eval_samples: int = 48
@@ -114,24 +114,19 @@ class FinetuneConfig:
         return self.granularity != "layer" and isinstance(self.budget, float)
 
     @property
-    def start(self) -> Start:
-        """Start of the orthonormal factors, given or by default."""
-        return self.init or ("gradient" if self.granularity == "direction" else "random")
-
-    @property
     def highest_lr(self) -> float:
         """Highest learning rate, given or by default."""
-        return self.lr or (5e-4 if self.start == "gradient" else 2e-3)
+        return self.lr or (5e-4 if self.init == "gradient" else 2e-3)
 
     @property
     def ratio(self) -> float:
         """Learning rate of the orthonormal factors as a multiple of the others', given or by default."""
-        return self.lr_ratio or (4.0 if self.start == "gradient" else 1.0)
+        return self.lr_ratio or (4.0 if self.init == "gradient" else 1.0)
 
     @property
     def moment(self) -> SecondMoment:
         """Second moment of Adam for the orthonormal factors, given or by default."""
-        return self.second_moment or ("mean" if self.start == "gradient" else "row")
+        return self.second_moment or ("mean" if self.init == "gradient" else "row")
 
     @property
     def warmup_steps(self) -> int:
@@ -146,7 +141,6 @@ class FinetuneConfig:
             lr=self.highest_lr,
             lr_ratio=self.ratio,
             warmup=self.warmup_steps,
-            init=self.start,
             second_moment=moment,
         )
 
@@ -166,7 +160,7 @@ class FinetuneConfig:
         given = {name: value for name, value in vars(self).items() if value is not None or name not in optional}
         for name, value in given.items():
             if name in ("lr", "lr_ratio", "alpha") and not 0 < value <= _LARGEST:
-                raise InputError(f"{option(name)} must be positive and finite in float32, got {value}")
+                raise InputError(f"{option(name)} must be positive and at most {_LARGEST:g}, got {value}")
             if name in CHOICES:
                 check_choice(option(name), value, CHOICES[name])
         if self.optimizer == "sgd" and self.second_moment is not None:

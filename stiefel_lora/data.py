@@ -1,8 +1,10 @@
 """From files to batches: plain text packed into blocks, instructions with the loss on the answer alone."""
 
 import hashlib
+import os
 import random
 import sysconfig
+from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -178,9 +180,21 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _files(folder: Path, endings: Collection[str]) -> list[Path]:
-    """Return the files in a folder, at any depth, that are not hidden and have one of these endings."""
-    shown = (f for f in folder.rglob("*") if not any(part.startswith(".") for part in f.relative_to(folder).parts))
-    return [file for file in shown if file.suffix.lower() in endings and file.is_file()]
+    """Return the files in a folder, at any depth, that are not hidden and have one of these endings.
+
+    Links are followed; a folder that is there twice, as by a link to one above, is read once.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for above, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(above)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(above, name) for name in names if not name.startswith("."))
+        found.extend(file for file in files if file.suffix.lower() in endings and file.is_file())
+    return found
 
 
 def _from_texts(
@@ -275,7 +289,8 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
         texts = sorted((r["text"] for r in records if r["text"].strip()), key=_hash)
         return _from_texts(texts, tokenizer, seq_len, held_out, str(path))
     begin = special_begin(tokenizer)
-    found = [examples for r in records if (examples := examples_of(r, tokenizer, seq_len, begin))]
+    usable = [(r, examples) for r in records if (examples := examples_of(r, tokenizer, seq_len, begin))]
+    found = [examples for _, examples in usable]
     # By a hash of the content: the same record is on the same side, wherever it stands and however often.
     tokens = [[token for example in examples for token in example.ids] for examples in found]
     order = sorted(range(len(found)), key=lambda i: _hash(str(tokens[i])))
@@ -290,6 +305,8 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
     counts = [sum(map(len, group)) for group in groups]
     held = _held_out(counts, max(1, round(held_out * sum(counts))))
     dropped = len(records) - len(found)
+    # As most of them are.
+    ((asked, _),) = Counter(_asked(record, tokenizer) for record, _ in usable).most_common(1)
     name = (
         f"{path} without {dropped} of its {len(records)} records, in which nothing is to be learnt"
         if dropped
@@ -306,7 +323,7 @@ def _from_records(path: Path, tokenizer: Any, seq_len: int, held_out: float) -> 
             ],
             name,
             seq_len,
-            _asked(records[0], tokenizer),
+            asked,
         )
         for tested in (False, True)
     )

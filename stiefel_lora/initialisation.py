@@ -104,6 +104,9 @@ def allocate_ranks(
         ranks, starts = allocate_ranks(model, batches, rank=16, budget=0.5)
         add_adapters(model, layers=None, target_modules=list(ranks), rank=16, rank_pattern=ranks, init=starts)
 
+    Without ``init`` the factors start at random: at the learning rates of plain LoRA, which the gradient's directions
+    do not bear, that trains better with the same ranks (benchmarks/FINDINGS.md).
+
     (Ranks from spectra: Paischer et al., "One initialization to rule them all", arXiv:2410.07170, from those of the
     inputs.) The memory is that of `gradient_init`, or with ``oversampling`` that of `select_and_start` at the rank
     ``max_rank``, for which quantised bases are possible and each sample counts the same. For SmolLM2-135M, 32 texts and

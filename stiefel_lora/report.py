@@ -1,7 +1,7 @@
 """Put the results of a run into files, a table and pictures."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,25 +18,27 @@ logger = logging.getLogger("stiefel_lora")
 
 def write_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
     """Write the metrics and the pictures of a run; returns the files. Without matplotlib there are no pictures."""
+    pictures: list[Path] = []
     try:
-        pictures = _draw_run(folder, metrics) if can_draw() else []
+        if can_draw():
+            pictures.extend(_draw_run(folder, metrics))
     except Exception as error:  # a picture is not worth a run's results
-        logger.warning("the pictures could not be drawn: %s", error)
-        pictures = []
+        logger.warning("not all pictures could be drawn: %s", error)
     # Last: where there are metrics, the run is finished.
     write_json(folder / METRICS_FILE, metrics)
     return [folder / METRICS_FILE, *pictures]
 
 
-def _draw_run(folder: Path, metrics: Mapping[str, Any]) -> list[Path]:
-    by_score = metrics["fisher"] is not None
-    choice, loss = folder / (SCORES_PICTURE if by_score else RANKS_PICTURE), folder / LOSS_PICTURE
-    if by_score:
-        FisherScores(**metrics["fisher"]).plot(choice, metrics["selected"])
+def _draw_run(folder: Path, metrics: Mapping[str, Any]) -> Iterator[Path]:
+    """Draw the pictures of a run, and yield each that is drawn."""
+    if metrics["fisher"] is not None:
+        FisherScores(**metrics["fisher"]).plot(folder / SCORES_PICTURE, metrics["selected"])
+        yield folder / SCORES_PICTURE
     else:
-        plot_ranks(metrics["ranks"], choice)
-    plot_loss(metrics, loss)
-    return [choice, loss]
+        plot_ranks(metrics["ranks"], folder / RANKS_PICTURE)
+        yield folder / RANKS_PICTURE
+    plot_loss(metrics, folder / LOSS_PICTURE)
+    yield folder / LOSS_PICTURE
 
 
 def plot_ranks(ranks: Mapping[str, int], path: Path) -> None:

@@ -57,7 +57,7 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
     else:
         targets = [scores.names[i] for i in selected]
     ranks = module_ranks(model, targets, config.rank)
-    init = _gradient_start(model, train, config, targets) if config.start == "gradient" else config.start
+    init = _gradient_start(model, train, config, targets) if config.init == "gradient" else config.init
     return Selection(ranks, scores, selected), init
 
 
@@ -132,7 +132,7 @@ def _select_directions(model: nn.Module, train: Dataset, config: FinetuneConfig)
             target_modules=config.target_modules,
             orthonormal=config.orthonormal,
         )
-    return Selection(ranks), starts if config.start == "gradient" else config.start
+    return Selection(ranks), starts if config.init == "gradient" else config.init
 
 
 def _calibration(train: Dataset, config: FinetuneConfig) -> list[dict[str, Tensor]]:

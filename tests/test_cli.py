@@ -157,14 +157,20 @@ def test_a_run_with_a_notebooks_backend_for_pictures_draws_them(base: list[str],
 
 
 def test_pictures_that_cannot_be_drawn_cost_no_results(
-    base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("no fonts")
 
     monkeypatch.setattr(report, "plot_loss", fail)
     assert main(finetune(base, tmp_path / "run", "--steps", "2")) == 0
-    assert "the pictures could not be drawn: no fonts" in caplog.text
+    assert "not all pictures could be drawn: no fonts" in caplog.text
+    out = capsys.readouterr().out
+    assert "fisher.png" in out and "loss.png" not in out and "pip install" not in out
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["loss_curve"]
 
 
@@ -195,6 +201,39 @@ def test_select_prints_the_ranking(base: list[str], tmp_path: Path, capsys: pyte
     assert f"selected: {best}\n" in out
     assert f"* model.layers.{best} " in out
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_select_does_not_write_over_its_own_files(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, same = base[3], tmp_path / "same.png"
+    before = Path(data).read_bytes()
+    for words, message in (
+        (["--output", str(same), "--plot", str(same.parent / "." / "same.png")], "--plot would replace --output, "),
+        (["--output", data], "--output would replace --data, "),
+    ):
+        assert main(["select", *base, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert Path(data).read_bytes() == before and not same.exists()
+
+
+def test_a_run_without_an_adapter_yet_says_how_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    for words in (["info", str(tmp_path)], ["generate", "--adapter", str(tmp_path), "--prompt", "x"]):
+        assert main(words) == 2
+        expected = f"has no adapter yet; go on with: stiefel-lora finetune --output {tmp_path} --resume"
+        assert expected in capsys.readouterr().err
+
+
+def test_a_current_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    script = f"mkdir {tmp_path}/gone && cd {tmp_path}/gone && rmdir {tmp_path}/gone && {shlex.join(COMMAND)} select"
+    words = ["bash", "-c", f"{script} --data t.txt --model m --output scores.json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "stiefel-lora select: the current folder is not there any more; change to one that is"
+    )
 
 
 def test_a_picture_may_have_its_ending_in_capitals() -> None:
@@ -299,7 +338,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--warmup", "7"], "warmup must be in [0, 6]"),
     (["--device", "cuda:99"], "there is no device 'cuda:99'"),
     (["--lr", "-1"], "lr must be positive"),
-    (["--lr", "inf"], "lr must be positive and finite in float32, got inf"),
+    (["--lr", "inf"], "lr must be positive and at most 1e+18, got inf"),
     (["--optimizer", "lion"], "invalid choice: 'lion'"),
     (["--resume"], "there is no run to resume"),
     (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),

@@ -69,6 +69,29 @@ def test_a_folder_is_split_by_files(tokenizer: Any, tmp_path: Path) -> None:
     assert len(sides[1]) in (1, 2)
 
 
+def test_folders_behind_links_are_read_and_once(tokenizer: Any, tmp_path: Path) -> None:
+    flat, folder, elsewhere = tmp_path / "flat", tmp_path / "data", tmp_path / "elsewhere"
+    flat.mkdir()
+    for i, path in enumerate((folder, elsewhere, elsewhere / "deep")):
+        path.mkdir(parents=True)
+        for place in (flat, path):
+            (place / f"{i}.txt").write_text(f"file number {i} " * 60)
+    for link, target in ((folder / "link", elsewhere), (folder / "twice", elsewhere), (elsewhere / "loop", folder)):
+        link.symlink_to(target)
+    counts = []
+    for place in (flat, folder):
+        text = "".join(tokenizer.decode(all_tokens(part)) for part in load_data(place, tokenizer, seq_len=2))
+        counts.append([text.count(f"number {i}") for i in range(3)])
+    assert counts[0] == counts[1] and min(counts[0]) >= 59
+
+
+def test_a_model_is_asked_as_most_records_do(tokenizer: Any, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"left {i}", "completion": "right"} for i in range(4)]
+    for records in ([{"text": "def left"}, *pairs], [*pairs, {"text": "def left"}]):
+        train, test = load_data(write_jsonl(tmp_path / "d.jsonl", records), tokenizer, seq_len=32)
+        assert (train.format, test.format) == ("instruction", "instruction")
+
+
 @pytest.mark.parametrize("keys", [("instruction", "output"), ("prompt", "completion")])
 def test_only_the_answer_is_learnt(tokenizer: Any, tmp_path: Path, keys: tuple[str, str]) -> None:
     records = [{keys[0]: f"add {i} and {i}", keys[1]: f"total {2 * i}", "extra": 1} for i in range(20)]
@@ -278,7 +301,12 @@ ROLES = '{"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "conte
         ("turns.jsonl", '{"messages": [{"role": "user"}]}', "line 1"),
         ("one.jsonl", '{"instruction": "a", "output": "b"}\n' * 3, "has 1 usable example"),
         ("roles.jsonl", ROLES, r"has 0 usable .*; no message has the role 'assistant' \(found: human, gpt\)"),
-        ("no-turns.jsonl", '{"messages": []}', "line 1: expected an object .* got messages"),
+        ("no-turns.jsonl", '{"messages": []}', "line 1: expected an object .* got messages: an empty list"),
+        (
+            "tools.jsonl",
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]}',
+            "got messages: a list whose message 2 is .role: a string, content: null.",
+        ),
         ("blank.jsonl", '{"text": " "}', "is empty"),
         ("half-pair.jsonl", '{"text": "\\ud800"}', "line 1: a string has half of a surrogate pair"),
         ("deep.jsonl", "[" * 100_000, "line 1: not valid JSON"),

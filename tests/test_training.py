@@ -191,7 +191,7 @@ def test_single_linear_maps_fill_the_share_of_the_parameters_by_score_per_parame
 
 def test_single_directions_are_those_of_allocate_ranks(config: FinetuneConfig, tmp_path: Path) -> None:
     # At such a rate nothing moves, so the adapter that is saved is the one of the start.
-    config = replace(config, granularity="direction", lr=1e-12, steps=1, warmup=0)
+    config = replace(config, granularity="direction", init="gradient", lr=1e-12, steps=1, warmup=0)
     metrics = finetune(config, tmp_path)
     model, tokenizer = load_pretrained(config.model)
     train, _ = load_data(config.data, tokenizer, seq_len=config.seq_len)
@@ -199,7 +199,6 @@ def test_single_directions_are_those_of_allocate_ranks(config: FinetuneConfig, t
     ranks, starts = allocate_ranks(model, batches, rank=4, budget=0.5)
     assert metrics["ranks"] == ranks
     assert len(set(ranks.values())) > 1
-    assert metrics["config"]["init"] == "gradient"
     assert metrics["fisher"] is None
     assert metrics["selected_layers"] == [0, 1, 2, 3]
     saved = adapters(tmp_path)
@@ -225,8 +224,8 @@ def test_rate_and_start_by_default(config: FinetuneConfig) -> None:
     for options, lr, ratio, start in (
         ({}, 2e-3, 1.0, "random"),
         ({"init": "gradient"}, 5e-4, 4.0, "gradient"),
-        ({"granularity": "direction"}, 5e-4, 4.0, "gradient"),
-        ({"granularity": "direction", "init": "random"}, 2e-3, 1.0, "random"),
+        ({"granularity": "direction"}, 2e-3, 1.0, "random"),
+        ({"granularity": "direction", "init": "gradient"}, 5e-4, 4.0, "gradient"),
         ({"init": "gradient", "lr": 1e-3, "lr_ratio": 2.0}, 1e-3, 2.0, "gradient"),
     ):
         known = FinetuneConfig(**options).resolved()
@@ -347,17 +346,17 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"calibration_samples": 0}, "--calibration-samples must be at least 1, got 0"),
         ({"seq_len": 1}, "--seq-len must be at least 2 tokens, got 1"),
         ({"lr": 0.0}, "lr must be positive"),
-        ({"lr": math.inf}, "lr must be positive and finite in float32, got inf"),
-        ({"lr": 1e39}, "lr must be positive and finite in float32, got 1e+39"),
-        ({"lr": math.nan}, "lr must be positive and finite in float32, got nan"),
-        ({"alpha": math.inf}, "alpha must be positive and finite in float32, got inf"),
-        ({"alpha": math.nan}, "alpha must be positive and finite in float32, got nan"),
+        ({"lr": math.inf}, "lr must be positive and at most 1e.18, got inf"),
+        ({"lr": 1e39}, "lr must be positive and at most 1e.18, got 1e.39"),
+        ({"lr": math.nan}, "lr must be positive and at most 1e.18, got nan"),
+        ({"alpha": math.inf}, "alpha must be positive and at most 1e.18, got inf"),
+        ({"alpha": math.nan}, "alpha must be positive and at most 1e.18, got nan"),
         ({"warmup": 10}, r"warmup must be in \[0, 9\]"),
         ({"budget": 0.0}, r"\(0, 1\], got 0.0"),
         ({"budget": 1.5}, r"share of the layers must be in \(0, 1\], got 1.5"),
         ({"budget": 1.5, "granularity": "module"}, r"share of the adapters' parameters must be in \(0, 1\], got 1.5"),
         ({"alpha": -1.0}, "alpha must be positive"),
-        ({"lr_ratio": 0.0}, "--lr-ratio must be positive and finite in float32, got 0.0"),
+        ({"lr_ratio": 0.0}, "--lr-ratio must be positive and at most 1e.18, got 0.0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
         ({"retraction": "svd"}, "retraction must be one of"),
