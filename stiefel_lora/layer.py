@@ -375,9 +375,10 @@ def _checked_shape(base: nn.Module) -> tuple[int, int]:
                 "the input; leave it out"
             )
         return shape
+    inside = isinstance(base, nn.Module) and next(base.children(), None) is not None
     raise TypeError(
         "the base must be a linear layer (nn.Linear, transformers' Conv1D, or a quantised linear with in_features and "
-        f"out_features and no module inside), got {type(base).__module__}.{type(base).__qualname__}"
+        f"out_features), got {type(base).__name__}{', which has modules inside' if inside else ''}"
     )
 
 
