@@ -403,7 +403,7 @@ def test_what_does_not_fit_the_model_is_named_before_anything_is_trained(
 
 def test_a_run_that_diverges_stops_and_says_so(config: FinetuneConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"loss at step \d is (nan|inf); a lower learning rate"):
-        finetune(replace(config, lr=1e30), tmp_path)
+        finetune(replace(config, lr=1e18), tmp_path)
     assert not (tmp_path / "adapter").exists()
 
 
