@@ -13,7 +13,16 @@ import pytest
 
 from benchmarks import _finetune_table, manifold
 from benchmarks._harness import RESULTS
-from benchmarks._methods import ALL_BY_ROW, BY_ELEMENT, FORA, FORA_BY_ROW, METHODS
+from benchmarks._methods import (
+    ALL_BY_ROW,
+    BY_ELEMENT,
+    FORA,
+    FORA_BY_ROW,
+    LORA_RANKS,
+    METHODS,
+    RANDOM_BY_ROW,
+    RANKS_BY_ROW,
+)
 
 ROOT = Path(__file__).parent.parent
 README, FINDINGS = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "FINDINGS.md").read_text()
@@ -142,11 +151,15 @@ def leads(name: str, method: str, other: str) -> list[float]:
 @pytest.mark.parametrize(
     ("method", "other", "seeds", "sign", "pattern"),
     [
-        (FORA_BY_ROW, "LoRA", 3, -1, r"takes it, is ([\d.]+) behind LoRA \(spread ([\d.]+) over three seeds\)"),
-        (FORA, "LoRA", 3, -1, r"as it was published ([\d.]+) \(([\d.]+)\)"),
-        (BY_ELEMENT, "LoRA", 4, -1, r"each element is ([\d.]+) behind it \(spread ([\d.]+) over four seeds\)"),
-        (BY_ELEMENT, "LoRA, half the rank", 3, 1, r"LoRA at half the rank \(([\d.]+) ahead, spread ([\d.]+)"),
-        (ALL_BY_ROW, "LoRA", 3, 1, r"of each row, lead it by ([\d.]+) \(spread ([\d.]+) over three seeds\)"),
+        (FORA_BY_ROW, "LoRA", 3, -1, r"by Fisher score are behind LoRA by ([\d.]+) \(([\d.]+)\)"),
+        (FORA, "LoRA", 3, -1, r"as published by ([\d.]+) \(([\d.]+)\)"),
+        (RANKS_BY_ROW, "LoRA", 4, 1, r"over all layers: ([\d.]+) \(([\d.]+)\) ahead of LoRA"),
+        (RANKS_BY_ROW, "DoRA", 3, -1, r"ahead of LoRA, ([\d.]+) \(([\d.]+)\) behind DoRA"),
+        (RANKS_BY_ROW, "LoRA, half the rank", 3, 1, r"steepest there: ([\d.]+) \(([\d.]+)\) ahead of LoRA at half"),
+        (RANKS_BY_ROW, LORA_RANKS, 2, 1, r"Orthonormal columns gain ([\d.]+) \(([\d.]+), two seeds\) of that"),
+        (FORA_BY_ROW, "LoRA, Fisher half", 3, 1, r"on whole layers by Fisher score ([\d.]+) \(([\d.]+)\)"),
+        (ALL_BY_ROW, "LoRA", 3, 1, r"at LoRA's own parameters ([\d.]+) \(([\d.]+)\)"),
+        (BY_ELEMENT, "LoRA, half the rank", 3, 1, r"at half the rank ([\d.]+) \(([\d.]+)\)"),
     ],
 )
 def test_the_quoted_leads_are_what_the_committed_results_say(
@@ -159,14 +172,27 @@ def test_the_quoted_leads_are_what_the_committed_results_say(
 
 
 def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> None:
-    answers = [leads("finetune_answers", BY_ELEMENT, other) for other in ("LoRA", "DoRA")]
-    quoted = quoted_numbers(
-        r"level with LoRA \(([\d.]+) behind over three seeds, spread ([\d.]+)\) and DoRA \(([\d.]+) behind, "
-        r"spread ([\d.]+)\)"
+    gains = leads("finetune_answers", RANKS_BY_ROW, "LoRA")
+    ahead, behind = quoted_numbers(
+        r"same ranks are ([\d.]+) ahead of LoRA with one seed and ([\d.]+) behind with another"
     )
-    expected = [f for gains in answers for f in (-statistics.mean(gains), statistics.stdev(gains))]
-    assert quoted == pytest.approx(expected, abs=6e-5)
-    assert [len(gains) for gains in answers] == [3, 3]
+    assert [ahead, -behind] == pytest.approx(gains, abs=6e-5)
+    element = leads("finetune_answers", BY_ELEMENT, "LoRA")
+    quoted = quoted_numbers(r"half the rank with a second moment of each element ([\d.]+) \(([\d.]+)\) behind")
+    assert quoted == pytest.approx([-statistics.mean(element), statistics.stdev(element)], abs=6e-5)
+    assert len(element) == 3
+
+
+def test_the_quoted_leads_of_random_layers_are_what_the_committed_results_say() -> None:
+    quoted = quoted_numbers(r"they are behind by ([\d.]+) and ([\d.]+) with orthonormal columns")
+    assert quoted == pytest.approx([-gain for gain in leads("finetune", FORA_BY_ROW, RANDOM_BY_ROW)], abs=6e-5)
+    quoted = quoted_numbers(r"with plain LoRA behind by ([\d.]+) and ahead by ([\d.]+)")
+    behind, ahead = leads("finetune", "LoRA, Fisher half", "LoRA, random half")
+    assert quoted == pytest.approx([-behind, ahead], abs=6e-5)
+    cells = result("finetune")["cells"]
+    parts = [_finetune_table.interaction(cells, "code", *pair[1:]) for pair in _finetune_table.COMBINATIONS]
+    (more,) = quoted_numbers(r"together they gain ([\d.]+) less than the sum of each")
+    assert len(parts[1]) == 1 and parts[1][0] == pytest.approx(-more, abs=6e-5)
 
 
 def test_the_quoted_cost_of_scoring_is_what_the_committed_results_say() -> None:
