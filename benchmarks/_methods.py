@@ -119,8 +119,7 @@ def ours(
             chosen = None if layers is None else layers(setting)
             where = {"layers": chosen, "target_modules": setting.modules if chosen is None else TARGETS}
             where["rank"] = round(share * setting.rank)
-            if gradient_start:
-                where["init"] = gradient_init(model, setting.calibrate(samples), **where)
+            where = _started(model, setting, where, samples, gradient_start=gradient_start)
         names = add_adapters(model, **where, **options)
         extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -141,6 +140,13 @@ def _allocated(model: Any, setting: Setting, share: float, samples: int, *, grad
     ranks, starts = allocate_ranks(model, batches, rank=rank, budget=share, target_modules=TARGETS)
     where = {"layers": None, "target_modules": list(ranks), "rank": rank, "rank_pattern": ranks}
     return {**where, "init": starts} if gradient_start else where
+
+
+def _started(
+    model: Any, setting: Setting, where: dict[str, Any], samples: int, *, gradient_start: bool
+) -> dict[str, Any]:
+    """Return where the adapters are, with the starts that the gradient gives them if asked for."""
+    return {**where, "init": gradient_init(model, setting.calibrate(samples), **where)} if gradient_start else where
 
 
 def _our_updates(model: Any) -> Iterable[tuple[Tensor, Tensor]]:
@@ -172,13 +178,11 @@ def lora(
         peft = _peft()
         rank, chosen = round(share * setting.rank), list(layers(setting))
         begin = time.perf_counter()
-        alike: dict[str, Any] = {"layers": chosen, "rank": rank, "target_modules": list(targets)}
         if allocate:
             where = _allocated(model, setting, share, samples, gradient_start=gradient_start)
-        elif gradient_start:
-            where = {**alike, "init": gradient_init(model, setting.calibrate(samples), **alike)}
         else:
-            where = alike
+            alike: dict[str, Any] = {"layers": chosen, "rank": rank, "target_modules": list(targets)}
+            where = _started(model, setting, alike, samples, gradient_start=gradient_start)
         starts, ranks = where.get("init", {}), where.get("rank_pattern", {})
         config = peft.LoraConfig(
             r=rank,

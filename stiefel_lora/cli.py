@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn, get_args
 
 from stiefel_lora import __version__
-from stiefel_lora._figures import has_matplotlib
+from stiefel_lora._figures import check_picture, has_matplotlib
 from stiefel_lora._files import locked, path_of
 from stiefel_lora._types import Granularity
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands, named_base
@@ -354,7 +354,6 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
 def run_select(args: argparse.Namespace) -> None:
     """Score the layers and print the ranking."""
-    from stiefel_lora._figures import check_picture
     from stiefel_lora._targets import describe
     from stiefel_lora.data import check_source
     from stiefel_lora.pretrained import find_device
@@ -363,14 +362,13 @@ def run_select(args: argparse.Namespace) -> None:
 
     config = _config(args)
     # All that can be found out before the slow work.
-    others = [] if config.data is None else [("--data", Path(config.data))]
+    taken = {} if config.data is None else {Path(config.data).resolve(): "--data"}
     for name in ("output", "plot"):
         if (path := getattr(args, name, None)) is not None:
             _check_file(path)
-            for other, taken in others:
-                if path.resolve() == taken.resolve():
-                    raise InputError(f"--{name} would replace {other}, {taken}; give another file")
-            others.append((f"--{name}", path))
+            if other := taken.get(path.resolve()):
+                raise InputError(f"--{name} would replace {other}, {path}; give another file")
+            taken[path.resolve()] = f"--{name}"
     if hasattr(args, "plot"):
         check_picture(args.plot)
     if config.data is not None:

@@ -185,7 +185,6 @@ def test_a_matplotlib_that_cannot_be_loaded_is_told_and_none_is_not(
         check_picture(Path("scores.png"))
     assert "no pictures: matplotlib cannot be loaded (built for another NumPy)" in caplog.text
     caplog.clear()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(_figures, "find_spec", lambda _: None)
     assert not _figures.can_draw()
     assert not caplog.text
@@ -525,13 +524,18 @@ def test_generate_names_what_it_cannot_do(words: list[str], message: str, capsys
     assert captured.err.count("\n") == 1
 
 
+def generate(model: Path, adapter: Path) -> list[str]:
+    """Save an adapter for a model, and return the words of the command that takes both."""
+    wrapped = AutoModelForCausalLM.from_pretrained(model)
+    add_adapters(wrapped, layers=[0], rank=2)
+    save_adapter(wrapped, adapter)
+    return ["generate", "--adapter", str(adapter), "--model", str(model)]
+
+
 def test_generate_stays_within_the_models_positions(
     base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(base[1])
-    add_adapters(model, layers=[0], rank=2)
-    save_adapter(model, tmp_path / "a")
-    words = ["generate", "--adapter", str(tmp_path / "a"), "--model", base[1], "--max-new-tokens", "500"]
+    words = [*generate(Path(base[1]), tmp_path / "a"), "--max-new-tokens", "500"]
     assert main([*words, "--prompt", "def"]) == 0
     capsys.readouterr()
     assert main([*words, "--prompt", "q" * 128]) == 2
@@ -544,10 +548,7 @@ def test_generate_writes_one_text_whatever_the_models_configuration_asks_for(
 ) -> None:
     folder = tmp_path / "base"
     shutil.copytree(base[1], folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    add_adapters(model, layers=[0], rank=2)
-    save_adapter(model, tmp_path / "a")
-    words = ["generate", "--adapter", str(tmp_path / "a"), "--model", str(folder), "--max-new-tokens", "4"]
+    words = [*generate(folder, tmp_path / "a"), "--max-new-tokens", "4"]
     assert main([*words, "--prompt", "def"]) == 0
     expected = capsys.readouterr().out
     file = folder / "generation_config.json"
@@ -563,10 +564,7 @@ def test_generate_says_that_a_chat_template_refuses(
     folder = tmp_path / "base"
     shutil.copytree(base[1], folder)
     (folder / "chat_template.jinja").write_text(template)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    add_adapters(model, layers=[0], rank=2)
-    save_adapter(model, tmp_path / "a")
-    words = ["generate", "--adapter", str(tmp_path / "a"), "--model", str(folder), "--format", "chat", "--prompt", "hi"]
+    words = [*generate(folder, tmp_path / "a"), "--format", "chat", "--prompt", "hi"]
     capsys.readouterr()
     assert main(words) == 2
     error = capsys.readouterr().err
