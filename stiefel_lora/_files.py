@@ -71,9 +71,9 @@ def _folder_for(path: Path) -> Path:
     temporary = _temporary(home)
     try:
         temporary.mkdir()
-    except OSError:  # nothing may be made beside it
+    except OSError as error:  # nothing may be made beside it
         if home == path or not path.exists():
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that the caller knows
         temporary = _temporary(path)
         temporary.mkdir()
     return temporary

@@ -305,13 +305,19 @@ def batch_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a mapping for model(**batch), got {type(batch).__name__}; or give loss_fn=")
     check_rows(batch)
-    found = _entry(model(**batch), "loss")
+    output = model(**batch)
+    # As models with return_dict=False do, and as transformers' Trainer reads them.
+    found = output[0] if _begins_with_loss(output) and "labels" in batch else _entry(output, "loss")
     if found is None:
         raise InputError(
             f"the model returned no loss for a batch of {', '.join(map(str, batch)) or 'nothing'}; add labels to it, "
             "or give loss_fn="
         )
     return found
+
+
+def _begins_with_loss(output: Any) -> bool:
+    return type(output) is tuple and bool(output) and isinstance(output[0], Tensor) and not output[0].dim()
 
 
 def _rounding(eps: float) -> float:

@@ -56,6 +56,9 @@ def find_targets(
     """
     if isinstance(targets, str) and targets != "all-linear":
         raise TypeError(f"target_modules must be a sequence of names or 'all-linear', got the string {targets!r}")
+    for option, given in (("target_modules", targets), ("layers", layers)):
+        if isinstance(given, Iterator):
+            raise TypeError(f"{option} must be a sequence, got the {type(given).__name__} {given!r}; make a list of it")
     if layers is not None and not (isinstance(layers, Iterable) and all(map(_is_int, layers))):
         raise TypeError(f"layers must be a sequence of ints or None, got {layers!r}")
     prefix, blocks = find_layers(model, path)

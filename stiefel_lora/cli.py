@@ -157,8 +157,8 @@ def _add_selection(parser: Any, defaults: Any) -> None:
         nargs="+",
         metavar="NAME",
         default=argparse.SUPPRESS,
-        help="linear maps to score and adapt (default: the query, key, value, up and down projections: q_proj k_proj "
-        "v_proj up_proj down_proj in LLaMA-like models)",
+        help="linear maps to score and adapt, or all-linear (default: the query, key, value, up and down projections: "
+        "q_proj k_proj v_proj up_proj down_proj in LLaMA-like models)",
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of all random numbers")
 

@@ -1,5 +1,6 @@
 """What decides the numbers of a fine-tuning run, and the names of its files."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
@@ -74,7 +75,8 @@ class FinetuneConfig:
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
         init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
             gradient on the calibration samples).
-        target_modules: Names of the linear maps to adapt and score; None for the architecture's default.
+        target_modules: Names of the linear maps to adapt and score, or "all-linear" alone for all of them; None for the
+            architecture's default.
         dropout: Dropout of the adapters' input.
         eval_samples: Held-out samples that are evaluated.
         seed: Seed of the adapters, the order of the data and dropout.
@@ -107,6 +109,11 @@ class FinetuneConfig:
     eval_samples: int = 48
     seed: int = 0
     dtype: Dtype | None = None
+
+    @property
+    def targets(self) -> Sequence[str] | Literal["all-linear"] | None:
+        """Linear maps to adapt and score, as `add_adapters` takes them."""
+        return "all-linear" if self.target_modules == ("all-linear",) else self.target_modules
 
     @property
     def budget_is_parameters(self) -> bool:

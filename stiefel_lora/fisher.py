@@ -369,9 +369,10 @@ def _together(rows: list[Tensor]) -> tuple[Tensor, int]:
     samples = torch.cat([torch.from_numpy(array) for arrays, _ in parts for array in arrays])
     skipped = total - len(samples)
     if not len(samples):
-        raise InputError(f"none of the {total} samples had a finite loss and gradient")
+        raise InputError(f"none of the {total} samples had a finite loss and gradient; are all labels -100?")
     if skipped:
-        warn(f"{skipped} of {total} samples were left out: their loss or gradient was not finite", stacklevel=4)
+        reason = "their loss or gradient was not finite, or none of their labels counts"
+        warn(f"{skipped} of {total} samples were left out: {reason}", stacklevel=4)
     return samples, skipped
 
 

@@ -24,6 +24,8 @@ from stiefel_lora.fisher import Scoring, score
 from stiefel_lora.layer import Init
 from stiefel_lora.stiefel import random_point
 
+_NO_GRADIENT = "the gradients of all linear maps to adapt are zero; are all labels -100?"
+
 
 def gradient_init(
     model: nn.Module,
@@ -63,7 +65,7 @@ def gradient_init(
 
     Raises:
         InputError: If the model has adapters, there is no batch or loss, a base is quantised, a gradient is not finite,
-            or for what `add_adapters` raises it.
+            all are zero, or for what `add_adapters` raises it.
 
     Warns:
         UserWarning: If the gradient of a linear to adapt is zero, so that it starts at random.
@@ -159,7 +161,7 @@ def allocate_ranks(
     ranks = _steepest(spectra, shapes, parameters, orthonormal)
     if not ranks:
         if not any(float(values[0]) > 0 for values in spectra.values()):
-            raise InputError("the gradients of all linear maps to adapt are zero; are all labels -100?")
+            raise InputError(_NO_GRADIENT)
         raise InputError(f"no gradient has a direction that takes at most {parameters} parameters, the budget")
     starts: dict[str, Init] = {}
     for name, r in ranks.items():
@@ -317,6 +319,8 @@ def _completed(
 ) -> dict[str, Init]:
     """Return the starts with random ones in place of None, of which it warns."""
     without = [name for name, start in starts.items() if start is None]
+    if len(without) == len(starts):
+        raise InputError(_NO_GRADIENT)
     if without:
         warn(f"no gradient reached {listed(without)}, which will start at random", stacklevel=3)
     generator = torch.Generator().manual_seed(seed)

@@ -63,7 +63,7 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
 
 def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
     """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
-    return list(module_ranks(model, find_targets(model, None, config.target_modules, None), config.rank))
+    return list(module_ranks(model, find_targets(model, None, config.targets, None), config.rank))
 
 
 def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig, granularity: Granularity) -> FisherScores:
@@ -129,7 +129,7 @@ def _select_directions(model: nn.Module, train: Dataset, config: FinetuneConfig)
             batches,
             rank=config.rank,
             budget=config.budget,
-            target_modules=config.target_modules,
+            target_modules=config.targets,
             orthonormal=config.orthonormal,
         )
     return Selection(ranks), starts if config.init == "gradient" else config.init

@@ -70,6 +70,10 @@ def finetune(
     target = find_device(device)
     with clock.time("loading"):
         model, train, held_out = load_inputs(config, target)
+    if config.batch_size > len(train):
+        raise InputError(
+            f"--batch-size must be at most {len(train)}, the number of training samples, got {config.batch_size}"
+        )
     run = _Run(config, model, train, held_out, folder / CHECKPOINT_FILE, clock)
     saved = run.load() if resume else None
     if saved is None:

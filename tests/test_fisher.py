@@ -879,6 +879,30 @@ def test_a_sample_that_is_not_finite_is_left_out_and_counted(size: int) -> None:
     torch.testing.assert_close(torch.tensor(scores.scores, dtype=torch.float64), expected, rtol=1e-6, atol=0)
 
 
+def test_a_loss_at_the_head_of_a_tuple_is_the_loss() -> None:
+    """As models with return_dict=False return it."""
+
+    class Tuple(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = LLAMA.build()
+
+        def forward(self, **batch: Tensor) -> tuple[Tensor, ...]:
+            out = self.net(**batch)
+            return (out.logits,) if out.loss is None else (out.loss, out.logits)
+
+    model, batch = Tuple(), causal_batch(3, 6)
+    assert torch.equal(by_module(model, [batch]), by_module(model.net, [batch]))
+    with pytest.raises(InputError, match="the model returned no loss"):
+        fisher_scores(model, [{"input_ids": batch["input_ids"]}], progress=False)
+
+
+def test_samples_that_all_have_no_labels_are_an_error() -> None:
+    batch = {k: v if k != "labels" else torch.full_like(v, -100) for k, v in causal_batch(2, 6).items()}
+    with pytest.raises(InputError, match=r"none of the 2 samples had .*; are all labels -100\?"):
+        fisher_scores(LLAMA.build(), [batch], progress=False)
+
+
 def test_a_sample_without_labels_is_left_out() -> None:
     model, batch = LLAMA.build(), causal_batch(3, 8)
     expected = by_module(model, [{k: v[1:] for k, v in batch.items()}])

@@ -233,6 +233,8 @@ def test_bad_input() -> None:
         gradient_init(model, [batch], layers=[0], rank=2, loss_fn=lambda m, b: m(**b).loss * torch.nan)
     with pytest.raises(InputError, match="the model returned no loss for a batch of input_ids"):
         gradient_init(model, [{"input_ids": batch["input_ids"]}], layers=[0], rank=2)
+    with pytest.raises(InputError, match="gradients of all linear maps to adapt are zero; are all labels -100"):
+        gradient_init(model, [{**batch, "labels": torch.full_like(batch["labels"], -100)}], layers=[0], rank=2)
     with pytest.raises(InputError, match="orthonormal must be one of"):
         gradient_init(model, [batch], layers=[0], rank=2, orthonormal="C")  # type: ignore[arg-type]
     model.model.layers[0].mlp.up_proj = QuantisedLinear(nn.Linear(32, 56))

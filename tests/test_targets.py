@@ -114,6 +114,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "head": ({"target_modules": ["q_proj", "lm_head"]}, InputError, "lm_head is not in them: .*insert_adapters"),
     "no target": ({"target_modules": []}, InputError, "target_modules is empty; the layers have: q_proj"),
+    "generator": ({"target_modules": (n for n in ["q_proj"])}, TypeError, "target_modules .* the generator .* a list"),
+    "iterator": ({"layers": iter([0])}, TypeError, "layers must be a sequence, got the list_iterator"),
     "string": ({"target_modules": "q_proj"}, TypeError, "sequence of names or 'all-linear', got the string 'q_proj'"),
     "layer": ({"layers": [0, 3, -4]}, InputError, "layer 3, -4 does not exist: model.layers has the layers 0 to 2"),
     "no layer": ({"layers": []}, InputError, "no layer is given: model.layers has the layers 0 to 2"),

@@ -391,6 +391,7 @@ def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change
         ),
         ({"budget": 1e-4, "granularity": "direction"}, r"must be at least 0\.\d+, for one direction; got"),
         ({"seq_len": 129}, "--seq-len must be at most 128, the positions of the model, got 129"),
+        ({"batch_size": 10**6}, r"--batch-size must be at most \d+, the number of training samples, got 1000000"),
     ],
 )
 def test_what_does_not_fit_the_model_is_named_before_anything_is_trained(
@@ -399,6 +400,16 @@ def test_what_does_not_fit_the_model_is_named_before_anything_is_trained(
     with pytest.raises(InputError, match=message):
         finetune(replace(config, **change), tmp_path, on_start=lambda: pytest.fail("started"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_linears_are_one_word(config: FinetuneConfig, tmp_path: Path) -> None:
+    config = replace(config, target_modules=["all-linear"], steps=1, warmup=0)
+    for granularity in ("layer", "module", "direction"):
+        finetune(replace(config, granularity=granularity), tmp_path)
+        adapted = {
+            name.split(".")[-1] for name in json.loads((tmp_path / "adapter" / "adapter.json").read_text())["modules"]
+        }
+        assert {"o_proj", "gate_proj"} <= adapted, granularity
 
 
 def test_a_run_that_diverges_stops_and_says_so(config: FinetuneConfig, tmp_path: Path) -> None:
