@@ -10,6 +10,7 @@ import scipy.stats
 from benchmarks import _harness
 from benchmarks._methods import (
     ALL_BY_ROW,
+    ALL_SHORT,
     ALLOCATED,
     BY_ELEMENT,
     BY_ROW,
@@ -18,10 +19,12 @@ from benchmarks._methods import (
     FORA,
     FORA_BY_ROW,
     LORA_RANKS,
+    LORA_SHORT,
     METHODS,
     RANDOM_BY_ROW,
     RANKS_BY_ROW,
     RANKS_BY_ROW_FASTER,
+    RANKS_SHORT,
     SELECTED,
     STARTED,
 )
@@ -133,6 +136,14 @@ COMPARISONS = (
     ("Ranks by the gradient help plain LoRA", LORA_RANKS, "LoRA, half the rank"),
     ("The constraint helps with ranks by the gradient from a random start with each row", RANKS_BY_ROW, LORA_RANKS),
     ("A faster A helps with ranks by the gradient from a random start", RANKS_BY_ROW_FASTER, RANKS_BY_ROW),
+    ("A shorter memory of the gradients helps LoRA", LORA_SHORT, "LoRA"),
+    ("A shorter memory helps ranks by the gradient from a random start with each row", RANKS_SHORT, RANKS_BY_ROW),
+    ("These ranks beat LoRA, both with a shorter memory, at half the parameters", RANKS_SHORT, LORA_SHORT),
+    (
+        "The constraint helps with a shorter memory and a second moment of each row, on all layers",
+        ALL_SHORT,
+        LORA_SHORT,
+    ),
 )
 
 COMBINATIONS = (

@@ -29,6 +29,7 @@ from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
 from benchmarks._methods import (
     ALL_BY_ROW,
+    ALL_SHORT,
     ALLOCATED,
     BY_ELEMENT,
     BY_ROW,
@@ -37,8 +38,10 @@ from benchmarks._methods import (
     FORA,
     FORA_BY_ROW,
     LORA_RANKS,
+    LORA_SHORT,
     METHODS,
     RANKS_BY_ROW,
+    RANKS_SHORT,
     SAMPLES,
     SAMPLES_OF_THE_PAPER,
     STARTED,
@@ -59,7 +62,8 @@ MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA
         "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
         "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
         "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED, BY_ELEMENT, BY_ROW,
-        FORA_BY_ROW, ALL_BY_ROW, RANKS_BY_ROW, LORA_RANKS)  # fmt: skip
+        FORA_BY_ROW, ALL_BY_ROW, RANKS_BY_ROW, LORA_RANKS, RANKS_SHORT,
+        LORA_SHORT, ALL_SHORT)  # fmt: skip
 
 # Tasks that are read from a folder of question sets.
 QUESTIONS = {"instructions": _tasks.instructions, "answers": _tasks.answers}

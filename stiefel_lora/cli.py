@@ -216,6 +216,12 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--optimizer", choices=CHOICES["optimizer"], default=defaults.optimizer, help="Riemannian optimizer"
     )
     parser.add_argument(
+        "--momentum",
+        type=float,
+        default=defaults.momentum,
+        help="beta1 of adam, or the momentum of sgd; less suits short runs better",
+    )
+    parser.add_argument(
         "--second-moment",
         choices=CHOICES["second_moment"],
         default=argparse.SUPPRESS,

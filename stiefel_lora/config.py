@@ -67,7 +67,8 @@ class FinetuneConfig:
             the gradient.
         warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
             afterwards.
-        optimizer: "adam" or "sgd" (with momentum 0.9).
+        optimizer: "adam" or "sgd".
+        momentum: Decay rate of the mean of the gradients: Adam's beta1, or SGD's momentum.
         second_moment: Of Adam for the orthonormal factors: "mean", "norm", "row" or "element", see `RiemannianAdam`;
             None for "row", or "mean" with a start from the gradient.
         retraction: "qr", "cayley", "polar" or "exp".
@@ -99,6 +100,7 @@ class FinetuneConfig:
     lr_ratio: float | None = None
     warmup: int | None = None
     optimizer: Optimizer = "adam"
+    momentum: float = 0.9
     second_moment: SecondMoment | None = None
     retraction: Retraction = "qr"
     rslora: bool = False
@@ -174,8 +176,9 @@ class FinetuneConfig:
             raise InputError(f"--second-moment is an option of --optimizer adam, got {self.second_moment!r} with sgd")
         if not 0 <= self.warmup_steps <= self.steps:
             raise InputError(f"--warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"--dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{option(name)} must be in [0, 1), got {getattr(self, name)}")
         if self.granularity == "direction" and not isinstance(self.budget, float):
             raise InputError(f"--budget must be a share of the adapters' parameters such as 0.5, got {self.budget}")
         if isinstance(self.budget, float):

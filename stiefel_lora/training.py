@@ -232,9 +232,11 @@ class _Run:
         self.points = {name: f for name, f in self.factors.items() if isinstance(f, ManifoldParameter)}
         options: dict[str, Any] = {"lr": self.config.highest_lr, "retraction": self.config.retraction}
         self.optimizer = (
-            RiemannianAdam(self._groups(), second_moment=self.config.moment, **options)
+            RiemannianAdam(
+                self._groups(), betas=(self.config.momentum, 0.999), second_moment=self.config.moment, **options
+            )
             if self.config.optimizer == "adam"
-            else RiemannianSGD(self._groups(), momentum=0.9, **options)
+            else RiemannianSGD(self._groups(), momentum=self.config.momentum, **options)
         )
         # Most gradients of float16 are below its range.
         first = next(self.model.parameters())

@@ -320,6 +320,21 @@ def test_the_second_moment_is_the_one_asked_for(
     assert {moment.shape[-1] if moment.dim() else 0 for moment in kept} == {tail}
 
 
+@pytest.mark.parametrize(("optimizer", "option"), [("adam", "betas"), ("sgd", "momentum")])
+def test_the_momentum_is_the_one_asked_for(
+    config: FinetuneConfig, optimizer: Any, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the groups of both kinds of factors, and by default as before there was the option."""
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        training._Run, "train", lambda run, _: seen.extend(group[option] for group in run.optimizer.param_groups)
+    )
+    monkeypatch.setattr(training._Run, "metrics", lambda run, after: {})
+    for asked in ({}, {"momentum": 0.6}):
+        finetune(replace(config, optimizer=optimizer, **asked), tmp_path, resume=False)
+    assert [value[0] if option == "betas" else value for value in seen] == [0.9, 0.9, 0.6, 0.6]
+
+
 def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
     config = FinetuneConfig(steps=20, warmup=4, lr=1.0)
     rates = [learning_rate(config, step) for step in range(20)]
@@ -358,6 +373,8 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ({"alpha": -1.0}, "alpha must be positive"),
         ({"lr_ratio": 0.0}, "--lr-ratio must be positive and at most 1e.18, got 0.0"),
         ({"dropout": 1.0}, "dropout must be in"),
+        ({"momentum": 1.0}, r"--momentum must be in \[0, 1\), got 1.0"),
+        ({"momentum": math.nan}, r"--momentum must be in \[0, 1\), got nan"),
         ({"optimizer": "lion"}, "optimizer must be one of 'adam', 'sgd'"),
         ({"retraction": "svd"}, "retraction must be one of"),
         ({"second_moment": "max"}, "second-moment must be one of 'mean', 'norm', 'row', 'element'"),
