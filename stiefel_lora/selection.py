@@ -131,6 +131,8 @@ def _select_directions(model: nn.Module, train: Dataset, config: FinetuneConfig)
             budget=config.budget,
             target_modules=config.targets,
             orthonormal=config.orthonormal,
+            # Whole gradients of a model of billions are more than what training takes.
+            oversampling=8,
         )
     return Selection(ranks), starts if config.init == "gradient" else config.init
 

@@ -49,6 +49,7 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
         {"init": "gradient"},
         {"init": "gradient", "granularity": "module", "lr_ratio": 2.0},
         {"granularity": "direction"},
+        {"granularity": "direction", "dtype": "float16", "init": "gradient"},
         {"dtype": "float16"},
     ],
 )
@@ -196,7 +197,7 @@ def test_single_directions_are_those_of_allocate_ranks(config: FinetuneConfig, t
     model, tokenizer = load_pretrained(config.model)
     train, _ = load_data(config.data, tokenizer, seq_len=config.seq_len)
     batches = [train.shuffled_batch(2, i, config.seed) for i in range(3)]
-    ranks, starts = allocate_ranks(model, batches, rank=4, budget=0.5)
+    ranks, starts = allocate_ranks(model, batches, rank=4, budget=0.5, oversampling=8)
     assert metrics["ranks"] == ranks
     assert len(set(ranks.values())) > 1
     assert metrics["fisher"] is None
