@@ -273,7 +273,7 @@ ALL_BY_ROW = "Stiefel A, all layers, second moment of each row"
 RANKS_BY_ROW = "FoRA (A), ranks by gradient of 128 samples, random start, each row"
 RANKS_BY_ROW_FASTER = f"{RANKS_BY_ROW}, A at 4 times the rate"
 LORA_RANKS = "LoRA, ranks by gradient of 128 samples, random start"
-# With a shorter memory of the gradients, which a run of a hundred steps wants.
+# With a shorter memory of the gradients than by Adam's default, 0.9.
 LORA_SHORT, ALL_SHORT, RANKS_SHORT = (f"{name}, beta1 0.6" for name in ("LoRA", ALL_BY_ROW, RANKS_BY_ROW))
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"

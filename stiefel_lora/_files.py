@@ -65,18 +65,19 @@ def _make_parents(path: Path) -> None:
 
 def _folder_for(path: Path) -> Path:
     """Make a temporary folder whose files can be moved into another: beside it, or else inside."""
-    home = path.parent
-    if path.exists() and path.stat().st_dev != home.stat().st_dev:
-        home = path
-    temporary = _temporary(home)
-    try:
-        temporary.mkdir()
-    except OSError as error:  # nothing may be made beside it
-        if home == path or not path.exists():
-            raise OSError(error.errno, error.strerror, str(path)) from error  # by the name that the caller knows
-        temporary = _temporary(path)
-        temporary.mkdir()
-    return temporary
+    homes = [path.parent, path] if path.exists() else [path.parent]
+    if path.exists() and path.stat().st_dev != path.parent.stat().st_dev:
+        homes = [path]
+    for home in homes:
+        temporary = _temporary(home)
+        try:
+            temporary.mkdir()
+        except OSError as error:  # nothing may be made there
+            failure = error
+        else:
+            return temporary
+    # By the name that the caller knows.
+    raise OSError(failure.errno, failure.strerror, str(path)) from failure
 
 
 def _swap(new: Path, old: Path) -> bool:

@@ -52,7 +52,8 @@ def find_targets(
     Raises:
         InputError: If a layer does not exist, a target matches in no layer of the list, a layer that was named has
             none of the targets, or a linear cannot have an adapter. The message lists what there is.
-        TypeError: If ``targets`` is a string other than "all-linear", or a layer is not an int.
+        TypeError: If ``targets`` is a string other than "all-linear", a layer is not an int, or one of the two is an
+            iterator, which could be gone through but once.
     """
     if isinstance(targets, str) and targets != "all-linear":
         raise TypeError(f"target_modules must be a sequence of names or 'all-linear', got the string {targets!r}")

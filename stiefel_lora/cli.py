@@ -219,7 +219,7 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--momentum",
         type=float,
         default=defaults.momentum,
-        help="beta1 of adam, or the momentum of sgd; less suits short runs better",
+        help="beta1 of adam, or the momentum of sgd; less can gain in short runs, or break them",
     )
     parser.add_argument(
         "--second-moment",

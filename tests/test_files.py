@@ -113,6 +113,10 @@ def test_a_folder_beside_which_nothing_may_be_made_is_filled_from_inside(
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         mkdir(path, *args, **options)
 
+    def refused(path: Path, *_: Any, **__: Any) -> None:
+        if not path.exists():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     write(folder, "first")
     monkeypatch.setattr(Path, "mkdir", made)
     write(folder, "second")
@@ -124,3 +128,7 @@ def test_a_folder_beside_which_nothing_may_be_made_is_filled_from_inside(
     # By its own name, not by that of the temporary folder.
     with pytest.raises(PermissionError, match=f"{re.escape(str(tmp_path / 'new'))}'$"):
         write(tmp_path / "new", "first")
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(PermissionError, match=f"{re.escape(str(folder))}'$"):
+        write(folder, "third")
+    assert texts(folder) == dict.fromkeys(NAMES, "second")
