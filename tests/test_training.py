@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from stiefel_lora import allocate_ranks, initialisation, report, training
-from stiefel_lora._losses import batch_losses
+from stiefel_lora import allocate_ranks, report, selection, training
 from stiefel_lora.adapters import adapter_layers
 from stiefel_lora.checkpoint import load_adapter, read_adapter
 from stiefel_lora.config import CHECKPOINT_FILE, FinetuneConfig
@@ -460,15 +459,20 @@ def test_as_many_calibration_samples_are_taken_as_were_asked_for(
     data = Dataset(ids, ids, "")
     seen: list[Tensor] = []
 
-    def losses(model: Any, batch: Any, loss_fn: Any) -> Tensor:
-        seen.append(batch["input_ids"])
-        return batch_losses(model, batch, loss_fn)
+    def spied(own: Any) -> Any:
+        def calibrated(model: Any, batches: Any, **options: Any) -> Any:
+            given = list(batches)
+            seen.extend(batch["input_ids"] for batch in given)
+            return own(model, given, **options)
 
-    monkeypatch.setattr(initialisation, "batch_losses", losses)
+        return calibrated
+
+    for name in ("gradient_init", "allocate_ranks"):
+        monkeypatch.setattr(selection, name, spied(getattr(selection, name)))
     for change in ({"init": "gradient"}, {"granularity": "direction"}):
         seen.clear()
         some = replace(config, calibration_samples=5, batch_size=batch_size, **change)
-        selection, _ = select(FAMILIES["llama"].build(), data, some)
+        chosen, _ = select(FAMILIES["llama"].build(), data, some)
         assert [len(batch) for batch in seen] == sizes
         assert len(torch.cat(seen).unique()) == sum(sizes)
-        assert selection.scores is None or selection.scores.n_samples == sum(sizes)
+        assert chosen.scores is None or chosen.scores.n_samples == sum(sizes)
