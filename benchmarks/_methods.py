@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -277,6 +278,7 @@ LORA_RANKS = "LoRA, ranks by gradient of 128 samples, random start"
 LORA_SHORT, ALL_SHORT, RANKS_SHORT = (f"{name}, beta1 0.6" for name in ("LoRA", ALL_BY_ROW, RANKS_BY_ROW))
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
+_ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
     FORA: ours(_selected),
@@ -299,15 +301,13 @@ METHODS: dict[str, Build] = {
     ALLOCATED: ours(allocate=True, share=0.5, gradient_start=True),
     FASTER: ours(allocate=True, share=0.5, gradient_start=True, rate_on_manifold=4.0),
     CALIBRATED: ours(allocate=True, share=0.5, gradient_start=True, rate_on_manifold=4.0, samples=SAMPLES_OF_THE_PAPER),
-    RANKS_BY_ROW: ours(allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER),
-    RANKS_BY_ROW_FASTER: ours(
-        allocate=True, share=0.5, rate_on_manifold=4.0, second_moment="row", samples=SAMPLES_OF_THE_PAPER
-    ),
+    RANKS_BY_ROW: _ranks_by_row(),
+    RANKS_BY_ROW_FASTER: _ranks_by_row(rate_on_manifold=4.0),
     "LoRA, ranks by gradient": lora(allocate=True, share=0.5, gradient_start=True),
     "LoRA, ranks by gradient of 128 samples": lora(
         allocate=True, share=0.5, gradient_start=True, samples=SAMPLES_OF_THE_PAPER
     ),
-    RANKS_SHORT: ours(allocate=True, share=0.5, second_moment="row", beta1=0.6, samples=SAMPLES_OF_THE_PAPER),
+    RANKS_SHORT: _ranks_by_row(beta1=0.6),
     LORA_SHORT: lora(beta1=0.6),
     ALL_SHORT: ours(_all, second_moment="row", beta1=0.6),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
@@ -333,14 +333,9 @@ METHODS: dict[str, Build] = {
 }
 
 # Rows that Fisher scores choose the places of.
-SELECTED = frozenset(name for name in METHODS if "FoRA" in name or "Fisher" in name) - {
-    ALLOCATED,
-    FASTER,
-    CALIBRATED,
-    RANKS_BY_ROW,
-    RANKS_BY_ROW_FASTER,
-    RANKS_SHORT,
-}
+SELECTED = frozenset(
+    name for name in METHODS if ("FoRA" in name or "Fisher" in name) and "ranks by gradient" not in name
+)
 
 
 def effective_rank_share(updates: Iterable[tuple[Tensor, Tensor]]) -> float | None:

@@ -422,10 +422,8 @@ def test_what_does_not_fit_the_model_is_named_before_anything_is_trained(
 def test_all_linears_are_one_word(config: FinetuneConfig, tmp_path: Path) -> None:
     config = replace(config, target_modules=["all-linear"], steps=1, warmup=0)
     for granularity in ("layer", "module", "direction"):
-        finetune(replace(config, granularity=granularity), tmp_path)
-        adapted = {
-            name.split(".")[-1] for name in json.loads((tmp_path / "adapter" / "adapter.json").read_text())["modules"]
-        }
+        metrics = finetune(replace(config, granularity=granularity), tmp_path, resume=False)
+        adapted = {name.split(".")[-1] for name in metrics["ranks"]}
         assert {"o_proj", "gate_proj"} <= adapted, granularity
 
 
