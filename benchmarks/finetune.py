@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     results = args.previous or {"frame": settings, "selection": {}, "cells": [], "timing": {}}
     changed = {k: (results["frame"].get(k), v) for k, v in settings.items() if results["frame"].get(k) != v}
     if changed:
-        sys.exit(f"{args.output} was measured with other settings (was, now): {changed}; give another --output")
+        raise InputError(f"{args.output} was measured with other settings (was, now): {changed}; give another --output")
     for task in args.tasks:
         if task not in results["selection"]:
             results["selection"][task] = _in_a_process(select, frame, task, args.threads)

@@ -29,6 +29,7 @@ from benchmarks._shapes import MODELS
 from stiefel_lora import add_adapters, stiefel
 from stiefel_lora._precision import autocast_like
 from stiefel_lora._types import Retraction
+from stiefel_lora.errors import InputError
 from stiefel_lora.optim import RiemannianAdam
 from stiefel_lora.optim._kinds import is_stiefel
 
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time all optimizers on all models, and ours over growing sizes."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no CUDA device here; leave out --device cuda")
+        raise InputError("there is no CUDA device here; leave out --device cuda")
     models = args.models if not args.quick else ["SmolLM2-135M"]
     rounds = args.rounds if not args.quick else 2
     return {

@@ -19,7 +19,16 @@ from stiefel_lora._figures import check_picture, has_matplotlib
 from stiefel_lora._files import locked, path_of
 from stiefel_lora._types import Granularity
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands, named_base
-from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, CHOICES, FinetuneConfig, check_positive, check_seed
+from stiefel_lora.config import (
+    ADAPTER_FOLDER,
+    CHECKPOINT_FILE,
+    CHOICES,
+    METRICS_FILE,
+    RUN_FILE,
+    FinetuneConfig,
+    check_positive,
+    check_seed,
+)
 from stiefel_lora.errors import InputError
 from stiefel_lora.run_folder import check_folder, config_of_run, from_anywhere, made, take_folder
 
@@ -316,6 +325,8 @@ def run_finetune(args: argparse.Namespace) -> None:
         check_folder(folder, overwrite=args.overwrite)
 
     def start() -> None:
+        # Of a run that is overwritten the folder has the run file until it is taken.
+        args.started = not args.overwrite
         take_folder(folder, content, resume=args.resume)
         args.started = True
 
@@ -349,8 +360,10 @@ def _config(args: argparse.Namespace) -> FinetuneConfig:
 def _how_to_go_on(args: argparse.Namespace) -> str:
     # Before it has started, what a run is to overwrite is still there.
     started = getattr(args, "started", args.resume)
-    if not started or not (args.output / CHECKPOINT_FILE).is_file():
+    if not started or not (args.output / RUN_FILE).is_file():
         return "; nothing is saved yet, start again"
+    if (args.output / METRICS_FILE).is_file():
+        return f"; the run is finished, its results are in {args.output}"
     words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
     return f"; go on with: {shlex.join(['stiefel-lora', *words, '--resume'])}"
 

@@ -436,6 +436,42 @@ def test_what_an_interrupted_run_recommends_is_its_own(
     assert told.endswith("unrecognized arguments: --over; see stiefel-lora finetune --help\n")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_interrupted_before_its_first_checkpoint_goes_on(
+    overwrite: bool,
+    base: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = finetune(base, tmp_path)
+    if overwrite:
+        assert main(finetune(base, tmp_path, "--rank", "2")) == 0
+        words.append("--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr("stiefel_lora.training._Run.start", interrupted)
+        assert main(words) == 130
+    assert "go on with" in capsys.readouterr().err
+    words = [word for word in words if word != "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr("stiefel_lora.report.table", interrupted)
+        assert main([*words, "--resume"]) == 130
+    assert f"the run is finished, its results are in {tmp_path}\n" in capsys.readouterr().err
+    assert (tmp_path / "metrics.json").is_file()
+
+
+def test_a_run_interrupted_while_it_replaces_another_starts_again(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(finetune(base, tmp_path, "--rank", "2")) == 0
+    words = [*finetune(base, tmp_path), "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr("stiefel_lora.run_folder.write_json", interrupted)
+        assert main(words) == 130
+    assert "nothing is saved yet, start again" in capsys.readouterr().err
+    assert main(words) == 0
+
+
 def test_a_command_works_with_nowhere_to_print(
     base: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -294,12 +294,12 @@ def test_a_table_is_not_continued_with_other_settings(tmp_path: Path, monkeypatc
     monkeypatch.setattr(finetune, "_in_a_process", lambda function, *args: {"layers": [0]})
     begun = finetune.run(arguments(tmp_path, minutes=0))
     assert begun["cells"] == []
-    with pytest.raises(SystemExit, match=r"steps.*\(100, 7\)"):
+    with pytest.raises(InputError, match=r"steps.*\(100, 7\)"):
         finetune.run(arguments(tmp_path, previous=begun, steps=7))
     # A result from before there was a setting has its default.
     del begun["frame"]["train_samples"]
     assert finetune.run(arguments(tmp_path, minutes=0, previous=begun))["cells"] == []
-    with pytest.raises(SystemExit, match=r"train_samples.*\(None, 5\)"):
+    with pytest.raises(InputError, match=r"train_samples.*\(None, 5\)"):
         finetune.run(arguments(tmp_path, previous=begun, train_samples=5))
 
 
