@@ -25,6 +25,7 @@ from benchmarks._methods import (
     RANKS_BY_ROW,
     RANKS_BY_ROW_FASTER,
     RANKS_SHORT,
+    RANKS_SHORT_SCALED,
     SELECTED,
     STARTED,
 )
@@ -139,6 +140,12 @@ COMPARISONS = (
     ("A shorter memory of the gradients helps LoRA", LORA_SHORT, "LoRA"),
     ("A shorter memory helps ranks by the gradient from a random start with each row", RANKS_SHORT, RANKS_BY_ROW),
     ("These ranks beat LoRA, both with a shorter memory, at half the parameters", RANKS_SHORT, LORA_SHORT),
+    (
+        "These ranks scaled by 1 / sqrt(rank) beat LoRA, both with a shorter memory, at half the parameters",
+        RANKS_SHORT_SCALED,
+        LORA_SHORT,
+    ),
+    ("LoRA on all linear maps beats LoRA at its parameters", "LoRA, all linear maps at 11/16 of the rank", "LoRA"),
     (
         "The constraint helps with a shorter memory and a second moment of each row, on all layers",
         ALL_SHORT,

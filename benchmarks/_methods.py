@@ -20,6 +20,7 @@ from stiefel_lora.optim import RiemannianAdam
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = (*TARGETS, "o_proj", "gate_proj")
 
 
 # Samples that layers are scored on and gradients taken of, and those of the paper.
@@ -276,6 +277,7 @@ RANKS_BY_ROW_FASTER = f"{RANKS_BY_ROW}, A at 4 times the rate"
 LORA_RANKS = "LoRA, ranks by gradient of 128 samples, random start"
 # With a shorter memory of the gradients than by Adam's default, 0.9.
 LORA_SHORT, ALL_SHORT, RANKS_SHORT = (f"{name}, beta1 0.6" for name in ("LoRA", ALL_BY_ROW, RANKS_BY_ROW))
+RANKS_SHORT_SCALED = f"{RANKS_SHORT}, scaled by 6 / sqrt(rank)"
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 _ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
@@ -308,6 +310,8 @@ METHODS: dict[str, Build] = {
         allocate=True, share=0.5, gradient_start=True, samples=SAMPLES_OF_THE_PAPER
     ),
     RANKS_SHORT: _ranks_by_row(beta1=0.6),
+    # The scaling is 2 at rank 9; the mean rank is 8.
+    RANKS_SHORT_SCALED: _ranks_by_row(beta1=0.6, rslora=True, alpha=6.0),
     LORA_SHORT: lora(beta1=0.6),
     ALL_SHORT: ours(_all, second_moment="row", beta1=0.6),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
@@ -328,6 +332,8 @@ METHODS: dict[str, Build] = {
     "rsLoRA": lora(use_rslora=True),
     "rsLoRA, half the rank": lora(share=0.5, use_rslora=True),
     "LoRA, MLP only": lora(targets=MLP),
+    # As many parameters as the first row to 1 %.
+    "LoRA, all linear maps at 11/16 of the rank": lora(share=11 / 16, targets=ALL_LINEAR),
     "AdaLoRA": adalora,
     "full fine-tuning, Fisher half": full,
 }
