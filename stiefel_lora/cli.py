@@ -228,7 +228,8 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--momentum",
         type=float,
         default=defaults.momentum,
-        help="beta1 of adam, or the momentum of sgd; less can gain in short runs, or break them",
+        help="beta1 of adam, or the momentum of sgd; less can gain in short runs, or break them: with --granularity "
+        "direction it wants --rslora --alpha 6, at the default rank and budget",
     )
     parser.add_argument(
         "--second-moment",

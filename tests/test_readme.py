@@ -25,6 +25,7 @@ from benchmarks._methods import (
     RANDOM_BY_ROW,
     RANKS_BY_ROW,
     RANKS_SHORT,
+    RANKS_SHORT_SCALED,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +159,7 @@ def leads(name: str, method: str, other: str) -> list[float]:
         (FORA, "LoRA", 3, -1, r"as published by ([\d.]+) \(([\d.]+)\)"),
         (RANKS_BY_ROW, "LoRA", 4, 1, r"over all layers: ([\d.]+) \(([\d.]+)\) ahead of LoRA"),
         (RANKS_BY_ROW, "DoRA", 3, -1, r"ahead of LoRA, ([\d.]+) \(([\d.]+)\) behind DoRA"),
+        (RANKS_SHORT_SCALED, LORA_SHORT, 2, -1, r"the ranks are ([\d.]+) \(([\d.]+), two seeds\) behind LoRA"),
         (LORA_SHORT, "LoRA", 3, 1, r"beta1 = 0.6 in place of Adam's 0.9 gains LoRA ([\d.]+) \(([\d.]+)\)"),
         (RANKS_BY_ROW, "LoRA, half the rank", 3, 1, r"steepest there: ([\d.]+) \(([\d.]+)\) ahead of LoRA at half"),
         (RANKS_BY_ROW, LORA_RANKS, 2, 1, r"Orthonormal columns gain ([\d.]+) \(([\d.]+), two seeds\) of that"),
@@ -178,9 +180,10 @@ def test_the_quoted_leads_are_what_the_committed_results_say(
 def test_the_quoted_leads_with_a_shorter_memory_are_what_the_committed_results_say() -> None:
     (ahead,) = quoted_numbers(r"level with it there \(([\d.]+) ahead, one seed\)")
     assert leads("finetune", ALL_SHORT, LORA_SHORT) == pytest.approx([ahead], abs=6e-5)
-    behind = quoted_numbers(r"are ([\d.]+) and ([\d.]+) behind it with two seeds, and with a third")
+    behind = quoted_numbers(r"are ([\d.]+) and ([\d.]+) behind it with two seeds, .*? in the end ([\d.]+)\.")
     first, broken, third = leads("finetune", RANKS_SHORT, LORA_SHORT)
-    assert behind == pytest.approx([-first, -third], abs=6e-5) and broken < -0.05
+    assert behind[:2] == pytest.approx([-first, -third], abs=6e-5)
+    assert behind[2] == pytest.approx(-broken, abs=6e-4)
 
 
 def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> None:
