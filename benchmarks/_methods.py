@@ -277,7 +277,7 @@ RANKS_BY_ROW_FASTER = f"{RANKS_BY_ROW}, A at 4 times the rate"
 LORA_RANKS = "LoRA, ranks by gradient of 128 samples, random start"
 # With a shorter memory of the gradients than by Adam's default, 0.9.
 LORA_SHORT, ALL_SHORT, RANKS_SHORT = (f"{name}, beta1 0.6" for name in ("LoRA", ALL_BY_ROW, RANKS_BY_ROW))
-RANKS_SHORT_SCALED = f"{RANKS_SHORT}, scaled by 6 / sqrt(rank)"
+RANKS_SCALED, RANKS_SHORT_SCALED = (f"{name}, scaled by 6 / sqrt(rank)" for name in (RANKS_BY_ROW, RANKS_SHORT))
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 _ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
@@ -311,6 +311,7 @@ METHODS: dict[str, Build] = {
     ),
     RANKS_SHORT: _ranks_by_row(beta1=0.6),
     # The scaling is 2 at rank 9; the mean rank is 8.
+    RANKS_SCALED: _ranks_by_row(rslora=True, alpha=6.0),
     RANKS_SHORT_SCALED: _ranks_by_row(beta1=0.6, rslora=True, alpha=6.0),
     LORA_SHORT: lora(beta1=0.6),
     ALL_SHORT: ours(_all, second_moment="row", beta1=0.6),
