@@ -186,6 +186,14 @@ def test_the_quoted_leads_with_a_shorter_memory_are_what_the_committed_results_s
     assert behind[2] == pytest.approx(-broken, abs=6e-4)
 
 
+def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() -> None:
+    quoted = quoted_numbers(r"In 300 steps these ranks are ahead of LoRA at half the rank by ([\d.]+) \(one seed\)")
+    assert quoted == pytest.approx(leads("finetune_long", RANKS_BY_ROW, "LoRA, half the rank"), abs=6e-5)
+    ahead, *behind = quoted_numbers(r"they are ([\d.]+) ahead, ([\d.]+) behind and, .*? ([\d.]+) behind \(three seeds")
+    expected = pytest.approx([ahead, *(-number for number in behind)], abs=6e-5)
+    assert leads("finetune_long", RANKS_BY_ROW, "LoRA") == expected
+
+
 def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> None:
     gains = leads("finetune_answers", RANKS_BY_ROW, "LoRA")
     quoted = quoted_numbers(r"the same ranks are ([\d.]+) \(([\d.]+)\) behind LoRA")
