@@ -110,8 +110,8 @@ def allocate_ranks(
     do not bear, that trains better with the same ranks (benchmarks/FINDINGS.md).
 
     With one scaling for all, the default of `add_adapters`, the maps of the highest ranks take the longest steps. With
-    ``rslora=True`` and alpha = 2 sqrt(mean rank) all steps are of one length, about the mean of before; with beta1 =
-    0.6 in place of 0.9 that kept a run whole which broke without.
+    ``rslora=True`` and alpha = 2 sqrt(mean rank) all steps are of one length, about the mean of before; that kept runs
+    whole which broke or had spikes without, one with beta1 = 0.6 and one of 300 steps.
 
     (Ranks from spectra: Paischer et al., "One initialization to rule them all", arXiv:2410.07170, from those of the
     inputs.) The memory is that of `gradient_init`, or with ``oversampling`` that of `select_and_start` at the rank

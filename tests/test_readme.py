@@ -24,6 +24,7 @@ from benchmarks._methods import (
     METHODS,
     RANDOM_BY_ROW,
     RANKS_BY_ROW,
+    RANKS_SCALED,
     RANKS_SHORT,
     RANKS_SHORT_SCALED,
 )
@@ -192,6 +193,8 @@ def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() ->
     ahead, *behind = quoted_numbers(r"they are ([\d.]+) ahead, ([\d.]+) behind and, .*? ([\d.]+) behind \(three seeds")
     expected = pytest.approx([ahead, *(-number for number in behind)], abs=6e-5)
     assert leads("finetune_long", RANKS_BY_ROW, "LoRA") == expected
+    scaled = quoted_numbers(r"the third has none and is ([\d.]+) ahead")
+    assert leads("finetune_long", RANKS_SCALED, "LoRA") == pytest.approx(scaled, abs=6e-5)
 
 
 def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> None:
