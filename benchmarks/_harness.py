@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import os
 import platform
 import shlex
 import signal
@@ -158,6 +159,15 @@ def add_common(parser: argparse.ArgumentParser, threads: int | None = None) -> N
         type=positive(int),
         default=threads or torch.get_num_threads(),
         help=f"CPU threads (default: {threads or 'all'})",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the option of a study of one language model."""
+    parser.add_argument(
+        "--model",
+        type=os.path.expanduser,
+        help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)",
     )
 
 

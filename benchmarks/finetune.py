@@ -13,6 +13,7 @@ import argparse
 import copy
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -114,7 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this study's options."""
     parser.add_argument("--tasks", nargs="+", choices=("code", *QUESTIONS), default=["code"], help="default: code")
     parser.add_argument(
-        "--data", help=f"folder of NAME_train.jsonl and NAME_test.jsonl, for --tasks {' and '.join(QUESTIONS)}"
+        "--data",
+        type=os.path.expanduser,
+        help=f"folder of NAME_train.jsonl and NAME_test.jsonl, for --tasks {' and '.join(QUESTIONS)}",
     )
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD",
@@ -129,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=limit, help="begin no cell after so long (default: never); call again")
     parser.add_argument("--time", action="store_true", help="also time a step of every method, all in turn in one run")
     parser.add_argument("--rounds", type=count, default=7, help="timed steps of each method with --time (default: 7)")
-    parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
+    _harness.add_model(parser)
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: the device's)")
     parser.add_argument("--train-samples", type=count, help="samples to train on, over and over (default: all)")

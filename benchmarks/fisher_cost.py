@@ -42,7 +42,7 @@ _BATCH = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this study's options."""
-    parser.add_argument("--model", help="folder, .gguf file or hub name (default: SmolLM2-135M-Instruct)")
+    _harness.add_model(parser)
     parser.add_argument(
         "--samples", type=_harness.positive(int), default=64, help="samples of 128 tokens (default: 64)"
     )

@@ -184,6 +184,18 @@ def test_no_count_or_rate_may_be_zero(
 
 
 @pytest.mark.parametrize(
+    ("study", "option"),
+    [("early_stopping", "model"), ("fisher_cost", "model"), ("finetune", "model"), ("finetune", "data")],
+)
+def test_a_path_may_start_at_home(study: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"benchmarks.{study}").add_arguments(parser)
+    # A shell leaves a ~ after "=" as it is.
+    assert getattr(parser.parse_args([f"--{option}=~/models"]), option) == "/home/someone/models"
+
+
+@pytest.mark.parametrize(
     ("study", "words", "message"),
     [
         ("early_stopping", ["--quick", "--batch-size", "99"], "--samples must be at least --batch-size, 99, got 16"),
