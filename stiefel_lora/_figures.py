@@ -52,7 +52,8 @@ def check_picture(path: Path) -> None:
         raise InputError("pictures need matplotlib: pip install 'stiefel-lora[demo]'")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    forms = sorted(FigureCanvasAgg.get_supported_filetypes())
+    # Whether there is a LaTeX that can draw "pgf" is only known once it is run.
+    forms = sorted(FigureCanvasAgg.get_supported_filetypes().keys() - {"pgf"})
     if _form(path) not in forms:
         raise InputError(f"{path} is no picture; its ending must be one of {', '.join(forms)}")
 

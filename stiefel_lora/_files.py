@@ -19,6 +19,8 @@ if sys.platform != "win32":
 
 # Of renameat2 in linux/fcntl.h and linux/fs.h: paths are relative to the working directory; swap the two.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# The disk, a person's part of it, or the largest file allowed is full.
+_NO_ROOM = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name)}
 
 
 @contextmanager
@@ -47,13 +49,25 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     _make_parents(path)
     temporary = _folder_for(path)
     try:
-        yield temporary
-        if not path.exists():
-            temporary.rename(path)
-        elif not _swap(temporary, path):
-            _fill(path, temporary)
+        with _no_room_named(path):
+            yield temporary
+            if not path.exists():
+                temporary.rename(path)
+            elif not _swap(temporary, path):
+                _fill(path, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _no_room_named(path: Path) -> Iterator[None]:
+    """Name what was to be written in the error of a full disk, which by itself names nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _make_parents(path: Path) -> None:
@@ -134,8 +148,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     _make_parents(path)
     temporary = _temporary(path.parent)
     try:
-        yield temporary
-        temporary.replace(path)
+        with _no_room_named(path):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

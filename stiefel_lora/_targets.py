@@ -4,7 +4,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
-import torch
 from torch import nn
 
 from stiefel_lora._models import (
@@ -155,11 +154,6 @@ def check_called(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None
         read = read_past_forward(type(parent))  # type: ignore[arg-type]  # a class is hashable
         if in_mamba or child in read:
             readers[name] = type(parent).__name__
-        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            raise InputError(
-                f"{name} cannot have an adapter while nn.TransformerEncoderLayer has its fast path: it skips adapters "
-                "in inference; call torch.backends.mha.set_fastpath_enabled(False) first"
-            )
     if readers:
         raise InputError(
             f"{listed(readers)} cannot have an adapter: {listed(set(readers.values()))} reads its weight, at least in "

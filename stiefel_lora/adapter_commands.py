@@ -30,7 +30,7 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     export.set_defaults(run=_export)
 
-    imported = commands.add_parser("import", help="turn any PEFT LoRA into a Stiefel adapter of the same function")
+    imported = commands.add_parser("import", help="turn a PEFT LoRA into a Stiefel adapter of the same function")
     imported.add_argument("adapter", type=path_of, help="PEFT adapter folder")
     imported.add_argument(
         "--output", type=path_of, required=True, help="folder to write; it must not hold anything yet"

@@ -25,7 +25,8 @@ def replicate_adapters(model: nn.Module, process_group: "dist.ProcessGroup | Non
     the same factors in all of them.
 
     Args:
-        model: Has adapters, which may be followed by other trainable parameters: those are FSDP's.
+        model: Has adapters, which may be followed by other trainable parameters: those are FSDP's, and torch neither
+            clips both in one ``clip_grad_norm_`` nor steps them in one group with ``foreach`` or ``fused``.
         process_group: Processes that hold copies of the adapters; all of them by default.
 
     Returns:

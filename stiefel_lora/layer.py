@@ -16,6 +16,8 @@ from torch.__future__ import (
     set_overwrite_module_params_on_conversion,
     set_swap_module_params_on_conversion,
 )
+from torch.nn.functional import linear
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from stiefel_lora._models import first_tensor, is_conv1d, is_linear, linear_shape, plain_weight
 from stiefel_lora._precision import exact_products, under_autocast, wide_dtype
@@ -104,6 +106,9 @@ class StiefelLoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self._create_factors(_initial_factors(self, init, generator))
+        # Not of the layer itself, on which torch.compile would compile the hook alone. The handle goes with a pickled
+        # layer, so that no later hook takes this one's number.
+        self._hook = self.dropout.register_forward_hook(_keep_called)
         self.train(base.training)
 
     def _create_factors(self, points: dict[str, Tensor]) -> None:
@@ -170,10 +175,11 @@ class StiefelLoRALinear(nn.Module):
     def _update(self, x: Tensor) -> Tensor:
         if not under_autocast(x.device.type):
             x = x.to(self.lora_A.dtype)
-        hidden = self.dropout(x) @ self.lora_A
+        # Not "@", which takes no nested tensor.
+        hidden = linear(self.dropout(x), self.lora_A.T)
         if self.orthonormal == "both":
-            hidden = hidden @ self.lora_S.T
-        return (hidden * self.scaling) @ self.lora_B.T
+            hidden = linear(hidden, self.lora_S)
+        return linear(hidden * self.scaling, self.lora_B)
 
     def delta_weight(self) -> Tensor:
         """Return the update of the weight, ``scaling * B @ A^T``, shape (out_features, in_features).
@@ -360,7 +366,16 @@ class StiefelLoRALinear(nn.Module):
         )
 
 
+def _keep_called(module: nn.Module, args: Any, output: Any) -> None:
+    """Change nothing: without a hook nn.TransformerEncoderLayer's inference reads the weight past ``forward``."""
+
+
 def _checked_shape(base: nn.Module) -> tuple[int, int]:
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            "the base is the out_proj of an nn.MultiheadAttention, which reads its weight where it should call it: an "
+            "adapter would do nothing; leave it out"
+        )
     if isinstance(base, nn.Module) and is_linear(base):
         shape = linear_shape(base)
         if min(shape) <= 0 or first_tensor(base) is None:

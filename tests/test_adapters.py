@@ -124,20 +124,8 @@ def test_the_mode_of_the_base_is_kept() -> None:
 
 def test_modules_that_never_call_their_linears_are_refused() -> None:
     model = FAMILIES["transformer-encoder"].build()
-    with pytest.raises(InputError, match="linear1 cannot have an adapter .*set_fastpath_enabled"):
-        add_adapters(model, layers=[0], rank=2, target_modules=["linear1"])
     with pytest.raises(InputError, match="MultiheadAttention reads its weight"):
         insert_adapters(model, {"net.layers.0.self_attn.out_proj": {"rank": 2}})
-    batch = FAMILIES["transformer-encoder"].batch(2, 7)
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        add_adapters(model, layers=[0], rank=2, target_modules=["linear1"])
-        with torch.no_grad():
-            before = model(**batch)["out"]
-            train(model)
-            assert not torch.equal(model(**batch)["out"], before)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_insert_refuses_what_is_not_a_linear() -> None:

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -132,3 +134,23 @@ def test_a_folder_beside_which_nothing_may_be_made_is_filled_from_inside(
     with pytest.raises(PermissionError, match=f"{re.escape(str(folder))}'$"):
         write(folder, "third")
     assert texts(folder) == dict.fromkeys(NAMES, "second")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+@pytest.mark.parametrize("write_one", ["atomic_file", "atomic_folder"])
+def test_a_full_disk_is_an_error_that_names_what_was_to_be_written(write_one: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    # A limit on the size of files stands for the end of the disk. The error is of the write, which knows no name.
+    script = f"""
+import resource
+from pathlib import Path
+from stiefel_lora._files import {write_one}
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+with {write_one}({str(target)!r}) as path:
+    (path / "file" if path.is_dir() else path).write_bytes(bytes(2000))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    expected = f"OSError: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: {str(target)!r}"
+    assert done.stderr.splitlines()[-1] == expected
+    assert list(tmp_path.iterdir()) == []

@@ -471,6 +471,35 @@ def test_bases_that_are_not_linear_are_refused(base: Any) -> None:
         StiefelLoRALinear(base, 1)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("kept", ["itself", "copy", "pickle"])
+def test_an_encoder_layer_calls_its_adapters_in_inference(kept: str, padded: bool) -> None:
+    torch.manual_seed(3)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2).eval()
+    x, padding = torch.randn(3, 5, 16), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = padded
+    bare = encoder(x, src_key_padding_mask=padding).detach()[~padding]
+    for layer in encoder.layers:
+        for name in ("linear1", "linear2"):
+            adapted = StiefelLoRALinear(getattr(layer, name), 4)
+            nn.init.normal_(adapted.lora_B)
+            setattr(layer, name, adapted)
+    if kept != "itself":
+        encoder = copy.deepcopy(encoder) if kept == "copy" else pickle.loads(pickle.dumps(encoder))  # noqa: S301
+    expected = encoder(x, src_key_padding_mask=padding).detach()[~padding]
+    assert (expected - bare).abs().max() > 0.1
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            # float32, two layers of other kernels: 5e-7.
+            torch.testing.assert_close(encoder(x, src_key_padding_mask=padding)[~padding], expected, rtol=0, atol=1e-5)
+
+
+def test_the_output_of_an_attention_that_reads_its_weight_is_refused() -> None:
+    with pytest.raises(TypeError, match="the out_proj of an nn.MultiheadAttention, which reads its weight"):
+        StiefelLoRALinear(nn.MultiheadAttention(16, 2).out_proj, 4)
+
+
 @pytest.mark.parametrize("name", ["lora_A", "lora_B"])
 def test_a_parametrized_factor_is_used_and_refused_by_name_in_a_merge(name: str) -> None:
     layer, x = make_layer(), torch.randn(3, 12, dtype=torch.float64)
