@@ -190,13 +190,15 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--alpha",
         type=float,
         default=argparse.SUPPRESS,
-        help="the update is scaled by alpha / rank (default: 2 * rank)",
+        help="the update is scaled by alpha / rank (default: 2 * rank, or with --rslora and --granularity direction "
+        "what scales that of the mean rank by 2)",
     )
     parser.add_argument(
         "--rslora",
-        action="store_true",
-        default=defaults.rslora,
-        help="scale by alpha / sqrt(rank) instead, which wants a lower --lr",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="scale by alpha / sqrt(rank) instead, which wants a lower --lr if all ranks are one (default: with "
+        "--granularity direction, but not with a start from the gradient)",
     )
     parser.add_argument(
         "--orthonormal",
@@ -228,8 +230,7 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--momentum",
         type=float,
         default=defaults.momentum,
-        help="beta1 of adam, or the momentum of sgd; less can gain in short runs, or break them: with --granularity "
-        "direction it wants --rslora --alpha 6, at the default rank and budget",
+        help="beta1 of adam, or the momentum of sgd; less can gain in short runs, or break them",
     )
     parser.add_argument(
         "--second-moment",

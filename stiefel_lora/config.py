@@ -1,7 +1,9 @@
 """What decides the numbers of a fine-tuning run, and the names of its files."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from statistics import fmean
 from typing import Literal, TypeAlias, get_args
 
 from stiefel_lora._budget import count_of
@@ -51,7 +53,8 @@ class FinetuneConfig:
         model: Folder, .gguf file or hub name; None for the default model.
         data: File or folder; None for the standard library's source.
         rank: Rank of the adapters.
-        alpha: Numerator of their scaling; None for twice the rank.
+        alpha: Numerator of their scaling; None for twice the rank, or with ``rslora`` and granularity "direction" for
+            what scales the update of the mean rank by 2.
         budget: Share of the layers to adapt in (0, 1], or their number. With another granularity: share of the
             parameters that adapters on all linear maps would have, spent by score per parameter; with "module" also a
             number, which takes that many linear maps of the highest scores.
@@ -72,7 +75,8 @@ class FinetuneConfig:
         second_moment: Of Adam for the orthonormal factors: "mean", "norm", "row" or "element", see `RiemannianAdam`;
             None for "row", or "mean" with a start from the gradient.
         retraction: "qr", "cayley", "polar" or "exp".
-        rslora: Scale the updates by alpha / sqrt(rank) instead of alpha / rank.
+        rslora: Scale the updates by alpha / sqrt(rank) instead of alpha / rank; None for where each linear map has a
+            rank of its own (granularity "direction"), but not with a start from the gradient.
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
         init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
             gradient on the calibration samples).
@@ -103,7 +107,7 @@ class FinetuneConfig:
     momentum: float = 0.9
     second_moment: SecondMoment | None = None
     retraction: Retraction = "qr"
-    rslora: bool = False
+    rslora: bool | None = None
     orthonormal: Orthonormal = "A"
     init: Start = "random"
     target_modules: tuple[str, ...] | None = None
@@ -121,6 +125,18 @@ class FinetuneConfig:
     def budget_is_parameters(self) -> bool:
         """Whether the budget is a share of parameters, not of what is scored, nor a number of it."""
         return self.granularity != "layer" and isinstance(self.budget, float)
+
+    @property
+    def by_root(self) -> bool:
+        """Whether updates are scaled by alpha / sqrt(rank), given or by default."""
+        # Else the maps of the highest ranks take the longest steps, which can break a run.
+        return (self.granularity == "direction" and self.init != "gradient") if self.rslora is None else self.rslora
+
+    def numerator(self, ranks: Iterable[int]) -> float | None:
+        """Return the numerator of the scaling, given or by default, of maps of these ranks; None for twice the rank."""
+        if self.alpha is None and self.granularity == "direction" and self.by_root:
+            return 2 * math.sqrt(fmean(ranks))
+        return self.alpha
 
     @property
     def highest_lr(self) -> float:
@@ -151,6 +167,7 @@ class FinetuneConfig:
             lr_ratio=self.ratio,
             warmup=self.warmup_steps,
             second_moment=moment,
+            rslora=self.by_root,
         )
 
     def __post_init__(self) -> None:

@@ -91,9 +91,9 @@ def finetune(
         target_modules=list(selection.ranks),
         rank=config.rank,
         rank_pattern=selection.ranks,
-        alpha=config.alpha,
+        alpha=config.numerator(selection.ranks.values()),
         dropout=config.dropout,
-        rslora=config.rslora,
+        rslora=config.by_root,
         orthonormal=config.orthonormal,
         init=init,
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,35 @@ def test_rate_and_start_by_default(config: FinetuneConfig) -> None:
         known = FinetuneConfig(**options).resolved()
         assert (known.lr, known.lr_ratio, known.init) == (lr, ratio, start)
         assert learning_rate(known, known.warmup_steps) == lr
+
+
+@pytest.mark.parametrize(
+    ("options", "scalings"),
+    [
+        # Steps of one length: the scaling falls with the root of the rank, and is 2 at the mean.
+        ({}, lambda r, mean: 2 * (mean / r) ** 0.5),
+        ({"alpha": 6.0}, lambda r, mean: 6 / r**0.5),
+        ({"rslora": False}, lambda r, mean: 2.0),
+        ({"rslora": False, "alpha": 6.0}, lambda r, mean: 6 / r),
+        ({"init": "gradient"}, lambda r, mean: 2.0),
+        ({"init": "gradient", "rslora": True}, lambda r, mean: 2 * (mean / r) ** 0.5),
+        ({"granularity": "module"}, lambda r, mean: 2.0),
+        ({"granularity": "module", "rslora": True}, lambda r, mean: 2 * r**0.5),
+    ],
+    ids=str,
+)
+def test_scaling_by_default(
+    options: dict[str, Any], scalings: Callable[[int, float], float], config: FinetuneConfig, tmp_path: Path
+) -> None:
+    config = replace(config, **{"granularity": "direction", "steps": 1, "warmup": 0, **options})
+    ranks = finetune(config.resolved(), tmp_path)["ranks"]
+    model, _ = load_pretrained(config.model)
+    layers = load_adapter(model, tmp_path / "adapter")
+    assert set(ranks) == set(layers)
+    mean = sum(ranks.values()) / len(ranks)
+    for name, rank in ranks.items():
+        assert model.get_submodule(name).scaling == pytest.approx(scalings(rank, mean), rel=1e-12)
+    assert config.granularity != "direction" or len(set(ranks.values())) > 1
 
 
 def test_a_gradient_start_spans_the_leading_directions_of_the_calibration_gradient(
