@@ -28,6 +28,7 @@ from benchmarks._methods import (
     RANKS_SHORT,
     RANKS_SHORT_SCALED,
     SELECTED,
+    SHARED_SHORT,
     STARTED,
 )
 
@@ -148,6 +149,8 @@ COMPARISONS = (
         RANKS_SHORT_SCALED,
         LORA_SHORT,
     ),
+    ("One A for all layers beats LoRA, both with a shorter memory, at half the parameters", SHARED_SHORT, LORA_SHORT),
+    ("One A for all layers beats the scaled ranks, both with a shorter memory", SHARED_SHORT, RANKS_SHORT_SCALED),
     ("LoRA on all linear maps beats LoRA at its parameters", "LoRA, all linear maps at 11/16 of the rank", "LoRA"),
     (
         "The constraint helps with a shorter memory and a second moment of each row, on all layers",

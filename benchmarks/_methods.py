@@ -100,6 +100,7 @@ def ours(
     share: float = 1.0,
     gradient_start: bool = False,
     allocate: bool = False,
+    shared: bool = False,
     rate_on_manifold: float = 1.0,
     second_moment: SecondMoment = "mean",
     beta1: float = 0.9,
@@ -110,8 +111,9 @@ def ours(
 
     With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient, and
     with ``allocate`` the ranks follow its singular values, at ``share`` of the parameters; the gradient is that of
-    ``samples``. The factor's learning rate is ``rate_on_manifold`` times that of the other one; ``beta1`` is the decay
-    rate of both first moments; ``options`` go to ``add_adapters``.
+    ``samples``. With ``shared`` all linear maps of one name, "q_proj" say, have one orthonormal factor. The factor's
+    learning rate is ``rate_on_manifold`` times that of the other one; ``beta1`` is the decay rate of both first
+    moments; ``options`` go to ``add_adapters``.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
@@ -124,6 +126,8 @@ def ours(
             where["rank"] = round(share * setting.rank)
             where = _started(model, setting, where, samples, gradient_start=gradient_start)
         names = add_adapters(model, **where, **options)
+        if shared:
+            _share(model)
         extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
@@ -150,6 +154,12 @@ def _started(
 ) -> dict[str, Any]:
     """Return where the adapters are, with the starts that the gradient gives them if asked for."""
     return {**where, "init": gradient_init(model, setting.calibrate(samples), **where)} if gradient_start else where
+
+
+def _share(model: Any) -> None:
+    first: dict[str, Tensor] = {}
+    for name, layer in adapter_layers(model).items():
+        layer.lora_A = first.setdefault(name.split(".")[-1], layer.lora_A)
 
 
 def _our_updates(model: Any) -> Iterable[tuple[Tensor, Tensor]]:
@@ -278,6 +288,8 @@ LORA_RANKS = "LoRA, ranks by gradient of 128 samples, random start"
 # With a shorter memory of the gradients than by Adam's default, 0.9.
 LORA_SHORT, ALL_SHORT, RANKS_SHORT = (f"{name}, beta1 0.6" for name in ("LoRA", ALL_BY_ROW, RANKS_BY_ROW))
 RANKS_SCALED, RANKS_SHORT_SCALED = (f"{name}, scaled by 6 / sqrt(rank)" for name in (RANKS_BY_ROW, RANKS_SHORT))
+SHARED = "Stiefel A, one A for all layers, 9/8 of the rank, second moment of each row"
+SHARED_SHORT = f"{SHARED}, beta1 0.6"
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 _ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
@@ -315,6 +327,9 @@ METHODS: dict[str, Build] = {
     RANKS_SHORT_SCALED: _ranks_by_row(beta1=0.6, rslora=True, alpha=6.0),
     LORA_SHORT: lora(beta1=0.6),
     ALL_SHORT: ours(_all, second_moment="row", beta1=0.6),
+    # As many parameters as half the rank on all layers to 4 %.
+    SHARED: ours(_all, share=9 / 8, shared=True, second_moment="row"),
+    SHARED_SHORT: ours(_all, share=9 / 8, shared=True, second_moment="row", beta1=0.6),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),

@@ -211,6 +211,25 @@ def test_loras_ranks_by_the_gradient_are_ours_and_its_start_is_its_own() -> None
         assert float(other.abs().max()) <= other.shape[1] ** -0.5
 
 
+def test_one_orthonormal_factor_is_shared_by_all_linear_maps_of_a_name() -> None:
+    model, task = _tasks.tiny()
+    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
+    setting = finetune._setting(frame, task, finetune._select(model, task, frame), seed=0, lr=1e-2)
+    tuned = METHODS[_methods.SHARED](model, setting)
+    shapes = [module.weight.shape for module in dense_linears(model).values()]
+    rank = round(9 / 8 * setting.rank)
+    by_name = len(shapes) // setting.depth
+    trained = sum(p.numel() for group in tuned.optimizer.param_groups for p in group["params"])
+    assert trained == rank * (sum(out for out, _ in shapes) + sum(width for _, width in shapes[:by_name]))
+    for step in range(3):
+        finetune._step(tuned, task.train.batch([step]), step)
+    updates = list(tuned.updates())
+    for place, (b, a) in enumerate(updates):
+        torch.testing.assert_close(a @ a.T, torch.eye(rank), rtol=0, atol=1e-5)
+        assert torch.equal(a, updates[place % by_name][1])
+        assert place < by_name or not torch.equal(b, updates[place % by_name][0])
+
+
 def dense_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     return {
         name: getattr(module, "base_layer", module)
