@@ -18,6 +18,8 @@ from benchmarks._methods import (
     FASTER,
     FORA,
     FORA_BY_ROW,
+    LORA_LINEAR,
+    LORA_LINEAR_SHORT,
     LORA_RANKS,
     LORA_SHORT,
     METHODS,
@@ -28,6 +30,8 @@ from benchmarks._methods import (
     RANKS_SHORT,
     RANKS_SHORT_SCALED,
     SELECTED,
+    SHARED_LINEAR,
+    SHARED_LINEAR_SHORT,
     SHARED_SHORT,
     STARTED,
 )
@@ -151,7 +155,19 @@ COMPARISONS = (
     ),
     ("One A for all layers beats LoRA, both with a shorter memory, at half the parameters", SHARED_SHORT, LORA_SHORT),
     ("One A for all layers beats the scaled ranks, both with a shorter memory", SHARED_SHORT, RANKS_SHORT_SCALED),
-    ("LoRA on all linear maps beats LoRA at its parameters", "LoRA, all linear maps at 11/16 of the rank", "LoRA"),
+    ("LoRA on all linear maps beats LoRA at its parameters", LORA_LINEAR, "LoRA"),
+    ("One A for all layers, on all linear maps, at half the parameters, beats LoRA", SHARED_LINEAR, "LoRA"),
+    ("One A for all layers beats LoRA, both on all linear maps, at half the parameters", SHARED_LINEAR, LORA_LINEAR),
+    (
+        "One A for all layers, on all linear maps, beats LoRA, both with a shorter memory, at half the parameters",
+        SHARED_LINEAR_SHORT,
+        LORA_SHORT,
+    ),
+    (
+        "One A for all layers beats LoRA, both on all linear maps with a shorter memory, at half the parameters",
+        SHARED_LINEAR_SHORT,
+        LORA_LINEAR_SHORT,
+    ),
     (
         "The constraint helps with a shorter memory and a second moment of each row, on all layers",
         ALL_SHORT,

@@ -98,6 +98,7 @@ def ours(
     layers: Callable[[Setting], Sequence[int]] | None = None,
     *,
     share: float = 1.0,
+    targets: Sequence[str] = TARGETS,
     gradient_start: bool = False,
     allocate: bool = False,
     shared: bool = False,
@@ -119,10 +120,10 @@ def ours(
     def build(model: Any, setting: Setting) -> Tuned:
         begin = time.perf_counter()
         if allocate:
-            where = _allocated(model, setting, share, samples, gradient_start=gradient_start)
+            where = _allocated(model, setting, share, samples, targets, gradient_start=gradient_start)
         else:
             chosen = None if layers is None else layers(setting)
-            where = {"layers": chosen, "target_modules": setting.modules if chosen is None else TARGETS}
+            where = {"layers": chosen, "target_modules": setting.modules if chosen is None else targets}
             where["rank"] = round(share * setting.rank)
             where = _started(model, setting, where, samples, gradient_start=gradient_start)
         names = add_adapters(model, **where, **options)
@@ -140,11 +141,13 @@ def ours(
     return build
 
 
-def _allocated(model: Any, setting: Setting, share: float, samples: int, *, gradient_start: bool) -> dict[str, Any]:
+def _allocated(
+    model: Any, setting: Setting, share: float, samples: int, targets: Sequence[str], *, gradient_start: bool
+) -> dict[str, Any]:
     """Return which linear maps get which ranks at a share of the parameters, and their starts if asked for."""
     rank = setting.rank
     batches = setting.calibrate(samples)
-    ranks, starts = allocate_ranks(model, batches, rank=rank, budget=share, target_modules=TARGETS)
+    ranks, starts = allocate_ranks(model, batches, rank=rank, budget=share, target_modules=list(targets))
     where = {"layers": None, "target_modules": list(ranks), "rank": rank, "rank_pattern": ranks}
     return {**where, "init": starts} if gradient_start else where
 
@@ -193,7 +196,7 @@ def lora(
         rank, chosen = round(share * setting.rank), list(layers(setting))
         begin = time.perf_counter()
         if allocate:
-            where = _allocated(model, setting, share, samples, gradient_start=gradient_start)
+            where = _allocated(model, setting, share, samples, targets, gradient_start=gradient_start)
         else:
             alike: dict[str, Any] = {"layers": chosen, "rank": rank, "target_modules": list(targets)}
             where = _started(model, setting, alike, samples, gradient_start=gradient_start)
@@ -289,7 +292,11 @@ LORA_RANKS = "LoRA, ranks by gradient of 128 samples, random start"
 LORA_SHORT, ALL_SHORT, RANKS_SHORT = (f"{name}, beta1 0.6" for name in ("LoRA", ALL_BY_ROW, RANKS_BY_ROW))
 RANKS_SCALED, RANKS_SHORT_SCALED = (f"{name}, scaled by 6 / sqrt(rank)" for name in (RANKS_BY_ROW, RANKS_SHORT))
 SHARED = "Stiefel A, one A for all layers, 9/8 of the rank, second moment of each row"
-SHARED_SHORT = f"{SHARED}, beta1 0.6"
+SHARED_LINEAR = "Stiefel A, one A for all layers, all linear maps at 5/8 of the rank, second moment of each row"
+LORA_LINEAR = "LoRA, all linear maps at 11/16 of the rank"
+SHARED_SHORT, SHARED_LINEAR_SHORT, LORA_LINEAR_SHORT = (
+    f"{name}, beta1 0.6" for name in (SHARED, SHARED_LINEAR, LORA_LINEAR)
+)
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 _ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
@@ -330,6 +337,8 @@ METHODS: dict[str, Build] = {
     # As many parameters as half the rank on all layers to 4 %.
     SHARED: ours(_all, share=9 / 8, shared=True, second_moment="row"),
     SHARED_SHORT: ours(_all, share=9 / 8, shared=True, second_moment="row", beta1=0.6),
+    SHARED_LINEAR: ours(_all, share=5 / 8, targets=ALL_LINEAR, shared=True, second_moment="row"),
+    SHARED_LINEAR_SHORT: ours(_all, share=5 / 8, targets=ALL_LINEAR, shared=True, second_moment="row", beta1=0.6),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
@@ -349,7 +358,8 @@ METHODS: dict[str, Build] = {
     "rsLoRA, half the rank": lora(share=0.5, use_rslora=True),
     "LoRA, MLP only": lora(targets=MLP),
     # As many parameters as the first row to 1 %.
-    "LoRA, all linear maps at 11/16 of the rank": lora(share=11 / 16, targets=ALL_LINEAR),
+    LORA_LINEAR: lora(share=11 / 16, targets=ALL_LINEAR),
+    LORA_LINEAR_SHORT: lora(share=11 / 16, targets=ALL_LINEAR, beta1=0.6),
     "AdaLoRA": adalora,
     "full fine-tuning, Fisher half": full,
 }

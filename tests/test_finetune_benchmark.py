@@ -211,13 +211,19 @@ def test_loras_ranks_by_the_gradient_are_ours_and_its_start_is_its_own() -> None
         assert float(other.abs().max()) <= other.shape[1] ** -0.5
 
 
-def test_one_orthonormal_factor_is_shared_by_all_linear_maps_of_a_name() -> None:
+@pytest.mark.parametrize(
+    ("method", "share", "targets"),
+    [(_methods.SHARED, 9 / 8, _methods.TARGETS), (_methods.SHARED_LINEAR, 5 / 8, _methods.ALL_LINEAR)],
+)
+def test_one_orthonormal_factor_is_shared_by_all_linear_maps_of_a_name(
+    method: str, share: float, targets: tuple[str, ...]
+) -> None:
     model, task = _tasks.tiny()
     frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
     setting = finetune._setting(frame, task, finetune._select(model, task, frame), seed=0, lr=1e-2)
-    tuned = METHODS[_methods.SHARED](model, setting)
-    shapes = [module.weight.shape for module in dense_linears(model).values()]
-    rank = round(9 / 8 * setting.rank)
+    tuned = METHODS[method](model, setting)
+    shapes = [module.weight.shape for module in dense_linears(model, targets).values()]
+    rank = round(share * setting.rank)
     by_name = len(shapes) // setting.depth
     trained = sum(p.numel() for group in tuned.optimizer.param_groups for p in group["params"])
     assert trained == rank * (sum(out for out, _ in shapes) + sum(width for _, width in shapes[:by_name]))
@@ -230,11 +236,11 @@ def test_one_orthonormal_factor_is_shared_by_all_linear_maps_of_a_name() -> None
         assert place < by_name or not torch.equal(b, updates[place % by_name][0])
 
 
-def dense_linears(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def dense_linears(model: torch.nn.Module, targets: tuple[str, ...] = _methods.TARGETS) -> dict[str, torch.nn.Module]:
     return {
         name: getattr(module, "base_layer", module)
         for name, module in model.named_modules()
-        if name.split(".")[-1] in _methods.TARGETS
+        if name.split(".")[-1] in targets
     }
 
 
