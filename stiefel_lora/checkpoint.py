@@ -348,8 +348,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
-    # safetensors' own save_file makes a file that only its owner can read.
-    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+    # Copies: safetensors refuses a factor that layers share. Its own save_file makes a file for its owner alone.
+    copies = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    path.write_bytes(save(copies, metadata))
 
 
 def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:

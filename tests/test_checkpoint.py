@@ -137,6 +137,22 @@ def test_a_trained_embedding_that_is_tied_comes_back(tmp_path: Path) -> None:
         assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
 
 
+def test_a_factor_that_layers_share_is_saved_with_each(tmp_path: Path) -> None:
+    model = trained()
+    layers, first = adapter_layers(model), {}
+    for name, layer in layers.items():
+        layer.lora_A = first.setdefault(name.split(".")[-1], layer.lora_A)
+    assert len({id(layer.lora_A) for layer in layers.values()}) == len(first) == len(layers) / 2
+    save_adapter(model, tmp_path / "a")
+    export_peft(model, tmp_path / "peft")
+    loaded = LLAMA.build()
+    load_adapter(loaded, tmp_path / "a")
+    assert torch.equal(logits(loaded), logits(model))
+    served = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path / "peft")
+    # PEFT multiplies in another order, in float32.
+    torch.testing.assert_close(logits(served), logits(model), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("orthonormal", ["A", "B", "both"])
 def test_factors_off_the_manifold_are_saved_as_the_same_update(
     orthonormal: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
