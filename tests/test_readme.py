@@ -27,6 +27,7 @@ from benchmarks._methods import (
     RANKS_SCALED,
     RANKS_SHORT,
     RANKS_SHORT_SCALED,
+    SHARED_LINEAR,
     SHARED_SHORT,
 )
 
@@ -196,6 +197,8 @@ def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() ->
     ahead, *behind = quoted_numbers(r"they are ([\d.]+) ahead, ([\d.]+) behind and, .*? ([\d.]+) behind \(three seeds")
     expected = pytest.approx([ahead, *(-number for number in behind)], abs=6e-5)
     assert leads("finetune_long", RANKS_BY_ROW, "LoRA") == expected
+    shared = quoted_numbers(r"it had none, and was ([\d.]+) ahead of LoRA \(one seed\)")
+    assert shared == pytest.approx(leads("finetune_long", SHARED_LINEAR, "LoRA"), abs=6e-5)
     scaled = leads("finetune_long", RANKS_SCALED, "LoRA")
     quoted = quoted_numbers(r"have no spikes and are ([\d.]+) \(([\d.]+)\) ahead of LoRA")
     assert len(scaled) == 3 and quoted == pytest.approx([statistics.mean(scaled), statistics.stdev(scaled)], abs=6e-5)
