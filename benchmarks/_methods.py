@@ -299,6 +299,7 @@ SHARED_SHORT, SHARED_LINEAR_SHORT, LORA_LINEAR_SHORT = (
 )
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
+_shared = partial(ours, _all, shared=True, second_moment="row")
 _ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
@@ -335,10 +336,10 @@ METHODS: dict[str, Build] = {
     LORA_SHORT: lora(beta1=0.6),
     ALL_SHORT: ours(_all, second_moment="row", beta1=0.6),
     # As many parameters as half the rank on all layers to 4 %.
-    SHARED: ours(_all, share=9 / 8, shared=True, second_moment="row"),
-    SHARED_SHORT: ours(_all, share=9 / 8, shared=True, second_moment="row", beta1=0.6),
-    SHARED_LINEAR: ours(_all, share=5 / 8, targets=ALL_LINEAR, shared=True, second_moment="row"),
-    SHARED_LINEAR_SHORT: ours(_all, share=5 / 8, targets=ALL_LINEAR, shared=True, second_moment="row", beta1=0.6),
+    SHARED: _shared(share=9 / 8),
+    SHARED_SHORT: _shared(share=9 / 8, beta1=0.6),
+    SHARED_LINEAR: _shared(share=5 / 8, targets=ALL_LINEAR),
+    SHARED_LINEAR_SHORT: _shared(share=5 / 8, targets=ALL_LINEAR, beta1=0.6),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),

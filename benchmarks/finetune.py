@@ -68,8 +68,7 @@ MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA
         "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
         "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED, BY_ELEMENT, BY_ROW,
         FORA_BY_ROW, ALL_BY_ROW, RANKS_BY_ROW, LORA_RANKS, RANKS_SHORT, LORA_SHORT, ALL_SHORT,
-        RANKS_SCALED, RANKS_SHORT_SCALED, SHARED_SHORT,
-        SHARED_LINEAR_SHORT)  # fmt: skip
+        RANKS_SCALED, RANKS_SHORT_SCALED, SHARED_SHORT, SHARED_LINEAR_SHORT)  # fmt: skip
 
 # Tasks that are read from a folder of question sets.
 QUESTIONS = {"instructions": _tasks.instructions, "answers": _tasks.answers}

@@ -349,7 +349,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
     if bad:
         raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
     # Copies: safetensors refuses a factor that layers share. Its own save_file makes a file for its owner alone.
-    copies = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    copies = {n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()}
     path.write_bytes(save(copies, metadata))
 
 

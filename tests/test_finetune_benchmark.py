@@ -150,12 +150,17 @@ def test_a_folder_whose_sets_list_no_options_has_no_answers_in_words(folder: Pat
         _tasks.answers(folder, tokenizer, 64, 4)
 
 
-@pytest.mark.parametrize("method", ["LoRA", FORA, "FoRA (B)", "FoRA (both)", "LoRA, half the rank", "AdaLoRA"])
-def test_effective_rank_share_is_that_of_the_whole_update(method: str) -> None:
+def tiny() -> tuple[Any, _tasks.Task, _methods.Setting]:
+    """A model, its task and what a method may know of them."""
     model, task = _tasks.tiny()
     frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
-    selection = finetune._select(model, task, frame)
-    tuned = METHODS[method](model, finetune._setting(frame, task, selection, seed=0, lr=1e-2))
+    return model, task, finetune._setting(frame, task, finetune._select(model, task, frame), seed=0, lr=1e-2)
+
+
+@pytest.mark.parametrize("method", ["LoRA", FORA, "FoRA (B)", "FoRA (both)", "LoRA, half the rank", "AdaLoRA"])
+def test_effective_rank_share_is_that_of_the_whole_update(method: str) -> None:
+    model, task, setting = tiny()
+    tuned = METHODS[method](model, setting)
     before = {name: m.weight.detach().clone() for name, m in dense_linears(tuned.model).items()}
     for step in range(3):
         finetune._step(tuned, task.train.batch([step]), step)
@@ -177,10 +182,7 @@ def test_effective_rank_share_is_that_of_the_whole_update(method: str) -> None:
 
 
 def test_loras_gradient_start_is_ours_and_leaves_the_output_alone() -> None:
-    model, task = _tasks.tiny()
-    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
-    selection = finetune._select(model, task, frame)
-    setting = finetune._setting(frame, task, selection, seed=0, lr=1e-2)
+    model, task, setting = tiny()
     batch = task.train.batch([0])
     before = model(**batch).loss.detach()
     ours = METHODS["Stiefel A, half the rank, gradient start"](copy.deepcopy(model), setting)
@@ -196,9 +198,7 @@ def test_loras_gradient_start_is_ours_and_leaves_the_output_alone() -> None:
 
 
 def test_loras_ranks_by_the_gradient_are_ours_and_its_start_is_its_own() -> None:
-    model, task = _tasks.tiny()
-    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
-    setting = finetune._setting(frame, task, finetune._select(model, task, frame), seed=0, lr=1e-2)
+    model, _, setting = tiny()
     ours = METHODS[_methods.RANKS_BY_ROW](copy.deepcopy(model), setting)
     peers = METHODS[_methods.LORA_RANKS](model, setting)
     pairs = list(zip(ours.updates(), peers.updates(), strict=True))
@@ -218,9 +218,7 @@ def test_loras_ranks_by_the_gradient_are_ours_and_its_start_is_its_own() -> None
 def test_one_orthonormal_factor_is_shared_by_all_linear_maps_of_a_name(
     method: str, share: float, targets: tuple[str, ...]
 ) -> None:
-    model, task = _tasks.tiny()
-    frame = finetune.Frame(None, None, 4, 10, 2, 16, 1, None, 4, 4, "cpu", "float32")
-    setting = finetune._setting(frame, task, finetune._select(model, task, frame), seed=0, lr=1e-2)
+    model, task, setting = tiny()
     tuned = METHODS[method](model, setting)
     shapes = [module.weight.shape for module in dense_linears(model, targets).values()]
     rank = round(share * setting.rank)

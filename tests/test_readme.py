@@ -176,7 +176,12 @@ def leads(name: str, method: str, other: str) -> list[float]:
 def test_the_quoted_leads_are_what_the_committed_results_say(
     method: str, other: str, seeds: int, sign: int, pattern: str
 ) -> None:
-    gains = leads("finetune", method, other)
+    check_lead("finetune", method, other, seeds, sign, pattern)
+
+
+def check_lead(name: str, method: str, other: str, seeds: int, sign: int, pattern: str) -> None:
+    """Compare a quoted mean, of the lead or with the sign of -1 of what a row is behind, and its spread over seeds."""
+    gains = leads(name, method, other)
     # Four digits are quoted.
     assert quoted_numbers(pattern) == pytest.approx([sign * statistics.mean(gains), statistics.stdev(gains)], abs=6e-5)
     assert len(gains) == seeds
@@ -199,20 +204,15 @@ def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() ->
     assert leads("finetune_long", RANKS_BY_ROW, "LoRA") == expected
     shared = quoted_numbers(r"it had none, and was ([\d.]+) ahead of LoRA \(one seed\)")
     assert shared == pytest.approx(leads("finetune_long", SHARED_LINEAR, "LoRA"), abs=6e-5)
-    scaled = leads("finetune_long", RANKS_SCALED, "LoRA")
-    quoted = quoted_numbers(r"have no spikes and are ([\d.]+) \(([\d.]+)\) ahead of LoRA")
-    assert len(scaled) == 3 and quoted == pytest.approx([statistics.mean(scaled), statistics.stdev(scaled)], abs=6e-5)
+    pattern = r"have no spikes and are ([\d.]+) \(([\d.]+)\) ahead of LoRA"
+    check_lead("finetune_long", RANKS_SCALED, "LoRA", 3, 1, pattern)
 
 
 def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> None:
-    gains = leads("finetune_answers", RANKS_BY_ROW, "LoRA")
-    quoted = quoted_numbers(r"the same ranks are ([\d.]+) \(([\d.]+)\) behind LoRA")
-    assert quoted == pytest.approx([-statistics.mean(gains), statistics.stdev(gains)], abs=6e-5)
-    assert len(gains) == 3
-    element = leads("finetune_answers", BY_ELEMENT, "LoRA")
-    quoted = quoted_numbers(r"half the rank with a second moment of each element ([\d.]+) \(([\d.]+)\) behind")
-    assert quoted == pytest.approx([-statistics.mean(element), statistics.stdev(element)], abs=6e-5)
-    assert len(element) == 3
+    pattern = r"the same ranks are ([\d.]+) \(([\d.]+)\) behind LoRA"
+    check_lead("finetune_answers", RANKS_BY_ROW, "LoRA", 3, -1, pattern)
+    pattern = r"half the rank with a second moment of each element ([\d.]+) \(([\d.]+)\) behind"
+    check_lead("finetune_answers", BY_ELEMENT, "LoRA", 3, -1, pattern)
 
 
 def test_the_quoted_leads_of_random_layers_are_what_the_committed_results_say() -> None:
