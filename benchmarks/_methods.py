@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks._peers import NotInstalledError
 from stiefel_lora import add_adapters, allocate_ranks, gradient_init, stiefel
 from stiefel_lora._types import SecondMoment
-from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.adapted import adapter_layers
 from stiefel_lora.factors import folded
 from stiefel_lora.optim import RiemannianAdam
 

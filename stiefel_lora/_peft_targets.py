@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from stiefel_lora._names import name_in, parents
-from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.adapted import adapter_layers
 from stiefel_lora.errors import InputError, listed
 
 # Linear maps of which PEFT 0.19 and later take the name for that of a part of the fused experts, by what transformers

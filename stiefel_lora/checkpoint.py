@@ -19,18 +19,15 @@ from stiefel_lora._files import atomic_folder, fill_json, read_json
 from stiefel_lora._models import linear_shape, unwrap
 from stiefel_lora._names import name_in, plain_name
 from stiefel_lora._targets import wrappable_linears
+from stiefel_lora.adapted import adapter_layers, base_tensors, required_layers, trained_tensors
 from stiefel_lora.adapters import (
     DEFAULT_NAME,
-    adapter_layers,
     adapter_names,
-    base_tensors,
     check_enabled,
     insert_adapters,
     keep_base_values,
-    required_layers,
     set_tensors,
     trained_in_place,
-    trained_tensors,
 )
 from stiefel_lora.config import ADAPTER_FILES
 from stiefel_lora.errors import InputError, ManifoldError, listed

@@ -21,14 +21,8 @@ from stiefel_lora._models import is_conv1d, unwrap
 from stiefel_lora._names import is_checkpointed, name_in, parents, plain_name
 from stiefel_lora._peft_targets import check_not_for_experts, describe_targets, exactly, outside_of_adapters
 from stiefel_lora._types import Orthonormal
-from stiefel_lora.adapters import (
-    DEFAULT_NAME,
-    adapter_layers,
-    adapter_names,
-    check_no_others,
-    remove_adapters,
-    replace_modules,
-)
+from stiefel_lora.adapted import adapter_layers
+from stiefel_lora.adapters import DEFAULT_NAME, adapter_names, check_no_others, remove_adapters, replace_modules
 from stiefel_lora.checkpoint import (
     CONFIG_FILE,
     AdapterState,

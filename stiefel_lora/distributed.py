@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stiefel_lora.adapters import adapter_factors, required_layers
+from stiefel_lora.adapted import adapter_factors, required_layers
 from stiefel_lora.errors import InputError
 
 

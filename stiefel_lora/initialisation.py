@@ -17,7 +17,7 @@ from stiefel_lora._processes import add_up, failing_together
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets, module_ranks
 from stiefel_lora._types import Normalize, Orthonormal
-from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.adapted import adapter_layers
 from stiefel_lora.errors import InputError, check_choice, check_count, check_int, listed
 from stiefel_lora.factors import CONSTRAINED, adapter_size, leading_singular_vectors
 from stiefel_lora.fisher import Scoring, score

@@ -9,14 +9,8 @@ from torch import nn
 
 from stiefel_lora._bases import tied_names
 from stiefel_lora._models import is_plain, named_linears, unwrap
-from stiefel_lora.adapters import (
-    Model,
-    check_home,
-    check_no_others,
-    forget_adapters,
-    replace_modules,
-    required_layers,
-)
+from stiefel_lora.adapted import required_layers
+from stiefel_lora.adapters import Model, check_home, check_no_others, forget_adapters, replace_modules
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.factors import manifold_error, rounding_error
 from stiefel_lora.layer import StiefelLoRALinear

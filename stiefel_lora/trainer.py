@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from stiefel_lora.adapters import adapter_layers, adapter_metrics, adapter_names, required_layers
+from stiefel_lora.adapted import adapter_layers, adapter_metrics, required_layers
+from stiefel_lora.adapters import adapter_names
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.factors import FREE

@@ -24,7 +24,8 @@ from stiefel_lora._losses import IGNORED
 from stiefel_lora._models import split_at_layer
 from stiefel_lora._precision import autocast_like
 from stiefel_lora._progress import progress
-from stiefel_lora.adapters import adapter_factors, adapter_metrics, add_adapters
+from stiefel_lora.adapted import adapter_factors, adapter_metrics
+from stiefel_lora.adapters import add_adapters
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data, spread

@@ -17,10 +17,8 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
+from stiefel_lora.adapted import adapter_factors, adapter_layers, adapter_metrics
 from stiefel_lora.adapters import (
-    adapter_factors,
-    adapter_layers,
-    adapter_metrics,
     adapter_names,
     add_adapters,
     disable_adapters,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stiefel_lora._files import atomic_folder
+from stiefel_lora.adapted import adapter_layers
 from stiefel_lora.adapters import (
-    adapter_layers,
     adapter_names,
     add_adapters,
     disable_adapters,

@@ -21,13 +21,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from stiefel_lora.adapters import (
-    adapter_layers,
-    adapter_names,
-    add_adapters,
-    insert_adapters,
-    remove_adapters,
-)
+from stiefel_lora.adapted import adapter_layers
+from stiefel_lora.adapters import adapter_names, add_adapters, insert_adapters, remove_adapters
 from stiefel_lora.checkpoint import load_adapter, read_adapter, save_adapter, write_adapter
 from stiefel_lora.convert import (
     PEFT_CONFIG_FILE,

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from stiefel_lora import RiemannianSGD, add_adapters, load_adapter, orthogonality_error, save_adapter
-from stiefel_lora.adapters import adapter_factors
+from stiefel_lora.adapted import adapter_factors
 from stiefel_lora.checkpoint import read_adapter
 from stiefel_lora.distributed import replicate_adapters
 from stiefel_lora.errors import InputError, ManifoldError

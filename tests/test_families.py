@@ -9,12 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from stiefel_lora.adapters import (
-    adapter_layers,
-    adapter_metrics,
-    add_adapters,
-    remove_adapters,
-)
+from stiefel_lora.adapted import adapter_layers, adapter_metrics
+from stiefel_lora.adapters import add_adapters, remove_adapters
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.convert import export_peft, import_peft
 from stiefel_lora.fisher import fisher_select

@@ -5,7 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 
-from stiefel_lora.adapters import adapter_layers, adapter_metrics
+from stiefel_lora.adapted import adapter_layers, adapter_metrics
 from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.convert import export_peft
 from stiefel_lora.errors import InputError

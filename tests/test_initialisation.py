@@ -14,7 +14,8 @@ from stiefel_lora._losses import SampleLosses
 from stiefel_lora._models import is_conv1d, linear_shape
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._targets import find_targets
-from stiefel_lora.adapters import adapter_layers, add_adapters, remove_adapters
+from stiefel_lora.adapted import adapter_layers
+from stiefel_lora.adapters import add_adapters, remove_adapters
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import Scoring, fisher_select, score
 from stiefel_lora.initialisation import allocate_ranks, gradient_init, select_and_start

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from stiefel_lora._models import find_layers, find_linears, is_linear, linear_shape, named_linears
-from stiefel_lora.adapters import adapter_layers, add_adapters
+from stiefel_lora.adapted import adapter_layers
+from stiefel_lora.adapters import add_adapters
 from stiefel_lora.convert import from_peft
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores

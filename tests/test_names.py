@@ -12,14 +12,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from stiefel_lora import _names, checkpoint
 from stiefel_lora._names import name_in, plain_name
-from stiefel_lora.adapters import (
-    adapter_layers,
-    adapter_names,
-    add_adapters,
-    disable_adapters,
-    remove_adapters,
-    use_adapter,
-)
+from stiefel_lora.adapted import adapter_layers
+from stiefel_lora.adapters import adapter_names, add_adapters, disable_adapters, remove_adapters, use_adapter
 from stiefel_lora.checkpoint import load_adapter, read_adapter, save_adapter
 from stiefel_lora.convert import export_peft, from_peft, import_peft, to_peft
 from stiefel_lora.errors import InputError

@@ -9,11 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from stiefel_lora.adapters import (
-    adapter_layers,
-    add_adapters,
-    remove_adapters,
-)
+from stiefel_lora.adapted import adapter_layers
+from stiefel_lora.adapters import add_adapters, remove_adapters
 from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_scores, fisher_select

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from stiefel_lora._models import find_linears
 from stiefel_lora._targets import describe, find_targets, module_ranks
-from stiefel_lora.adapters import adapter_layers, add_adapters
+from stiefel_lora.adapted import adapter_layers
+from stiefel_lora.adapters import add_adapters
 from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import fisher_select

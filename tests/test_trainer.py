@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from stiefel_lora.adapters import adapter_factors, adapter_layers, adapter_metrics, add_adapters, use_adapter
+from stiefel_lora.adapted import adapter_factors, adapter_layers, adapter_metrics
+from stiefel_lora.adapters import add_adapters, use_adapter
 from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter
 from stiefel_lora.errors import InputError
 from stiefel_lora.merging import merge_adapters, unmerge_adapters

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from stiefel_lora import allocate_ranks, report, selection, training
-from stiefel_lora.adapters import adapter_layers
+from stiefel_lora.adapted import adapter_layers
 from stiefel_lora.checkpoint import load_adapter, read_adapter
 from stiefel_lora.config import CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data
