@@ -101,7 +101,6 @@ def ours(
     targets: Sequence[str] = TARGETS,
     gradient_start: bool = False,
     allocate: bool = False,
-    shared: bool = False,
     rate_on_manifold: float = 1.0,
     second_moment: SecondMoment = "mean",
     beta1: float = 0.9,
@@ -112,9 +111,8 @@ def ours(
 
     With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient, and
     with ``allocate`` the ranks follow its singular values, at ``share`` of the parameters; the gradient is that of
-    ``samples``. With ``shared`` all linear maps of one name, "q_proj" say, have one orthonormal factor. The factor's
-    learning rate is ``rate_on_manifold`` times that of the other one; ``beta1`` is the decay rate of both first
-    moments; ``options`` go to ``add_adapters``.
+    ``samples``. The factor's learning rate is ``rate_on_manifold`` times that of the other one; ``beta1`` is the decay
+    rate of both first moments; ``options`` go to ``add_adapters``.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
@@ -127,8 +125,6 @@ def ours(
             where["rank"] = round(share * setting.rank)
             where = _started(model, setting, where, samples, gradient_start=gradient_start)
         names = add_adapters(model, **where, **options)
-        if shared:
-            _share(model)
         extra = {"layers": where["layers"], "modules": len(names), "start_s": time.perf_counter() - begin}
         trainable = [p for p in model.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
@@ -157,12 +153,6 @@ def _started(
 ) -> dict[str, Any]:
     """Return where the adapters are, with the starts that the gradient gives them if asked for."""
     return {**where, "init": gradient_init(model, setting.calibrate(samples), **where)} if gradient_start else where
-
-
-def _share(model: Any) -> None:
-    first: dict[str, Tensor] = {}
-    for name, layer in adapter_layers(model).items():
-        layer.lora_A = first.setdefault(name.split(".")[-1], layer.lora_A)
 
 
 def _our_updates(model: Any) -> Iterable[tuple[Tensor, Tensor]]:
@@ -299,7 +289,7 @@ SHARED_SHORT, SHARED_LINEAR_SHORT, LORA_LINEAR_SHORT = (
 )
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
-_shared = partial(ours, _all, shared=True, second_moment="row")
+_shared = partial(ours, _all, share_A=True, second_moment="row")
 _ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
 METHODS: dict[str, Build] = {
     "LoRA": lora(),

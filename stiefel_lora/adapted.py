@@ -34,9 +34,15 @@ def required_layers(model: nn.Module, *, with_values: bool = False) -> dict[str,
 
 
 def adapter_factors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the factors of the adapters that are in the model, by their qualified names beneath the linears."""
-    layers = adapter_layers(model)
-    return {f"{name}.{key}": factor for name, layer in layers.items() for key, factor in layer.factors().items()}
+    """Return the factors of the adapters that are in the model, by their qualified names beneath the linears.
+
+    One that several share has the first of its names, as in ``named_parameters``.
+    """
+    found: dict[Tensor, str] = {}
+    for name, layer in adapter_layers(model).items():
+        for key, factor in layer.factors().items():
+            found.setdefault(factor, f"{name}.{key}")
+    return {name: factor for factor, name in found.items()}
 
 
 def adapter_metrics(model: nn.Module) -> dict[str, dict[str, float]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stiefel_lora._bases import by_own_name, named_bases
 from stiefel_lora._models import unwrap
 from stiefel_lora._names import name_in, plain_name
+from stiefel_lora._sharing import share, sharers
 from stiefel_lora._targets import describe, find_targets, module_ranks
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapted import adapter_layers, base_tensors, trained_tensors
@@ -62,6 +63,7 @@ def add_adapters(
     orthonormal: Orthonormal = "A",
     init: Literal["random", "svd"] | Mapping[str, Init] = "random",
     rank_pattern: Mapping[str, int] | None = None,
+    share_A: bool = False,
     layers_path: str | None = None,
     generator: torch.Generator | None = None,
     name: str = DEFAULT_NAME,
@@ -89,6 +91,10 @@ def add_adapters(
             "both"), such as `gradient_init` returns.
         rank_pattern: Ranks that differ, by names matched like targets; the longest match counts. It may name targets
             of layers that are not adapted.
+        share_A: Let the linears of one name, such as "q_proj", have one orthonormal A over all layers, each with a B of
+            its own, where they agree in the number of inputs, the rank and the device: about half the parameters. It
+            stays shared in folders of `save_adapter`; what gives torch's tied parameters new tensors takes it apart,
+            as ``load_state_dict(assign=True)`` or ``to("meta")``.
         layers_path: Qualified name of the list of layers, where the longest is not the one meant.
         generator: CPU source of randomness for "random".
         name: Name of this set of adapters.
@@ -100,13 +106,15 @@ def add_adapters(
     Raises:
         InputError: If a target matches in no layer of the list, a layer does not exist or is named and has none of the
             targets, a rank is too large for a target, or a linear has an adapter already or cannot have one, or within
-            `disable_adapters`. The model is left as it was.
+            `disable_adapters`, or with ``share_A`` where A is not the one orthonormal factor or does not start at
+            random. The model is left as it was.
     """
     model = unwrap(model, adding=True)
     targets = find_targets(model, layers, target_modules, layers_path)
     ranks = module_ranks(model, targets, rank, rank_pattern)
     if not isinstance(init, str) and set(init) != set(targets):
         raise InputError(f"init must name the adapted linears, {listed(targets)}; got {listed(init)}")
+    shared = sharers(model, {target: ranks[target] for target in targets}, orthonormal, init) if share_A else {}
     common = {"dropout": dropout, "rslora": rslora, "orthonormal": orthonormal, "generator": generator}
     options = {
         target: {
@@ -117,11 +125,16 @@ def add_adapters(
         }
         for target in targets
     }
-    return insert_adapters(model, options, name=name)
+    return insert_adapters(model, options, name=name, shared=shared)
 
 
 def insert_adapters(
-    model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, name: str = DEFAULT_NAME, inherits: bool = True
+    model: nn.Module,
+    options: Mapping[str, Mapping[str, Any]],
+    *,
+    name: str = DEFAULT_NAME,
+    inherits: bool = True,
+    shared: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Put adapters on linears given by qualified name; what `add_adapters` does once it knows the names.
 
@@ -130,6 +143,7 @@ def insert_adapters(
         options: For each qualified name the arguments of `StiefelLoRALinear` after ``base``.
         name: Name of the set of adapters to add to or start.
         inherits: Whether a new set goes on training what was trained along with the one before.
+        shared: Names whose adapters are to have the very A of another's, by the name of that one.
 
     Returns:
         The names.
@@ -145,14 +159,16 @@ def insert_adapters(
     if name in registry.stored:
         raise InputError(f"the adapter {name!r} exists already; switch to it with use_adapter, or remove it")
     present = adapter_layers(model) if registry.active == name else {}
-    options = by_own_name(model, options)
-    bases = named_bases(model, options, present)
+    own = by_own_name(model, options)
+    own_name = dict(zip(options, own, strict=True))
+    bases = named_bases(model, own, present)
     if registry.active != name:
         _check_shapes(model, registry.base)
     trainable: dict[str, Tensor] = {key: p for key, p in model.named_parameters() if p.requires_grad}
     try:
         with _original_weights(model):
-            new = {key: _wrap(key, base, options[key]) for key, base in bases.items()}
+            new = {key: _wrap(key, base, own[key]) for key, base in bases.items()}
+        share(new, {own_name[key]: own_name[owner] for key, owner in (shared or {}).items()})
     except BaseException:
         for parameter in trainable.values():
             parameter.requires_grad_(True)

@@ -18,6 +18,8 @@ from stiefel_lora._base_model import check_description, describe_base
 from stiefel_lora._files import atomic_folder, fill_json, read_json
 from stiefel_lora._models import linear_shape, unwrap
 from stiefel_lora._names import name_in, plain_name
+from stiefel_lora._safetensors import read_safetensors, taken, write_safetensors
+from stiefel_lora._sharing import check_shared, shared_in
 from stiefel_lora._targets import wrappable_linears
 from stiefel_lora.adapted import adapter_layers, base_tensors, required_layers, trained_tensors
 from stiefel_lora.adapters import (
@@ -39,7 +41,7 @@ logger = logging.getLogger("stiefel_lora")
 
 CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
 FORMAT = "stiefel_lora"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # In the metadata of the weights: a digest of the modules in the configuration beside them.
 _OF_ONE_SAVE = "stiefel_lora_modules"
 
@@ -58,6 +60,7 @@ class AdapterState:
         factors: For each adapted linear its factors by parameter name.
         parameters: The base's own parameters that were trained with the adapters, such as a classification head's, and
             the saved buffers of modules that were trained whole.
+        shared: For each adapted linear that has the very A of an earlier one, the name of that.
         tied: For each further name of a parameter that the base shares, as a head with the embedding, its name in
             ``parameters``. None if that is not known, as of folders written before this was kept.
     """
@@ -67,6 +70,7 @@ class AdapterState:
     factors: dict[str, dict[str, Tensor]]
     parameters: dict[str, Tensor]
     tied: dict[str, str] | None = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
 
     @property
     def whole_parameters(self) -> dict[str, Tensor]:
@@ -133,7 +137,8 @@ def state_in_place(model: nn.Module) -> AdapterState:
     layers = required_layers(model, with_values=True)
     modules = {name: _module_config(layer) for name, layer in layers.items()}
     factors, trained = _factors_to_save(layers), _trained(model, layers)
-    return AdapterState(describe_base(model), modules, factors, trained, _other_names(model, trained))
+    tied = _other_names(model, trained)
+    return AdapterState(describe_base(model), modules, factors, trained, tied, shared_in(layers))
 
 
 def renamed(state: AdapterState, name_of: Callable[[str], str]) -> AdapterState:
@@ -144,6 +149,7 @@ def renamed(state: AdapterState, name_of: Callable[[str], str]) -> AdapterState:
         factors={name_of(name): factors for name, factors in state.factors.items()},
         parameters={name_of(name): tensor for name, tensor in state.parameters.items()},
         tied=state.tied and {name_of(other): name_of(name) for other, name in state.tied.items()},
+        shared={name_of(name): name_of(owner) for name, owner in state.shared.items()},
     )
 
 
@@ -217,7 +223,8 @@ def insert_state(model: nn.Module, state: AdapterState, *, what: str, name: str 
     else:
         _check_fits(model, state, what)
         strange = trained_in_place(model).keys() - state.parameters
-        insert_adapters(model, {key: _start(state, key) for key in state.modules}, name=name, inherits=False)
+        starts = {key: _start(state, key) for key in state.modules}
+        insert_adapters(model, starts, name=name, inherits=False, shared=state.shared)
         if strange:
             warn(
                 f"{listed(sorted(strange))} was trained along with another set of adapters, and is not the base's own "
@@ -258,14 +265,18 @@ def _without_tied(state: AdapterState, model: nn.Module, what: str) -> AdapterSt
 def write_adapter(state: AdapterState, path: str | Path) -> None:
     """Write a set of adapters to a folder; see `save_adapter`."""
     tensors = {f"{name}.{key}": t for name, factors in state.factors.items() for key, t in factors.items()}
+    for name in state.shared:
+        del tensors[f"{name}.lora_A"]
     tensors.update(state.parameters)
     config = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        # What shares nothing is read by releases that know of no sharing.
+        "format_version": FORMAT_VERSION if state.shared else 1,
         "base_model": state.base_model,
         "modules": state.modules,
         "parameters": {name: list(tensor.shape) for name, tensor in state.parameters.items()},
         **({} if state.tied is None else {"tied": state.tied}),
+        **({"shared_A": state.shared} if state.shared else {}),
     }
     with atomic_folder(path) as folder:
         write_safetensors(folder / WEIGHTS_FILE, tensors, {_OF_ONE_SAVE: _digest(state.modules)})
@@ -282,38 +293,24 @@ def read_adapter(path: str | Path) -> AdapterState:
     config = _read_config(path)
     tensors = read_safetensors(path / WEIGHTS_FILE)
     modules = config["modules"]
-    take = partial(_taken, path / WEIGHTS_FILE, tensors)
+    take, shared = partial(taken, path / WEIGHTS_FILE, tensors), config.get("shared_A", {})
     factors = {
         name: {
             key: take(f"{name}.{key}", shape, (torch.float32, torch.float64))
             for key, shape in factor_shapes(o["in_features"], o["out_features"], o["rank"], o["orthonormal"]).items()
+            if key != "lora_A" or name not in shared
         }
         for name, o in modules.items()
     }
+    for name, owner in shared.items():
+        factors[name] = {"lora_A": factors[owner]["lora_A"], **factors[name]}
     parameters = {name: take(name, tuple(shape)) for name, shape in config["parameters"].items()}
     if tensors:
         raise InputError(f"{path / WEIGHTS_FILE} holds tensors that {CONFIG_FILE} does not name: {listed(tensors)}")
     _check_of_one_save(path, modules)
     _check_on_manifold(path / WEIGHTS_FILE, modules, factors)
-    state = AdapterState(config["base_model"], modules, factors, parameters, config.get("tied"))
+    state = AdapterState(config["base_model"], modules, factors, parameters, config.get("tied"), shared)
     return renamed(state, plain_name)  # a file may be from before names were saved as the plain model's
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file.
-
-    Raises:
-        InputError: If it is missing, truncated or something else.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 def _digest(modules: Mapping[str, Any]) -> str:
@@ -332,22 +329,6 @@ def _check_of_one_save(path: Path, modules: Mapping[str, Any]) -> None:
             f"{path} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not of one save. One was edited, or a save over "
             "them was cut off; its other file may be in a hidden folder (.*.tmp) in or beside this one"
         )
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file.
-
-    Raises:
-        InputError: If one of them has a NaN or infinity.
-    """
-    from safetensors.torch import save
-
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
-    # Copies: safetensors refuses a factor that layers share. Its own save_file makes a file for its owner alone.
-    copies = {n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    path.write_bytes(save(copies, metadata))
 
 
 def _check_fits(model: nn.Module, state: AdapterState, what: str) -> None:
@@ -425,6 +406,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     tied = config.get("tied", {})
     if not isinstance(tied, dict) or not all(isinstance(name, str) and name in parameters for name in tied.values()):
         raise InputError(f"{file} is damaged: tied should be an object of names of its parameters, is {tied!r}")
+    check_shared(file, modules, config.get("shared_A", {}))
     return config
 
 
@@ -441,19 +423,6 @@ def check_module_config(file: str | Path, name: str, options: Any) -> None:
         check_options(*shape, *(options[key] for key in ("rank", "alpha", "dropout", "orthonormal")))
     except InputError as error:
         raise InputError(f"{file} is damaged: {name}: {error}") from None
-
-
-def _taken(
-    file: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()
-) -> Tensor:
-    """Take a tensor out of a file's, or raise InputError if it is not as it should be."""
-    tensor = tensors.pop(name, None)
-    if tensor is None or tuple(tensor.shape) != shape or (dtypes and tensor.dtype not in dtypes):
-        found = "is missing" if tensor is None else f"is {tensor.dtype} of shape {tuple(tensor.shape)}"
-        raise InputError(f"{file}: {name} {found}; it should be {dtypes[0] if dtypes else ''} of shape {shape}")
-    if not tensor.isfinite().all():
-        raise InputError(f"{file}: {name} has NaN or infinite entries")
-    return tensor
 
 
 def _check_on_manifold(file: Path, modules: Mapping[str, Any], factors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -486,6 +455,12 @@ def _check_same(saved: AdapterState, present: Mapping[str, StiefelLoRALinear]) -
         raise InputError(
             f"the model has other adapters in use than the file ({found}); remove them first (remove_adapters), or "
             "load under another name="
+        )
+    shared = shared_in(present)
+    if saved.shared != shared:
+        raise InputError(
+            f"the adapters in use do not share A as the file's do: {len(shared)} have that of another here, "
+            f"{len(saved.shared)} in the file; remove them first (remove_adapters), or load under another name="
         )
 
 

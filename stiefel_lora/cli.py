@@ -252,6 +252,12 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         help="start of the orthonormal factors: random, or the leading directions of the weight or of the gradient on "
         "the calibration samples",
     )
+    parser.add_argument(
+        "--share-A",
+        action="store_true",
+        default=defaults.share_A,
+        help="one A for all layers in the linear maps of one name, which halves the parameters; best with --budget 1.0",
+    )
     parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
     parser.add_argument("--output", type=path_of, default=Path("runs/finetune"), help="folder for the results")
     parser.add_argument("--save-every", type=int, default=10, metavar="STEPS", help="steps between checkpoints")

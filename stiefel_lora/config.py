@@ -80,6 +80,7 @@ class FinetuneConfig:
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
         init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
             gradient on the calibration samples).
+        share_A: Let the linear maps of one name have one A over all layers; see `add_adapters`.
         target_modules: Names of the linear maps to adapt and score, or "all-linear" alone for all of them; None for the
             architecture's default.
         dropout: Dropout of the adapters' input.
@@ -110,6 +111,7 @@ class FinetuneConfig:
     rslora: bool | None = None
     orthonormal: Orthonormal = "A"
     init: Start = "random"
+    share_A: bool = False
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
     eval_samples: int = 48
@@ -198,8 +200,16 @@ class FinetuneConfig:
                 raise InputError(f"{option(name)} must be in [0, 1), got {getattr(self, name)}")
         if self.granularity == "direction" and not isinstance(self.budget, float):
             raise InputError(f"--budget must be a share of the adapters' parameters such as 0.5, got {self.budget}")
+        self._check_sharing()
         if isinstance(self.budget, float):
             count_of(self.budget, 1, "the adapters' parameters" if self.budget_is_parameters else "the layers")
+
+    def _check_sharing(self) -> None:
+        """Raise InputError if one A is to be shared that cannot be: of several ranks or starts, or not orthonormal."""
+        for name, wanted in (("granularity", ("layer", "module")), ("orthonormal", ("A",)), ("init", ("random",))):
+            value = getattr(self, name)
+            if self.share_A and value not in wanted:
+                raise InputError(f"--share-A needs {option(name)} {' or '.join(wanted)}, got {value!r}")
 
 
 def check_positive(name: str, value: int) -> None:

@@ -20,6 +20,7 @@ from stiefel_lora._files import atomic_folder, fill_json, read_json
 from stiefel_lora._models import is_conv1d, unwrap
 from stiefel_lora._names import is_checkpointed, name_in, parents, plain_name
 from stiefel_lora._peft_targets import check_not_for_experts, describe_targets, exactly, outside_of_adapters
+from stiefel_lora._safetensors import read_safetensors, write_safetensors
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapted import adapter_layers
 from stiefel_lora.adapters import DEFAULT_NAME, adapter_names, check_no_others, remove_adapters, replace_modules
@@ -29,10 +30,8 @@ from stiefel_lora.checkpoint import (
     adapter_state,
     check_module_config,
     insert_state,
-    read_safetensors,
     renamed,
     state_in_place,
-    write_safetensors,
 )
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.factors import folded, orthonormal_factors, scaling

@@ -36,7 +36,7 @@ def replicate_adapters(model: nn.Module, process_group: "dist.ProcessGroup | Non
         InputError: If the model has no adapters or is split already, or there is no process group.
     """
     required_layers(model)
-    factors = adapter_factors(model)
+    factors = adapter_factors(model)  # each once, also one that several adapters share
     if not dist.is_initialized():
         raise InputError("there is no process group; call torch.distributed.init_process_group first")
     for name, factor in factors.items():

@@ -19,7 +19,7 @@ class ModuleInfo:
         rank: Rank of the factors.
         scaling: What the product of the factors is multiplied by.
         orthonormal: Which factor is orthonormal, or None for a PEFT LoRA.
-        parameters: Number of entries of the factors.
+        parameters: Number of entries of the factors, without an A that is also that of one before.
         orthogonality_error: Greatest |X^T X - I|_F of the orthonormal factors, or None for a PEFT LoRA.
         effective_rank: Exponential of the entropy of the update's normalised singular values; 0 for no update.
     """
@@ -44,6 +44,7 @@ class AdapterInfo:
         modules: The adapted linears.
         others: Shapes of the base's own parameters that were trained with them.
         parameters: Number of trained entries in all.
+        shared: Number of the linears that have the very A of one before.
     """
 
     kind: str
@@ -51,13 +52,15 @@ class AdapterInfo:
     modules: list[ModuleInfo]
     others: dict[str, tuple[int, ...]]
     parameters: int
+    shared: int = 0
 
     def table(self) -> str:
         """Return a description for people, one line a module."""
         width = max(len(module.name) for module in self.modules)
         head = [
             f"{self.kind} adapter for {self.base_model or 'an unnamed model'}: {len(self.modules)} linears, "
-            f"{self.parameters:,} parameters",
+            f"{self.parameters:,} parameters"
+            + (f", {self.shared} with the A of another linear of their name" if self.shared else ""),
             f"{'module':{width}}  {'out x in':>13}  rank  scaling  orthonormal  orthogonality error  effective rank",
         ]
         rows = [_row(module, width) for module in self.modules]
@@ -86,7 +89,7 @@ def adapter_info(path: str | Path) -> AdapterInfo:
                 rank=rank,
                 scaling=scaling(rank, options["alpha"], options["rslora"]),
                 orthonormal=None if peft else options["orthonormal"],
-                parameters=sum(factor.numel() for factor in factors.values()),
+                parameters=sum(f.numel() for key, f in factors.items() if key != "lora_A" or name not in state.shared),
                 # A PEFT LoRA has just been factored again, which says nothing about its own factors.
                 orthogonality_error=None if peft else metrics["orthogonality_error"],
                 effective_rank=metrics["effective_rank"],
@@ -99,6 +102,7 @@ def adapter_info(path: str | Path) -> AdapterInfo:
         modules=modules,
         others={name: tuple(tensor.shape) for name, tensor in state.parameters.items()},
         parameters=sum(m.parameters for m in modules) + sum(t.numel() for t in state.parameters.values()),
+        shared=len(state.shared),
     )
 
 

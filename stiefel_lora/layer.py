@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, cast
 from warnings import warn
@@ -307,14 +307,22 @@ class StiefelLoRALinear(nn.Module):
             )
             self.refactor()
 
-    @torch.inference_mode(mode=False)
-    @torch.no_grad()
     def refactor(self) -> None:
         """Give the same update, from factors off the manifold as those of an average are, orthonormal ones."""
-        factors = self.factors()
-        for name, factor in orthonormal_factors(*folded(factors), self.orthonormal).items():
+        self.put(self.refactored())
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def refactored(self) -> dict[str, Tensor]:
+        """Return other factors of the same update, orthonormal ones."""
+        return orthonormal_factors(*folded(self.factors()), self.orthonormal)
+
+    @torch.inference_mode(mode=False)
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Give the factors other values."""
+        for name, factor in self.factors().items():
             # Not into the memory that it has, which after ``load_state_dict(assign=True)`` is the caller's.
-            factors[name].data = factor.to(factors[name])
+            factor.data = values[name].to(factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StiefelLoRALinear":
         def keep_precision(tensor: Tensor) -> Tensor:

@@ -119,6 +119,8 @@ def refactor_adapters(model: nn.Module) -> list[str]:
         raise InputError(f"the factors of {listed(bad)} have NaN or infinite entries")
     allowed = {name: max(map(rounding_error, layer.manifold_parameters().values())) for name, layer in layers.items()}
     moved = [name for name, error in errors.items() if error > allowed[name]]
+    # All of them first: several may share A, from which each takes its own B.
+    factors = {name: layers[name].refactored() for name in moved}
     for name in moved:
-        layers[name].refactor()
+        layers[name].put(factors[name])
     return moved

@@ -97,6 +97,7 @@ def finetune(
         rslora=config.by_root,
         orthonormal=config.orthonormal,
         init=init,
+        share_A=config.share_A,
     )
     on_start()
     run.start(saved, selection, before)

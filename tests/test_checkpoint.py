@@ -384,7 +384,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "binary JSON": (lambda f: (f / CONFIG_FILE).write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
     "JSON list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "holds a JSON list"),
     "foreign": (_edit_config(lambda c: c.update(format="other")), "its format is 'other'"),
-    "newer": (_edit_config(lambda c: c.update(format_version=2)), "version 2, .* reads up to 1; upgrade"),
+    "newer": (_edit_config(lambda c: c.update(format_version=3)), "version 3, .* reads up to 2; upgrade"),
     "a version of before the first": (_edit_config(lambda c: c.update(format_version=0)), "has format version 0"),
     "no version": (_edit_config(lambda c: c.update(format_version=True)), "has format version True"),
     "a list as a name": (_edit_config(lambda c: c.update(tied={"a": []})), "tied should be an object of names"),

@@ -344,6 +344,9 @@ BAD: list[tuple[list[str], str]] = [
     (["--resume"], "there is no run to resume"),
     (["--seed", "-1"], "seed must be in [0, 2^63), got -1"),
     (["--save-every", "0"], "--save-every must be at least 1"),
+    (["--share-A", "--granularity", "direction"], "--share-A needs --granularity layer or module, got 'direction'"),
+    (["--share-A", "--orthonormal", "both"], "--share-A needs --orthonormal A, got 'both'"),
+    (["--share-A", "--init", "gradient"], "--share-A needs --init random, got 'gradient'"),
 ]
 
 

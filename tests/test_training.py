@@ -51,6 +51,7 @@ def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
         {"granularity": "direction"},
         {"granularity": "direction", "dtype": "float16", "init": "gradient"},
         {"dtype": "float16"},
+        {"share_A": True, "budget": 1.0},
     ],
 )
 def test_a_run_that_broke_off_ends_with_the_same_bits(
