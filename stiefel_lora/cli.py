@@ -153,7 +153,7 @@ def _add_selection(parser: Any, defaults: Any) -> None:
         "--budget",
         type=_budget,
         default=defaults.budget,
-        help="layers to adapt: a share such as 0.5, or a number such as 8",
+        help="layers to adapt: a share such as 0.5, or a number such as 8; with 1.0, all of them, a run scores nothing",
     )
     parser.add_argument("--rank", type=int, default=defaults.rank, help="rank of the adapters")
     parser.add_argument(

@@ -57,7 +57,8 @@ class FinetuneConfig:
             what scales the update of the mean rank by 2.
         budget: Share of the layers to adapt in (0, 1], or their number. With another granularity: share of the
             parameters that adapters on all linear maps would have, spent by score per parameter; with "module" also a
-            number, which takes that many linear maps of the highest scores.
+            number, which takes that many linear maps of the highest scores. With 1.0 nothing is scored, but for
+            directions.
         granularity: What is chosen: whole layers ("layer"), single linear maps ("module") or single directions of their
             gradients ("direction"; `allocate_ranks`).
         calibration_samples: Samples that the layers are scored on.
@@ -127,6 +128,11 @@ class FinetuneConfig:
     def budget_is_parameters(self) -> bool:
         """Whether the budget is a share of parameters, not of what is scored, nor a number of it."""
         return self.granularity != "layer" and isinstance(self.budget, float)
+
+    @property
+    def adapts_all(self) -> bool:
+        """Whether the budget is all there is, so that nothing has to be scored."""
+        return self.granularity != "direction" and isinstance(self.budget, float) and self.budget == 1
 
     @property
     def by_root(self) -> bool:

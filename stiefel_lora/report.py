@@ -34,7 +34,7 @@ def _draw_run(folder: Path, metrics: Mapping[str, Any]) -> Iterator[Path]:
     if metrics["fisher"] is not None:
         FisherScores(**metrics["fisher"]).plot(folder / SCORES_PICTURE, metrics["selected"])
         yield folder / SCORES_PICTURE
-    else:
+    elif metrics["config"]["granularity"] == "direction":
         plot_ranks(metrics["ranks"], folder / RANKS_PICTURE)
         yield folder / RANKS_PICTURE
     plot_loss(metrics, folder / LOSS_PICTURE)
@@ -113,7 +113,9 @@ def _chosen(metrics: Mapping[str, Any]) -> tuple[str, str]:
     if granularity == "direction":
         between = f"{min(ranks.values())} to {max(ranks.values())}"
         return "directions", f"{sum(ranks.values())} in {len(ranks)} linear maps, {between} in each"
-    count = f"{len(selected)} of {len(metrics['fisher']['scores'])}"
+    # Without scores all were chosen.
+    total = len(selected) if metrics["fisher"] is None else len(metrics["fisher"]["scores"])
+    count = f"{len(selected)} of {total}"
     return (
         ("layers adapted", f"{count}: {ranges(selected)}") if granularity == "layer" else ("linear maps adapted", count)
     )

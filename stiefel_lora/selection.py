@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stiefel_lora._budget import check_least, count_of, share_of
-from stiefel_lora._models import linear_shape
+from stiefel_lora._models import linear_shape, split_at_layer
 from stiefel_lora._precision import autocast_like
 from stiefel_lora._progress import progress
 from stiefel_lora._targets import find_targets, module_ranks
@@ -27,7 +27,7 @@ class Selection:
 
     Attributes:
         ranks: Rank of each linear map to adapt, by qualified name in the model's order.
-        scores: What it was chosen by; None for single directions, which singular values choose.
+        scores: What it was chosen by; None for single directions, which singular values choose, and for all there is.
         selected: What was chosen of it: indices as `FisherScores.select` returns them.
     """
 
@@ -49,13 +49,16 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
     """
     if config.granularity == "direction":
         return _select_directions(model, train, config)
-    scores = score_layers(model, train, config, config.granularity)
-    selected = choose(scores, config)
-    if config.granularity == "layer":
-        # By name those that were scored: the default of the chosen layers alone may be another.
-        targets = find_targets(model, selected, adaptable(model, config), None)
+    targets, scores = adaptable(model, config), None
+    if config.adapts_all:
+        chosen = targets if config.granularity == "module" else {split_at_layer(name)[:2] for name in targets}
+        selected = list(range(len(chosen)))
     else:
-        targets = [scores.names[i] for i in selected]
+        scores = score_layers(model, train, config, config.granularity)
+        selected = choose(scores, config)
+        by_layer = config.granularity == "layer"
+        # By name those that were scored: the default of the chosen layers alone may be another.
+        targets = find_targets(model, selected, targets, None) if by_layer else [scores.names[i] for i in selected]
     ranks = module_ranks(model, targets, config.rank)
     init = _gradient_start(model, train, config, targets) if config.init == "gradient" else config.init
     return Selection(ranks, scores, selected), init

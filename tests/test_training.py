@@ -191,6 +191,24 @@ def test_single_linear_maps_fill_the_share_of_the_parameters_by_score_per_parame
     assert f"linear maps adapted   {len(selected)} of {len(cost)}" in table
 
 
+@pytest.mark.parametrize(
+    ("granularity", "row"),
+    [("layer", "layers adapted        4 of 4: 0-3"), ("module", "linear maps adapted   20 of 20")],
+)
+def test_a_budget_for_all_scores_nothing(
+    config: FinetuneConfig, granularity: Any, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "fisher_scores", lambda *_, **__: pytest.fail("scored"))
+    metrics = finetune(replace(config, granularity=granularity, budget=1.0, steps=1, warmup=0), tmp_path)
+    model, _ = load_pretrained(config.model)
+    targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    assert list(metrics["ranks"]) == [name for name, _ in model.named_modules() if name.endswith(targets)]
+    assert metrics["fisher"] is None
+    assert metrics["selected_layers"] == [0, 1, 2, 3]
+    assert f"{row}\n" in report.table(metrics)
+    assert [file.name for file in report.write_run(tmp_path, metrics)] == ["metrics.json", "loss.png"]
+
+
 def test_single_directions_are_those_of_allocate_ranks(config: FinetuneConfig, tmp_path: Path) -> None:
     # At such a rate nothing moves, so the adapter that is saved is the one of the start.
     config = replace(config, granularity="direction", init="gradient", lr=1e-12, steps=1, warmup=0)
