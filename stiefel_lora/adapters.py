@@ -14,11 +14,12 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stiefel_lora._bases import by_own_name, named_bases
 from stiefel_lora._models import unwrap
 from stiefel_lora._names import name_in, plain_name
-from stiefel_lora._sharing import share, sharers
+from stiefel_lora._sharing import keep_shared, share, sharers
 from stiefel_lora._targets import describe, find_targets, module_ranks
 from stiefel_lora._types import Orthonormal
 from stiefel_lora.adapted import adapter_layers, base_tensors, trained_tensors
@@ -49,6 +50,7 @@ class _Registry:
     trainable: tuple[str, ...] = ()  # parameters that required gradients before the first adapter came
     base: dict[str, Tensor] = field(default_factory=dict)  # the base's values of what a loaded set has overwritten
     disabled: bool = False
+    hooks: list[RemovableHandle] = field(default_factory=list)  # that keep what is shared shared
 
 
 def add_adapters(
@@ -91,10 +93,9 @@ def add_adapters(
             "both"), such as `gradient_init` returns.
         rank_pattern: Ranks that differ, by names matched like targets; the longest match counts. It may name targets
             of layers that are not adapted.
-        share_A: Let the linears of one name, such as "q_proj", have one orthonormal A over all layers, each with a B of
-            its own, where they agree in the number of inputs, the rank and the device: about half the parameters. It
-            stays shared in folders of `save_adapter`; what gives torch's tied parameters new tensors takes it apart,
-            as ``load_state_dict(assign=True)`` or ``to("meta")``.
+        share_A: Let a linear of all layers, such as "self_attn.q_proj", have one orthonormal A, and a B for each layer,
+            where the layers agree in its number of inputs, rank, device and precision: about half the parameters. It
+            stays one in folders of `save_adapter`, in ``load_state_dict`` and in copies of the model.
         layers_path: Qualified name of the list of layers, where the longest is not the one meant.
         generator: CPU source of randomness for "random".
         name: Name of this set of adapters.
@@ -181,6 +182,8 @@ def insert_adapters(
         along = trained_in_place(model) if inherits else {}
         _take_out(model, registry)
         registry.active = name
+    if shared and not registry.hooks:
+        registry.hooks = keep_shared(model)
     model._stiefel_adapters = registry  # type: ignore[assignment]
     model.requires_grad_(False)
     _put_in(model, {**present, **new})
@@ -363,7 +366,9 @@ def check_home(model: nn.Module) -> None:
 
 
 def forget_adapters(model: nn.Module) -> None:
-    """Drop the registry and let train what trained before."""
+    """Drop the registry and its hooks, and let train what trained before."""
+    for handle in _registry(model).hooks:
+        handle.remove()
     parameters = dict(model.named_parameters())
     for name in _registry(model).trainable:
         if name in parameters:

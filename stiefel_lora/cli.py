@@ -256,7 +256,7 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--share-A",
         action="store_true",
         default=defaults.share_A,
-        help="one A for all layers in the linear maps of one name, which halves the parameters; best with --budget 1.0",
+        help="one A for all layers of a linear map and a B for each, half the parameters; best with --budget 1.0",
     )
     parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
     parser.add_argument("--output", type=path_of, default=Path("runs/finetune"), help="folder for the results")

@@ -81,7 +81,7 @@ class FinetuneConfig:
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
         init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
             gradient on the calibration samples).
-        share_A: Let the linear maps of one name have one A over all layers; see `add_adapters`.
+        share_A: Let a linear map have one A for all layers, and a B for each; see `add_adapters`.
         target_modules: Names of the linear maps to adapt and score, or "all-linear" alone for all of them; None for the
             architecture's default.
         dropout: Dropout of the adapters' input.

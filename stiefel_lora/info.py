@@ -59,8 +59,7 @@ class AdapterInfo:
         width = max(len(module.name) for module in self.modules)
         head = [
             f"{self.kind} adapter for {self.base_model or 'an unnamed model'}: {len(self.modules)} linears, "
-            f"{self.parameters:,} parameters"
-            + (f", {self.shared} with the A of another linear of their name" if self.shared else ""),
+            f"{self.parameters:,} parameters" + (f", {self.shared} with the A of one before" if self.shared else ""),
             f"{'module':{width}}  {'out x in':>13}  rank  scaling  orthonormal  orthogonality error  effective rank",
         ]
         rows = [_row(module, width) for module in self.modules]

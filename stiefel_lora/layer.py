@@ -99,6 +99,7 @@ class StiefelLoRALinear(nn.Module):
         self.scaling = scaling(rank, self.alpha, rslora)
         self.orthonormal: Orthonormal = orthonormal
         self.enabled = True
+        self.shares_A_of: str | None = None  # a name for all adapters that have one A
         self.is_known = False  # to a model, which has put it in and keeps a record of its adapters
         # Holds the base's own weight while another, merged one is in its place. A tuple hides it from nn.Module, which
         # would list it in parameters() and state_dict().
@@ -135,6 +136,11 @@ class StiefelLoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """The base's weight, for code that looks at a linear's weight, its dtype or its device."""
         return cast(Tensor, self.base.weight)
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str]:
+        """What transformers may save under one of its names."""
+        return {} if self.shares_A_of is None else {"lora_A": "lora_A"}
 
     @property
     def bias(self) -> Tensor | None:

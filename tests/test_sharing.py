@@ -1,9 +1,9 @@
-"""One orthonormal A for all linears of a name: it is one parameter from the first step to the last file."""
+"""One orthonormal A for a linear in all layers: it is one parameter from the first step to the last file."""
 
 import copy
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.optim.swa_utils import AveragedModel
+from transformers import Trainer, TrainingArguments
 
 from stiefel_lora import (
     InputError,
@@ -33,6 +36,7 @@ from stiefel_lora.adapted import adapter_factors, adapter_layers
 from stiefel_lora.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from stiefel_lora.factors import adapter_size
 from stiefel_lora.info import adapter_info
+from stiefel_lora.trainer import trainer_optimizer
 from tests.models import FAMILIES, causal_batch
 
 # PEFT 0.21 asks transformers 5.23 for names that the next major version drops.
@@ -80,7 +84,7 @@ def assert_shared(model: nn.Module) -> None:
         assert float(orthogonality_error(layer.lora_A)) < 2e-6  # float32
 
 
-def test_each_name_has_one_parameter_for_all_layers() -> None:
+def test_each_linear_has_one_parameter_for_all_layers() -> None:
     model = built()
     assert_shared(model)
     layers, depth = adapter_layers(model), len(model.model.layers)
@@ -122,6 +126,113 @@ def test_its_gradient_is_the_sum_over_the_layers() -> None:
 )
 def test_it_stays_one(change: Callable[[Any], Any]) -> None:
     assert_shared(change(trained()))
+
+
+def averaged(model: Any) -> Any:
+    """Return an average of several states, whose factors are off the manifold."""
+    average = AveragedModel(model)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        moved = copy.deepcopy(model)
+        for factor in adapter_factors(moved).values():
+            factor.data.add_(0.1 * torch.randn(factor.shape, generator=generator))
+        average.update_parameters(moved)
+    return average.module
+
+
+def once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with each tensor under its first name alone, as safetensors files have it."""
+    found: dict[int, str] = {}
+    return {name: value for name, value in state.items() if found.setdefault(value.data_ptr(), name) == name}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("form", [dict, once])
+@pytest.mark.filterwarnings("ignore:a loaded state has factors off the manifold:UserWarning")
+def test_a_state_gives_the_same_updates(form: Callable[[Any], Any], assign: bool) -> None:
+    model = averaged(trained())
+    state, expected = form(copy.deepcopy(model.state_dict())), logits(model)
+    loaded = copy.deepcopy(built())
+    assert loaded.load_state_dict(state, assign=assign, strict=False).missing_keys == []
+    assert_shared(loaded)
+    # Its own manifold points, from those of float32 that were averaged.
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_of_a_checkpointed_model_gives_the_same_updates() -> None:
+    model, loaded = trained(), built()
+    for block in list(loaded.model.layers):
+        apply_activation_checkpointing(loaded, check_fn=lambda module, block=block: module is block)
+    loaded.load_state_dict(once(copy.deepcopy(model.state_dict())), strict=False)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_model_from_the_meta_device_shares_again() -> None:
+    model = trained()
+    empty = built().to("meta")
+    empty.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert_shared(empty)
+    for name, factor in adapter_factors(model).items():
+        assert torch.equal(adapter_factors(empty)[name], factor)
+
+
+def test_a_state_with_several_is_refused() -> None:
+    model, other = trained(), trained(share_A=False)
+    before = logits(model)
+    with pytest.raises(InputError, match=r"the state has an A each for model\.layers\.0.*, which share one here; load"):
+        model.load_state_dict(other.state_dict())
+    assert torch.equal(logits(model), before)
+    model.load_state_dict({name: p for name, p in model.state_dict().items() if "lora_B" in name}, strict=False)
+    assert torch.equal(logits(model), before)
+
+
+def test_the_hooks_leave_with_the_adapters() -> None:
+    for leave in (remove_adapters, merge_adapters):
+        model = trained()
+        assert len(model._load_state_dict_pre_hooks) == len(model._load_state_dict_post_hooks) == 1
+        leave(copy.deepcopy(model))
+        assert len(model._load_state_dict_pre_hooks) == 1  # those of the copy went
+        leave(model)
+        assert not model._load_state_dict_pre_hooks and not model._load_state_dict_post_hooks
+
+
+def test_two_sets_may_share() -> None:
+    model = trained()
+    expected = logits(model)
+    add_adapters(model, layers=None, rank=2, share_A=True, name="other")
+    assert_shared(model)
+    use_adapter(model, "default")
+    assert_shared(model)
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(InputError, match="has an adapter already; remove it first"):
+        add_adapters(model, layers=None, rank=2, share_A=True)
+
+
+def test_the_plain_trainer_saves_and_resumes(tmp_path: Path) -> None:
+    data = [{key: value[i] for key, value in causal_batch(3, 7).items()} for i in range(3)] * 4
+    finals = []
+    for resume in (False, True):
+        options: dict[str, Any] = {"max_steps": 4, "save_steps": 2, "report_to": "none", "use_cpu": True}
+        args = TrainingArguments(str(tmp_path), **options)
+        model = built()
+        trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=trainer_optimizer(args))
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2") if resume else None)
+        assert_shared(model)
+        finals.append(logits(model.eval()))
+    assert torch.equal(*finals)
+
+
+@pytest.mark.parametrize("part", [None, torch.float64])
+def test_different_places_and_precisions_do_not_share(part: torch.dtype | None) -> None:
+    """Two linears of BERT's blocks are named "dense", with as many inputs."""
+    model = FAMILIES["bert"].build()
+    model.bert.encoder.layer[0].to(part)
+    names = add_adapters(model, layers=None, rank=3, target_modules="all-linear", share_A=True)
+    depth = len(model.bert.encoder.layer)
+    places = {name.split(".layer.")[1].partition(".")[2] for name in names}
+    points = {id(layer.lora_A) for layer in adapter_layers(model).values()}
+    assert len(points) == len(places) * (1 if part is None else 2)
+    assert len(names) == depth * len(places)
 
 
 def test_it_stays_one_beside_another_set_and_comes_out() -> None:
@@ -168,7 +279,7 @@ def test_a_folder_holds_it_once_and_gives_it_back_shared(tmp_path: Path) -> None
     info = adapter_info(tmp_path)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert info.parameters == sum(m.parameters for m in info.modules) == trainable
-    assert f"{trainable:,} parameters, {info.shared} with the A of another linear of their name" in info.table()
+    assert f"{trainable:,} parameters, {info.shared} with the A of one before" in info.table()
     assert info.shared == len(info.modules) - len(by_last_name(model))
 
 
