@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from stiefel_lora._files import atomic_folder, path_of
 from stiefel_lora._types import Orthonormal
-from stiefel_lora.config import ADAPTER_FOLDER, RUN_FILE
+from stiefel_lora.config import ADAPTER_FOLDER, CHOICES, RUN_FILE
 from stiefel_lora.errors import InputError
 
 
@@ -27,6 +27,9 @@ def add_adapter_commands(commands: "argparse._SubParsersAction[Any]") -> None:
     export.add_argument("--output", type=path_of, required=True, help="folder to write; it must not hold anything yet")
     export.add_argument(
         "--model", type=os.path.expanduser, help="base model for 'merged' (default: the one named in the adapter)"
+    )
+    export.add_argument(
+        "--dtype", choices=CHOICES["dtype"], help="precision of 'merged' (default: the one that the base is stored in)"
     )
     export.set_defaults(run=_export)
 
@@ -84,6 +87,8 @@ def _export(args: argparse.Namespace) -> None:
     from stiefel_lora.merging import merge_adapters
     from stiefel_lora.pretrained import load_base
 
+    if args.dtype and args.format != "merged":
+        raise InputError(f"--dtype is an option of --format merged; a {args.format} adapter has that of its factors")
     folder = adapter_folder(args.adapter)
     state = read_adapter(folder)
     _check_new(args.output)
@@ -93,7 +98,7 @@ def _export(args: argparse.Namespace) -> None:
         return
     base = state.base_model
     name = args.model or named_base(folder, base)
-    model, processor = load_base(name, base.get("class"), state.parameters, base.get("task"))
+    model, processor = load_base(name, base.get("class"), state.parameters, base.get("task"), dtype=args.dtype)
     load_adapter(model, folder)
     merged: Any = merge_adapters(model)
     with atomic_folder(args.output) as output:

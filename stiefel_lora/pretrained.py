@@ -175,9 +175,14 @@ def check_causal(model: Any) -> None:
 
 
 def load_base(
-    model: str | Path | None, kind: str | None, adapted: Collection[str] = (), task: Mapping[str, Any] | None = None
+    model: str | Path | None,
+    kind: str | None,
+    adapted: Collection[str] = (),
+    task: Mapping[str, Any] | None = None,
+    *,
+    dtype: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a model of any class in the precision that it is stored in, to merge an adapter into it.
+    """Load a model of any class, to merge an adapter into it.
 
     Args:
         model: See `find_source`.
@@ -185,6 +190,7 @@ def load_base(
         adapted: Names of parameters that the adapter brings, such as a head's, so that the base may lack them or have
             them in other shapes.
         task: Options of its configuration, in place of those that are stored.
+        dtype: "float32", "bfloat16" or "float16"; None for the precision that it is stored in.
 
     Returns:
         The model, and its tokenizer or image processor, or None if it has none.
@@ -207,7 +213,7 @@ def load_base(
         elif config.model_type != auto.config_class.model_type:
             # transformers would fill in what is missing, and build a model of the default size.
             raise InputError(f"{source} is a {config.model_type}, the adapter was made for a {kind}")
-        network = _network(auto, source, adapted, dtype="auto", **task)
+        network = _network(auto, source, adapted, dtype=DTYPES[dtype] if dtype else "auto", **task)
         processor = _processor(source)
         if source.gguf_file and processor is not None:
             _name_specials(processor, config)

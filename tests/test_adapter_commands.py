@@ -53,6 +53,26 @@ def test_there_and_back(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         torch.testing.assert_close(outputs(other), expected, **SAME)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_merged_model_has_the_precision_that_is_asked_for(dtype: str, tiny: Path, tmp_path: Path) -> None:
+    model = adapted()
+    save_adapter(model, tmp_path / "a")
+    words = ("export", tmp_path / "a", "--format", "merged", "--output", tmp_path / "merged", "--model", tiny)
+    run(*words, "--dtype", dtype)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {str(p.dtype) for p in merged.parameters()} == {f"torch.{dtype}"}
+    # Weights of 8, 11 or 24 bits.
+    tolerance = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}[dtype]
+    torch.testing.assert_close(outputs(merged.float()), outputs(model), rtol=tolerance, atol=tolerance)
+
+
+def test_a_precision_is_of_merged_models(tmp_path: Path) -> None:
+    save_adapter(adapted(), tmp_path / "a")
+    with pytest.raises(InputError, match="--dtype is an option of --format merged; a peft adapter has that of its"):
+        run("export", tmp_path / "a", "--format", "peft", "--output", tmp_path / "out", "--dtype", "bfloat16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_adapter(adapted(), tmp_path / "a")
     run("info", tmp_path / "a")
