@@ -43,10 +43,13 @@ def _form(module: nn.Module, name: str, rank: int) -> object:
 
 
 def share(layers: Mapping[str, StiefelLoRALinear], shared: Mapping[str, str]) -> None:
-    """Let adapters have the very A of others, by name."""
-    for name, owner in shared.items():
-        layers[name].lora_A = layers[owner].lora_A
-        layers[name].shares_A_of = layers[owner].shares_A_of = plain_name(owner)
+    """Let adapters have the very A of others, by name, among those on one device and of one precision."""
+    first: dict[object, str] = {}
+    for name, owner in {**{owner: owner for owner in shared.values()}, **shared}.items():
+        point = layers[name].lora_A
+        holder = first.setdefault((owner, point.device, point.dtype), name)
+        layers[name].lora_A = layers[holder].lora_A
+        layers[name].shares_A_of = plain_name(holder)
 
 
 def shared_in(layers: Mapping[str, StiefelLoRALinear]) -> dict[str, str]:

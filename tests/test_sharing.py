@@ -283,6 +283,18 @@ def test_a_folder_holds_it_once_and_gives_it_back_shared(tmp_path: Path) -> None
     assert info.shared == len(info.modules) - len(by_last_name(model))
 
 
+def test_a_base_of_two_precisions_shares_one_in_each(tmp_path: Path) -> None:
+    save_adapter(trained(), tmp_path)
+    model = LLAMA.build()
+    for block in list(model.model.layers)[1:]:
+        block.double()
+    load_adapter(model, tmp_path)
+    q = [layer.lora_A for name, layer in adapter_layers(model).items() if name.endswith("q_proj")]
+    assert [point.dtype for point in q] == [torch.float32, torch.float64, torch.float64]
+    assert q[1] is q[2]
+    assert torch.equal(q[0].double(), q[1])
+
+
 def test_what_shares_nothing_is_written_as_before(tmp_path: Path) -> None:
     save_adapter(built(share_A=False), tmp_path / "apart")
     save_adapter(built(), tmp_path / "one")
