@@ -37,7 +37,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise InputError(f"not saved: {listed(bad)} has NaN or infinite entries")
-    # Copies: safetensors refuses a factor that layers share. Its own save_file makes a file for its owner alone.
+    # Copies: safetensors refuses what is under several names, as a factor that layers share. And not its own save_file,
+    # which makes a file for its owner alone.
     copies = {n: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for n, t in tensors.items()}
     path.write_bytes(save(copies, metadata))
 

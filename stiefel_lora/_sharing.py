@@ -45,7 +45,8 @@ def _form(module: nn.Module, name: str, rank: int) -> object:
 def share(layers: Mapping[str, StiefelLoRALinear], shared: Mapping[str, str]) -> None:
     """Let adapters have the very A of others, by name, among those on one device and of one precision."""
     first: dict[object, str] = {}
-    for name, owner in {**{owner: owner for owner in shared.values()}, **shared}.items():
+    owners = {owner: owner for owner in shared.values()}
+    for name, owner in {**owners, **shared}.items():
         point = layers[name].lora_A
         holder = first.setdefault((owner, point.device, point.dtype), name)
         layers[name].lora_A = layers[holder].lora_A

@@ -115,7 +115,7 @@ def add_adapters(
     ranks = module_ranks(model, targets, rank, rank_pattern)
     if not isinstance(init, str) and set(init) != set(targets):
         raise InputError(f"init must name the adapted linears, {listed(targets)}; got {listed(init)}")
-    shared = sharers(model, {target: ranks[target] for target in targets}, orthonormal, init) if share_A else {}
+    shared = sharers(model, ranks, orthonormal, init) if share_A else {}
     common = {"dropout": dropout, "rslora": rslora, "orthonormal": orthonormal, "generator": generator}
     options = {
         target: {
@@ -367,10 +367,10 @@ def check_home(model: nn.Module) -> None:
 
 def forget_adapters(model: nn.Module) -> None:
     """Drop the registry and its hooks, and let train what trained before."""
-    for handle in _registry(model).hooks:
+    registry, parameters = _registry(model), dict(model.named_parameters())
+    for handle in registry.hooks:
         handle.remove()
-    parameters = dict(model.named_parameters())
-    for name in _registry(model).trainable:
+    for name in registry.trainable:
         if name in parameters:
             parameters[name].requires_grad_(True)
     if hasattr(model, "_stiefel_adapters"):

@@ -60,9 +60,9 @@ class AdapterState:
         factors: For each adapted linear its factors by parameter name.
         parameters: The base's own parameters that were trained with the adapters, such as a classification head's, and
             the saved buffers of modules that were trained whole.
-        shared: For each adapted linear that has the very A of an earlier one, the name of that.
         tied: For each further name of a parameter that the base shares, as a head with the embedding, its name in
             ``parameters``. None if that is not known, as of folders written before this was kept.
+        shared: For each adapted linear that has the very A of an earlier one, the name of that.
     """
 
     base_model: dict[str, Any]

@@ -414,8 +414,8 @@ def _peft_tensors(state: AdapterState) -> dict[str, Tensor]:
         a, b = folded(factors)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.T
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b
-    # Under all names: PEFT unties a module that it saves whole. Copies: a safetensors file has no shared tensors.
-    tensors.update({_PREFIX + name: tensor.clone() for name, tensor in state.whole_parameters.items()})
+    # Under all names: PEFT unties a module that it saves whole.
+    tensors.update({_PREFIX + name: tensor for name, tensor in state.whole_parameters.items()})
     return tensors
 
 

@@ -137,7 +137,7 @@ def test_a_trained_embedding_that_is_tied_comes_back(tmp_path: Path) -> None:
         assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
 
 
-def test_a_factor_that_layers_share_is_saved_with_each(tmp_path: Path) -> None:
+def test_a_factor_that_was_shared_by_hand_is_saved(tmp_path: Path) -> None:
     model = trained()
     layers, first = adapter_layers(model), {}
     for name, layer in layers.items():

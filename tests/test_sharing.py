@@ -128,15 +128,20 @@ def test_it_stays_one(change: Callable[[Any], Any]) -> None:
     assert_shared(change(trained()))
 
 
+def moved_off(model: Any, seed: int = 2) -> Any:
+    """Move the factors off the manifold, each once."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for factor in adapter_factors(model).values():
+            factor.add_(0.1 * torch.randn(factor.shape, generator=generator))
+    return model
+
+
 def averaged(model: Any) -> Any:
     """Return an average of several states, whose factors are off the manifold."""
     average = AveragedModel(model)
     for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        moved = copy.deepcopy(model)
-        for factor in adapter_factors(moved).values():
-            factor.data.add_(0.1 * torch.randn(factor.shape, generator=generator))
-        average.update_parameters(moved)
+        average.update_parameters(moved_off(copy.deepcopy(model), seed))
     return average.module
 
 
@@ -335,15 +340,6 @@ def test_a_damaged_folder_is_refused(what: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
     with pytest.raises(InputError, match="is damaged: shared_A should name linears by others whose A they have"):
         load_adapter(LLAMA.build(), tmp_path)
-
-
-def moved_off(model: Any) -> Any:
-    """Move the factors off the manifold, each once, as an average does."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for factor in adapter_factors(model).values():
-            factor.add_(0.1 * torch.randn(factor.shape, generator=generator))
-    return model
 
 
 def test_factors_off_the_manifold_are_put_back_for_all_that_share_them(tmp_path: Path) -> None:
