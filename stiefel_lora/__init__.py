@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from stiefel_lora.merging import merge_adapters as merge_adapters
     from stiefel_lora.merging import refactor_adapters as refactor_adapters
     from stiefel_lora.merging import unmerge_adapters as unmerge_adapters
+    from stiefel_lora.onednn import onednn_products as onednn_products
     from stiefel_lora.optim import RiemannianAdam as RiemannianAdam
     from stiefel_lora.optim import RiemannianSGD as RiemannianSGD
     from stiefel_lora.scores import FisherScores as FisherScores
@@ -48,6 +49,7 @@ _PUBLIC = {
     "initialisation": ("allocate_ranks", "gradient_init", "select_and_start"),
     "layer": ("StiefelLoRALinear",),
     "merging": ("merge_adapters", "refactor_adapters", "unmerge_adapters"),
+    "onednn": ("onednn_products",),
     "optim": ("RiemannianAdam", "RiemannianSGD"),
     "scores": ("FisherScores",),
     "stiefel": ("effective_rank", "orthogonality_error"),

@@ -25,6 +25,7 @@ from stiefel_lora._models import linear_shape, split_at_layer
 from stiefel_lora._precision import LOSS_SCALES, product_eps
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError, listed
+from stiefel_lora.onednn import batched_products
 
 # A symmetric product is computed in so many blocks of rows, if they have at least so many rows each.
 _BLOCKS = 4
@@ -410,12 +411,6 @@ def _tap(output: Tensor, arrive: Callable[[Tensor], None]) -> Tensor:
     return output
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b for each sample."""
-    # Autocast would round the sums to a low precision, but leaves alone what is given a place for its result.
-    return torch.bmm(a, b, out=a.new_empty(len(a), a.shape[1], b.shape[2]))
-
-
 def _row_blocks(length: int) -> list[tuple[int, int]]:
     """Return where each block of the rows of a symmetric matrix starts and ends."""
     rows = max(_BLOCK_ROWS, -(-length // _BLOCKS))
@@ -424,7 +419,7 @@ def _row_blocks(length: int) -> list[tuple[int, int]]:
 
 def _gram(a: Tensor) -> list[Tensor]:
     """Return a a^T of each sample by blocks of rows, each up to the block's own columns: the rest is their mirror."""
-    return [_products(a[:, start:end], a[:, :end].mT) for start, end in _row_blocks(a.shape[1])]
+    return [batched_products(a[:, start:end], a[:, :end]) for start, end in _row_blocks(a.shape[1])]
 
 
 def _gram_norms(gram: list[Tensor], g: Tensor) -> Tensor:
@@ -438,8 +433,10 @@ def _gram_norms(gram: list[Tensor], g: Tensor) -> Tensor:
 
 
 def _direct_norms(a: Tensor, g: Tensor) -> Tensor:
-    # One sample at a time: the gradient of a weight is as large as the weight.
-    return torch.cat([_products(g[n : n + 1].mT, a[n : n + 1]).square_().sum(dim=(1, 2)) for n in range(len(a))])
+    # One sample at a time: the gradient of a weight is as large as the weight. The first factor has to be turned.
+    first, second = sorted((a.mT, g.mT), key=lambda x: x.shape[1])
+    parts = zip(first.split(1), second.split(1), strict=True)
+    return torch.cat([batched_products(x, y).square_().sum(dim=(1, 2)) for x, y in parts])
 
 
 def _key(module: nn.Module) -> Hashable:

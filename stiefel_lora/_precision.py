@@ -49,7 +49,7 @@ def exact_products(devices: Collection[str]) -> AbstractContextManager[object]:
         return nullcontext()
     autocast = [device for device in devices if under_autocast(device)]
     # A compiled function keeps the precision that it was compiled under.
-    reduced = not torch.compiler.is_compiling() and _is_reduced()
+    reduced = not torch.compiler.is_compiling() and is_reduced()
     if not autocast and not reduced:
         return nullcontext()
     stack = ExitStack()
@@ -62,12 +62,12 @@ def exact_products(devices: Collection[str]) -> AbstractContextManager[object]:
 
 def product_eps(product: torch.Tensor) -> float:
     """Return the relative rounding error of a matrix product, by its dtype and what is allowed for float32."""
-    reduced = product.dtype == torch.float32 and _is_reduced()
+    reduced = product.dtype == torch.float32 and is_reduced()
     # TF32 has the mantissa of float16; bf16 products may be allowed as well.
     return torch.finfo(torch.bfloat16 if reduced else product.dtype).eps
 
 
-def _is_reduced() -> bool:
+def is_reduced() -> bool:
     if not _SWITCHES:
         return torch.get_float32_matmul_precision() != "highest"
     return any(switch.fp32_precision not in {"none", "ieee"} for switch in _SWITCHES)

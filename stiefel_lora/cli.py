@@ -435,6 +435,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
     from stiefel_lora._records import chat_prompt, prompt_ids, prompt_text
     from stiefel_lora.checkpoint import load_adapter, read_adapter
+    from stiefel_lora.onednn import onednn_products
     from stiefel_lora.pretrained import ends_of, find_device, load_pretrained, positions_of
 
     _check_generation(args)
@@ -458,18 +459,19 @@ def run_generate(args: argparse.Namespace) -> None:
         raise InputError(f"the prompt has {length} tokens, which leaves no room: the model has {positions} positions")
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     torch.manual_seed(args.seed)
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        **sampling,
-        # One text, as it comes, whatever the model's own configuration asks for.
-        num_beams=1,
-        num_return_sequences=1,
-        max_new_tokens=min(args.max_new_tokens, room),
-        eos_token_id=ends_of(model, tokenizer) or None,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-    )
+    with onednn_products():
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **sampling,
+            # One text, as it comes, whatever the model's own configuration asks for.
+            num_beams=1,
+            num_return_sequences=1,
+            max_new_tokens=min(args.max_new_tokens, room),
+            eos_token_id=ends_of(model, tokenizer) or None,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
 
 
 def _check_generation(args: argparse.Namespace) -> None:

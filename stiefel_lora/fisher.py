@@ -36,6 +36,7 @@ from stiefel_lora._progress import progress as progress_bar
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._types import Granularity, Labels, Normalize
 from stiefel_lora.errors import InputError, check_choice, check_count, listed
+from stiefel_lora.onednn import onednn_products
 from stiefel_lora.scores import FisherScores, budget_costs, check_budget_rank, divisors
 
 Number = TypeVar("Number", int, float)
@@ -232,7 +233,8 @@ def score(
     divisor = torch.tensor(divisors(options.normalize, parameters, squared_weight_norm), dtype=torch.float64)
     looks = None if options.tol is None else _Looks(count, options.tol)
     stop = None if looks is None else lambda samples: looks.is_stable(samples / divisor)
-    with failing_together(), undisturbed(model), GradientNorms(model, groups.linears, sketches) as norms:
+    norms = GradientNorms(model, groups.linears, sketches)
+    with failing_together(), undisturbed(model), onednn_products(), norms:
         rows = _measured(model, batches, options, groups, norms, stop)
     samples, skipped = _together(rows)
     _check_measured(samples, norms)

@@ -30,6 +30,7 @@ from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data, spread
 from stiefel_lora.errors import InputError
+from stiefel_lora.onednn import onednn_products
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.pretrained import check_causal, find_device, load_pretrained, positions_of
 from stiefel_lora.selection import Selection, adaptable, select
@@ -146,7 +147,7 @@ def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str
     for start in progress(range(0, len(chosen), config.batch_size), label=f"held-out loss {label}"):
         batch = to_device(data.batch(chosen[start : start + config.batch_size]), _device_of(model))
         n = _label_count(batch)
-        with autocast_like(model):
+        with autocast_like(model), onednn_products():
             total += float(model(**batch).loss) * n
         tokens += n
     loss = total / max(tokens, 1)
@@ -294,7 +295,7 @@ class _Run:
         """Take the remaining steps."""
         self.model.train()
         bar = progress(total=self.config.steps, initial=self.step, label="training")
-        with bar:
+        with bar, onednn_products():
             while self.step < self.config.steps:
                 start = perf_counter()
                 with self.clock.time("training"):

@@ -29,6 +29,7 @@ LEVELS: list[dict[str, set[str]]] = [
         "stiefel": set(),
         "_models": set(),
         "_names": set(),
+        "onednn": set(),
         "_sources": set(),
     },
     {

@@ -238,7 +238,7 @@ def test_the_quoted_cost_of_scoring_is_what_the_committed_results_say() -> None:
         rf"costs {number} forward passes .*? costs {number}; {number} and {number} at 512 tokens, and {number} for"
     )
     # Two to three digits are quoted.
-    assert quoted == pytest.approx([*times, cost["wide"]["times_forward"]], rel=2e-2)
+    assert quoted == pytest.approx([*times, cost["wide"]["times"]["forward pass"]], rel=2e-2)
     memory = [
         100 * mib / cost["model_mib"] for what in ("ours", "loop of single samples") for mib in cost["peak_mib"][what]
     ]
