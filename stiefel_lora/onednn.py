@@ -57,12 +57,22 @@ def _enter() -> None:
     global _uses
     with _lock:
         if _uses == 0:
+            _use_up_the_warning()
             library = _overrides.enter_context(torch.library._scoped_library("aten", "IMPL"))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced
-                library.impl("mm", _mm, "CPU")
-                library.impl("addmm", _addmm, "CPU")
+            library.impl("mm", _mm, "CPU")
+            library.impl("addmm", _addmm, "CPU")
         _uses += 1
+
+
+@cache
+def _use_up_the_warning() -> None:
+    """Let torch say, as it does once in a process, that a kernel is replaced.
+
+    Not each time: whoever changes the filters of warnings makes Python show again what it shows once a line.
+    """
+    with warnings.catch_warnings(), torch.library._scoped_library("aten", "IMPL") as library:
+        warnings.simplefilter("ignore", UserWarning)
+        library.impl("mm", _mm, "CPU")
 
 
 def _leave() -> None:

@@ -1,6 +1,7 @@
 """Matrix products by oneDNN against float64, and what is left to torch."""
 
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,15 @@ def test_torchs_kernels_come_back(calls: Calls) -> None:
     with pytest.raises(ZeroDivisionError), onednn_products():
         1 / 0  # noqa: B018
     assert not is_used()
+
+
+def test_warnings_of_others_are_shown_as_often_as_without(calls: Calls) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            with onednn_products():
+                warnings.warn("once a line", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["once a line"]
 
 
 def test_they_stay_while_any_thread_is_inside(calls: Calls) -> None:
