@@ -22,6 +22,7 @@ from benchmarks._methods import (
     LORA_LINEAR_SHORT,
     LORA_RANKS,
     LORA_SHORT,
+    LORA_SHORT_FASTER,
     METHODS,
     RANDOM_BY_ROW,
     RANKS_BY_ROW,
@@ -31,7 +32,9 @@ from benchmarks._methods import (
     RANKS_SHORT_SCALED,
     SELECTED,
     SHARED_LINEAR,
+    SHARED_LINEAR_FASTER,
     SHARED_LINEAR_SHORT,
+    SHARED_LINEAR_TWICE,
     SHARED_SHORT,
     STARTED,
 )
@@ -168,6 +171,22 @@ COMPARISONS = (
         SHARED_LINEAR_SHORT,
         LORA_LINEAR_SHORT,
     ),
+    (
+        "One A for all layers, at twice B's rate, beats LoRA, both with a shorter memory, at half the parameters",
+        SHARED_LINEAR_TWICE,
+        LORA_SHORT,
+    ),
+    (
+        "One A for all layers, at 4 times B's rate, beats LoRA, both with a shorter memory, at half the parameters",
+        SHARED_LINEAR_FASTER,
+        LORA_SHORT,
+    ),
+    (
+        "One A for all layers, at 4 times B's rate, beats LoRA, both on all linear maps with a shorter memory",
+        SHARED_LINEAR_FASTER,
+        LORA_LINEAR_SHORT,
+    ),
+    ("LoRA with a shorter memory gains from A at twice the rate", LORA_SHORT_FASTER, LORA_SHORT),
     (
         "The constraint helps with a shorter memory and a second moment of each row, on all layers",
         ALL_SHORT,

@@ -172,13 +172,15 @@ def lora(
     gradient_start: bool = False,
     allocate: bool = False,
     beta1: float = 0.9,
+    rate_of_A: float = 1.0,
     samples: int = SAMPLES,
     **more: Any,
 ) -> Build:
     """PEFT's LoRA at ``share`` of the rank; ``more`` goes to its configuration.
 
     With ``gradient_start`` its A starts where ours does, in the leading directions of the gradient of calibration
-    ``samples``; with ``allocate`` its ranks are those of ours. ``beta1`` is AdamW's.
+    ``samples``; with ``allocate`` its ranks are those of ours. ``beta1`` is AdamW's; the learning rate of A is
+    ``rate_of_A`` times that of B.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
@@ -203,7 +205,8 @@ def lora(
         adapted = peft.get_peft_model(model, config)
         for name, start in starts.items():
             adapted.get_base_model().get_submodule(name).lora_A["default"].weight.data.copy_(start.T)
-        return _with_adamw(adapted, setting, {"layers": chosen, "start_s": time.perf_counter() - begin}, beta1)
+        extra = {"layers": chosen, "start_s": time.perf_counter() - begin}
+        return _with_adamw(adapted, setting, extra, beta1, rate_of_A)
 
     return build
 
@@ -240,9 +243,19 @@ def full(model: Any, setting: Setting) -> Tuned:
     return _with_adamw(model, setting, {"layers": _selected(setting)})
 
 
-def _with_adamw(model: Any, setting: Setting, extra: dict[str, Any], beta1: float = 0.9) -> Tuned:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=setting.lr, betas=(beta1, 0.999), weight_decay=0.0, fused=True)
+def _with_adamw(
+    model: Any,
+    setting: Setting,
+    extra: dict[str, Any],
+    beta1: float = 0.9,
+    rate_of_A: float = 1.0,
+) -> Tuned:
+    groups: dict[float, list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault(setting.lr * (rate_of_A if "lora_A" in name else 1.0), []).append(p)
+    by_rate = [{"params": params, "lr": lr} for lr, params in groups.items()]
+    optimizer = torch.optim.AdamW(by_rate, lr=setting.lr, betas=(beta1, 0.999), weight_decay=0.0, fused=True)
 
     def updates() -> Iterable[tuple[Tensor, Tensor]]:
         for module in model.modules():
@@ -287,6 +300,10 @@ LORA_LINEAR = "LoRA, all linear maps at 11/16 of the rank"
 SHARED_SHORT, SHARED_LINEAR_SHORT, LORA_LINEAR_SHORT = (
     f"{name}, beta1 0.6" for name in (SHARED, SHARED_LINEAR, LORA_LINEAR)
 )
+LORA_SHORT_FASTER = f"{LORA_SHORT}, A at twice the rate"
+SHARED_LINEAR_TWICE, SHARED_LINEAR_FASTER = (
+    f"{SHARED_LINEAR_SHORT}, A at {times} the rate" for times in ("twice", "4 times")
+)
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 _shared = partial(ours, _all, share_A=True, second_moment="row")
@@ -324,12 +341,15 @@ METHODS: dict[str, Build] = {
     RANKS_SCALED: _ranks_by_row(rslora=True, alpha=6.0),
     RANKS_SHORT_SCALED: _ranks_by_row(beta1=0.6, rslora=True, alpha=6.0),
     LORA_SHORT: lora(beta1=0.6),
+    LORA_SHORT_FASTER: lora(beta1=0.6, rate_of_A=2.0),
     ALL_SHORT: ours(_all, second_moment="row", beta1=0.6),
     # As many parameters as half the rank on all layers to 4 %.
     SHARED: _shared(share=9 / 8),
     SHARED_SHORT: _shared(share=9 / 8, beta1=0.6),
     SHARED_LINEAR: _shared(share=5 / 8, targets=ALL_LINEAR),
     SHARED_LINEAR_SHORT: _shared(share=5 / 8, targets=ALL_LINEAR, beta1=0.6),
+    SHARED_LINEAR_TWICE: _shared(share=5 / 8, targets=ALL_LINEAR, beta1=0.6, rate_on_manifold=2.0),
+    SHARED_LINEAR_FASTER: _shared(share=5 / 8, targets=ALL_LINEAR, beta1=0.6, rate_on_manifold=4.0),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),

@@ -47,7 +47,9 @@ from benchmarks._methods import (
     RANKS_SHORT_SCALED,
     SAMPLES,
     SAMPLES_OF_THE_PAPER,
+    SHARED_LINEAR_FASTER,
     SHARED_LINEAR_SHORT,
+    SHARED_LINEAR_TWICE,
     SHARED_SHORT,
     STARTED,
     TARGETS,
@@ -69,7 +71,8 @@ MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA
         "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
         "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED, BY_ELEMENT, BY_ROW,
         FORA_BY_ROW, ALL_BY_ROW, RANKS_BY_ROW, LORA_RANKS, RANKS_SHORT, LORA_SHORT, ALL_SHORT,
-        RANKS_SCALED, RANKS_SHORT_SCALED, SHARED_SHORT, SHARED_LINEAR_SHORT)  # fmt: skip
+        RANKS_SCALED, RANKS_SHORT_SCALED, SHARED_SHORT, SHARED_LINEAR_SHORT, SHARED_LINEAR_TWICE,
+        SHARED_LINEAR_FASTER)  # fmt: skip
 
 # Tasks that are read from a folder of question sets.
 QUESTIONS = {"instructions": _tasks.instructions, "answers": _tasks.answers}
