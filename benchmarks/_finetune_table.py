@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import scipy.stats
@@ -385,6 +386,9 @@ def _by_loss(cells: list[Cell], task: str) -> list[tuple[float, str, dict[int, C
     return sorted(rows, key=lambda row: -row[0])
 
 
+_LABEL_WIDTH = 64
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """Draw the held-out loss of every method at its best rate, one dot a seed, best at the top; one panel a task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -410,9 +414,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 fontsize=8,
                 color="#555555",
             )
-        axes.set_yticks(range(len(rows)), [method for _, method, _ in rows], fontsize=8)
+        # In two lines if long, so that there is room for the dots.
+        labels = [fill(method, max(_LABEL_WIDTH, len(method) // 2 + 8)) for _, method, _ in rows]
+        axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.set_ylim(-0.8, len(rows) - 0.2)
-        axes.set_xlabel("held-out loss (nats per token); trainable parameters on the right")
+        axes.set_xlabel("held-out loss (nats per token);\ntrainable parameters on the right")
         axes.set_title(f"{task}: before {results['selection'][task]['before']['test_loss']:.3f}", fontsize=10)
         axes.grid(axis="y", color="#eeeeee")
         axes.spines[["top", "right"]].set_visible(False)
