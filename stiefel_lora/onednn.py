@@ -36,7 +36,8 @@ def onednn_products() -> Iterator[None]:
     torch's kernels of ``mm`` and ``addmm``, by which linear maps and their gradients are computed, are replaced for the
     whole process while any thread is inside. Autograd, autocast and checkpoints are above kernels and see no
     difference; nor do other types and devices, small matrices, products in batches, compiled functions, and products
-    for which ``torch.set_float32_matmul_precision`` allows less than float32. Results differ by rounding alone.
+    for which ``torch.set_float32_matmul_precision`` allows less than float32 or ``torch.backends.mkldnn`` is switched
+    off. Results differ by rounding alone.
 
     `fisher_scores`, `StiefelTrainer` and the ``stiefel-lora`` command enter it themselves; for a loop of your own:
 
@@ -138,6 +139,8 @@ def _fits(a: Tensor, b: Tensor) -> bool:
         and a.shape[1] == b.shape[0]
         and all(z.is_contiguous() or z.mT.is_contiguous() for z in (a, b))
         and a.numel() > 0
+        # Both may change at any time.
+        and bool(torch.backends.mkldnn.enabled)
         and not is_reduced()
     )
 

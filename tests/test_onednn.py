@@ -296,6 +296,17 @@ def test_a_lower_precision_that_is_allowed_is_torchs_to_choose(calls: Calls) -> 
     assert calls == []
 
 
+def test_who_switches_onednn_off_has_none(calls: Calls) -> None:
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with onednn_products():
+            torch.randn(8, 64) @ torch.randn(64, 64)
+        batched_products(torch.randn(2, 8, 64), torch.randn(2, 8, 64))
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert calls == []
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("is_faster", [True, False])
 @pytest.mark.parametrize("turned", [True, False])
