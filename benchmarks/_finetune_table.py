@@ -386,7 +386,7 @@ def _by_loss(cells: list[Cell], task: str) -> list[tuple[float, str, dict[int, C
     return sorted(rows, key=lambda row: -row[0])
 
 
-_LABEL_WIDTH = 64
+_LABEL_WIDTH = 64  # characters; longer names take two lines
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -414,7 +414,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 fontsize=8,
                 color="#555555",
             )
-        # In two lines if long, so that there is room for the dots.
+        # About half of a long name and a word, so that two lines hold it, and there is room for the dots.
         labels = [fill(method, max(_LABEL_WIDTH, len(method) // 2 + 8)) for _, method, _ in rows]
         axes.set_yticks(range(len(rows)), labels, fontsize=8)
         axes.set_ylim(-0.8, len(rows) - 0.2)

@@ -155,21 +155,12 @@ def ghost(model: Any, batches: list[Batch]) -> Tensor:
 
 
 METHODS: dict[str, Method] = {FORWARD: forward, OURS: ours, LOOP: loop, GHOST: ghost}
-
-
-def _by_onednn(method: Method) -> Method:
-    """Return a method with its matrix products computed as ours are where oneDNN is faster than torch's choice."""
-
-    def faster(model: Any, batches: list[Batch]) -> Tensor:
-        with onednn_products():
-            return method(model, batches)
-
-    return faster
-
-
-# They tell how much of our lead is the library's.
+# With the matrix products that ours has: they tell how much of our lead is the library's.
 FORWARD_BY_ONEDNN, LOOP_BY_ONEDNN = f"{FORWARD}, by oneDNN", f"{LOOP}, by oneDNN"
-WITH_OURS: dict[str, Method] = {FORWARD_BY_ONEDNN: _by_onednn(forward), LOOP_BY_ONEDNN: _by_onednn(loop)}
+BY_ONEDNN: dict[str, Method] = {
+    FORWARD_BY_ONEDNN: onednn_products()(forward),
+    LOOP_BY_ONEDNN: onednn_products()(loop),
+}
 
 
 def _by_layer(model: nn.Module, values: Tensor) -> Tensor:
@@ -182,7 +173,7 @@ def _by_layer(model: nn.Module, values: Tensor) -> Tensor:
 
 def _compare(model: Any, batches: list[Batch], rounds: int) -> dict[str, Any]:
     absent: dict[str, str] = {}
-    methods = METHODS | (WITH_OURS if is_faster() else {})
+    methods = METHODS | (BY_ONEDNN if is_faster() else {})
     try:
         ghost(copy.deepcopy(model), batches[:1])
     except Exception as error:  # another package on a model it was not made for: whatever it raises is the finding
@@ -290,7 +281,7 @@ def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:
     forward(model, batches)
     methods: dict[str, Method] = {FORWARD: forward, OURS: ours}
     if is_faster():
-        methods[FORWARD_BY_ONEDNN] = WITH_OURS[FORWARD_BY_ONEDNN]
+        methods[FORWARD_BY_ONEDNN] = BY_ONEDNN[FORWARD_BY_ONEDNN]
     times = _harness.interleave(
         {name: partial(method, model, batches) for name, method in methods.items()},
         rounds=max(3, rounds) if not quick else 1,
@@ -318,11 +309,9 @@ def _share(model: Any, calibration: int, length: int) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    def faster_step() -> None:
-        with onednn_products():
-            step()
-
-    steps = {"as torch computes it": step, "by oneDNN": faster_step} if is_faster() else {"as torch computes it": step}
+    steps = {"as torch computes it": step}
+    if is_faster():
+        steps["by oneDNN"] = onednn_products()(step)
     times = _harness.interleave(steps, rounds=5, warmup=1, label="training steps")
     training = statistics.median(list(times.values())[-1]) / len(batch["labels"])
     samples, epochs, data = PAPER
@@ -369,7 +358,7 @@ def report(results: dict[str, Any]) -> str:
         f"Share of a training run: {share['paper']:.2%} at the paper's setting ({PAPER[0]} samples against {PAPER[1]} "
         f"epochs of {PAPER[2]:,}), {share['default_run']:.0%} of the 50 steps of `stiefel-lora finetune`."
     )
-    if len(share.get("training_step_s", {})) > 1:
+    if len(share["training_step_s"]) > 1:
         seconds = ", ".join(f"{s:.2f} s {name}" for name, s in share["training_step_s"].items())
         parts.append(f"A training step of {_BATCH} x 128 tokens, adapters on half of the layers: {seconds}.")
     return "\n\n".join(parts)

@@ -68,6 +68,7 @@ def product_eps(product: torch.Tensor) -> float:
 
 
 def is_reduced() -> bool:
+    """Tell whether products of float32 may have a lower precision."""
     if not _SWITCHES:
         return torch.get_float32_matmul_precision() != "highest"
     return any(switch.fp32_precision not in {"none", "ieee"} for switch in _SWITCHES)

@@ -106,13 +106,10 @@ def batched_products(a: Tensor, b: Tensor) -> Tensor:
         a: Shape (batch, m, k).
         b: Shape (batch, n, k).
     """
+    if is_faster() and _fits(a[0], b[0].mT):
+        return torch.stack([_product(x, y.mT) for x, y in zip(a, b, strict=True)])
     # Autocast leaves alone what is given a place for its result.
-    out = a.new_empty(len(a), a.shape[1], b.shape[1])
-    if not (is_faster() and _fits(a[0], b[0].mT)):
-        return torch.bmm(a, b.mT, out=out)
-    for place, x, y in zip(out, a, b, strict=True):
-        place.copy_(_product(x, y.mT))
-    return out
+    return torch.bmm(a, b.mT, out=a.new_empty(len(a), a.shape[1], b.shape[1]))
 
 
 # Kernels are below autograd and dispatch: their operands are plain matrices. With ``out=`` torch's own are called.

@@ -183,15 +183,15 @@ class StiefelTrainer(Trainer):
         ]
         return [group for group in groups if group["params"]]
 
+    @onednn_products()
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute a step's gradients, on a CPU with the faster library; see `onednn_products`."""
-        with onednn_products():
-            return super().training_step(*args, **kwargs)
+        return super().training_step(*args, **kwargs)
 
+    @onednn_products()
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         """Predict, with the library that computes the steps."""
-        with onednn_products():
-            return super().prediction_step(*args, **kwargs)
+        return super().prediction_step(*args, **kwargs)
 
     def _is_complete(self) -> bool:
         """Tell whether the optimizer has all parameters that are to be trained."""
