@@ -12,13 +12,11 @@ finished cells are in the result file and are not run again, so the table can be
 import argparse
 import copy
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -224,9 +222,7 @@ def _failed(key: Key, error: Exception) -> Cell:
 
 
 def _in_a_process(function: Any, *args: Any) -> Any:
-    """Run a function in a fresh process, which gives its memory back and shows its own peak."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_with_fast_products, function, *args).result()
+    return _harness.in_a_process(_with_fast_products, function, *args)
 
 
 def _with_fast_products(function: Any, *args: Any) -> Any:

@@ -16,7 +16,6 @@ import statistics
 import subprocess  # noqa: S404  runs this very file again
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -245,27 +244,7 @@ def _peak(method: str, model: Any) -> float:
     """Return by how many MiB the resident memory grows over the loaded model, for one batch of 4 x 128."""
     batches = _batches(model, 4, 128)
     forward(model, _batches(model, 1, 8))
-    base, peak, done = _resident(), 0.0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, _resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        METHODS[method](model, batches)
-    finally:
-        done.set()
-        watcher.join()
-    return peak - base
-
-
-def _resident() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return _harness.growth_mib(lambda: METHODS[method](model, batches))
 
 
 def _wide(rounds: int, *, quick: bool) -> dict[str, Any]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stiefel_lora.initialisation import gradient_init as gradient_init
     from stiefel_lora.initialisation import select_and_start as select_and_start
     from stiefel_lora.layer import StiefelLoRALinear as StiefelLoRALinear
+    from stiefel_lora.logits import deferred_logits as deferred_logits
     from stiefel_lora.merging import merge_adapters as merge_adapters
     from stiefel_lora.merging import refactor_adapters as refactor_adapters
     from stiefel_lora.merging import unmerge_adapters as unmerge_adapters
@@ -48,6 +49,7 @@ _PUBLIC = {
     "fisher": ("fisher_scores", "fisher_select"),
     "initialisation": ("allocate_ranks", "gradient_init", "select_and_start"),
     "layer": ("StiefelLoRALinear",),
+    "logits": ("deferred_logits",),
     "merging": ("merge_adapters", "refactor_adapters", "unmerge_adapters"),
     "onednn": ("onednn_products",),
     "optim": ("RiemannianAdam", "RiemannianSGD"),

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
-# Entries of the logits that are worked on at a time: few enough to stay in a processor's cache.
-_CHUNK = 1 << 18
+from stiefel_lora._softmax import row_losses, write_gradient_
+from stiefel_lora.logits import Logits, is_plain, rowwise_cross_entropy
 
 _SIGNATURE = inspect.signature(cross_entropy)
 
@@ -53,9 +53,13 @@ class LeanCrossEntropy(TorchFunctionMode):
             call = _SIGNATURE.bind(*args, **(kwargs or {}))
             call.apply_defaults()
             logits, target, ignored = (call.arguments[k] for k in ("input", "target", "ignore_index"))
+            if isinstance(logits, Logits) and logits.is_made:
+                call.arguments["input"] = logits = logits.made()
             if _is_plain_mean(call.arguments):
+                if isinstance(logits, Logits):
+                    mean, losses = rowwise_cross_entropy(call.arguments)
                 # Autocast would widen a low precision.
-                if logits.dtype in (torch.float32, torch.float64):
+                elif logits.dtype in (torch.float32, torch.float64):
                     mean, losses = _Mean.apply(logits, target, ignored, self._in_place)
                 else:
                     mean, losses = func(*args, **(kwargs or {})), _rows(logits.detach().float(), target, ignored)
@@ -70,12 +74,8 @@ def _rows(logits: Tensor, target: Tensor, ignored: int) -> Tensor:
 
 
 def _is_plain_mean(call: dict[str, Any]) -> bool:
-    logits, target = call["input"], call["target"]
-    # torch's older arguments, where they are given, count and not the reduction.
-    mean = call["reduction"] == "mean" and call["size_average"] is None and call["reduce"] is None
-    plain = mean and call["weight"] is None and not call["label_smoothing"]
-    own = logits.requires_grad and not logits.is_leaf and logits.dim() == 2
-    return plain and own and not target.is_floating_point()
+    logits = call["input"]
+    return is_plain(call) and call["reduction"] == "mean" and logits.requires_grad and not logits.is_leaf
 
 
 class _Mean(torch.autograd.Function):
@@ -88,9 +88,8 @@ class _Mean(torch.autograd.Function):
         target = torch.where(valid, target, 0)
         # As torch's: no rows give 0 / 0.
         weight = valid.to(logits.dtype) / valid.sum()
-        norm = torch.cat([logits[rows].logsumexp(1) for rows in _chunks(logits)])
+        norm, losses = row_losses(logits, target)
         ctx.save_for_backward(logits, target, weight, norm)
-        losses = norm - logits.gather(1, target[:, None]).squeeze(1)
         rows = losses.masked_fill(~valid, torch.nan)
         ctx.mark_non_differentiable(rows)
         return losses[valid].mean(), rows
@@ -101,14 +100,4 @@ class _Mean(torch.autograd.Function):
         # Rows that are expanded from one are one place in memory.
         if not ctx.in_place or not logits.is_contiguous():
             logits = logits.clone()
-        weight = weight * grads[0]
-        for rows in _chunks(logits):
-            part = logits[rows].sub_(norm[rows, None]).exp_()
-            part.mul_(weight[rows, None]).scatter_add_(1, target[rows, None], -weight[rows, None])
-        return logits.detach(), None, None, None
-
-
-def _chunks(logits: Tensor) -> list[slice]:
-    """Return slices of the rows, at least one, which then may be empty."""
-    step = max(1, _CHUNK // logits.shape[1])
-    return [slice(begin, begin + step) for begin in range(0, max(1, len(logits)), step)]
+        return write_gradient_(logits, target, norm, weight * grads[0]).detach(), None, None, None

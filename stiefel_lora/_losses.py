@@ -14,6 +14,7 @@ from stiefel_lora._batches import batch_size, check_rows, has_known_size, sample
 from stiefel_lora._entropy import Rows
 from stiefel_lora._gradnorms import GradientNorms, NotBatchedError
 from stiefel_lora.errors import InputError, listed
+from stiefel_lora.logits import deferred_logits
 
 LossFn: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
@@ -305,7 +306,8 @@ def batch_losses(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Tensor
     if not isinstance(batch, Mapping):
         raise TypeError(f"a batch must be a mapping for model(**batch), got {type(batch).__name__}; or give loss_fn=")
     check_rows(batch)
-    output = model(**batch)
+    with deferred_logits(model):
+        output = model(**batch)
     # As models with return_dict=False do, and as transformers' Trainer reads them.
     found = output[0] if _begins_with_loss(output) and "labels" in batch else _entry(output, "loss")
     if found is None:

@@ -20,6 +20,7 @@ from stiefel_lora.checkpoint import load_adapter, save_adapter
 from stiefel_lora.errors import InputError, listed
 from stiefel_lora.factors import FREE
 from stiefel_lora.layer import OFF_MANIFOLD
+from stiefel_lora.logits import deferred_logits
 from stiefel_lora.onednn import onednn_products
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 
@@ -184,14 +185,16 @@ class StiefelTrainer(Trainer):
         return [group for group in groups if group["params"]]
 
     @onednn_products()
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute a step's gradients, on a CPU with the faster library; see `onednn_products`."""
-        return super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute a step's gradients in less time and memory; see `onednn_products` and `deferred_logits`."""
+        with deferred_logits(model):
+            return super().training_step(model, *args, **kwargs)
 
     @onednn_products()
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict, with the library that computes the steps."""
-        return super().prediction_step(*args, **kwargs)
+    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Predict as the steps do."""
+        with deferred_logits(model):
+            return super().prediction_step(model, *args, **kwargs)
 
     def _is_complete(self) -> bool:
         """Tell whether the optimizer has all parameters that are to be trained."""

@@ -30,6 +30,7 @@ from stiefel_lora.checkpoint import save_adapter
 from stiefel_lora.config import ADAPTER_FOLDER, CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data, spread
 from stiefel_lora.errors import InputError
+from stiefel_lora.logits import deferred_logits
 from stiefel_lora.onednn import onednn_products
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.pretrained import check_causal, find_device, load_pretrained, positions_of
@@ -147,7 +148,7 @@ def evaluate(model: nn.Module, data: Dataset, config: FinetuneConfig, label: str
     for start in progress(range(0, len(chosen), config.batch_size), label=f"held-out loss {label}"):
         batch = to_device(data.batch(chosen[start : start + config.batch_size]), _device_of(model))
         n = _label_count(batch)
-        with autocast_like(model), onednn_products():
+        with autocast_like(model), onednn_products(), deferred_logits(model):
             total += float(model(**batch).loss) * n
         tokens += n
     loss = total / max(tokens, 1)
@@ -314,7 +315,7 @@ class _Run:
         counts = [_label_count(batch) for batch in batches]
         loss = 0.0
         for batch, count in zip(batches, counts, strict=True):
-            with autocast_like(self.model):
+            with autocast_like(self.model), deferred_logits(self.model):
                 # Each token of the step counts the same, in whichever batch it is.
                 part = self.model(**batch).loss * (count / sum(counts))
             self.scaler.scale(part).backward()

@@ -30,6 +30,8 @@ LEVELS: list[dict[str, set[str]]] = [
         "_models": set(),
         "_names": set(),
         "onednn": set(),
+        "_softmax": set(),
+        "logits": {"_softmax"},
         "_sources": set(),
     },
     {

@@ -1,0 +1,316 @@
+"""`deferred_logits`: the same losses and gradients with a few rows of the logits at a time, and logits for who asks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stiefel_lora import add_adapters, deferred_logits, fisher_scores, logits
+
+CLASSES = 301
+SIZES: dict[str, Any] = {
+    "vocab_size": CLASSES,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED)),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=CLASSES, n_embd=32, n_layer=2, n_head=4)),
+    "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32)),
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)),  # its head has a bias
+    "t5": lambda: hf.T5ForConditionalGeneration(
+        hf.T5Config(
+            vocab_size=CLASSES, decoder_start_token_id=0, d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8
+        )
+    ),
+}
+
+
+def frozen(make: Callable[[], Any], dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    return make().eval().requires_grad_(False).to(dtype)
+
+
+def a_batch(model: Any) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, CLASSES, (3, 20), generator=generator)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    return {"inputs_embeds": embeddings, "labels": labels}
+
+
+class Largest(TorchDispatchMode):
+    """Records the most rows of as many columns as there are classes."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for x in tree_leaves(found):
+            if type(x) is Tensor and x.shape[-1:] == (CLASSES,) and x.device.type != "meta":
+                self.rows = max(self.rows, x.numel() // CLASSES)
+        return found
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let many lots of rows be needed, the last one short."""
+    monkeypatch.setattr(logits, "_ROWS", 7)
+    return 7
+
+
+def loss_and_gradient(
+    model: Any, context: Any, loss_of: Callable[[Any, Tensor], Tensor] = lambda output, labels: output.loss
+) -> tuple[Tensor, Tensor]:
+    batch = a_batch(model)
+    with context:
+        loss = loss_of(model(**batch), batch["labels"])
+    loss.backward()
+    gradient = batch["inputs_embeds"].grad
+    assert gradient is not None
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("few_rows")
+def test_loss_and_gradient_are_those_of_all_logits(name: str) -> None:
+    model = frozen(MODELS[name])
+    expected = loss_and_gradient(model, nullcontext())
+    with Largest() as made:
+        found = loss_and_gradient(model, deferred_logits(model))
+    # Models take the loss in float32, in which its gradient is rounded.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+    # The head's own weight, turned, has as many columns.
+    assert made.rows <= 32
+    with Largest() as made:
+        loss_and_gradient(model, nullcontext())
+    assert made.rows >= 57
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("few_rows")
+def test_in_lower_precisions_they_differ_by_rounding(dtype: torch.dtype) -> None:
+    exact = loss_and_gradient(frozen(MODELS["llama"]), nullcontext())
+    model = frozen(MODELS["llama"], dtype)
+    errors = [
+        [(x.double() - y).norm() / y.norm() for x, y in zip(loss_and_gradient(model, context), exact, strict=True)]
+        for context in (nullcontext(), deferred_logits(model))
+    ]
+    # Both round as often; which is closer to the exact one is luck.
+    assert all(ours < 2 * theirs + 10 * torch.finfo(dtype).eps for theirs, ours in zip(*errors, strict=True))
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_under_autocast_they_differ_by_rounding() -> None:
+    model = frozen(MODELS["llama"], torch.float32)
+
+    def losses(context: Any) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_and_gradient(model, context)
+
+    for found, expected in zip(losses(deferred_logits(model)), losses(nullcontext()), strict=True):
+        assert (found - expected).norm() <= 2e-2 * expected.norm()
+
+
+def of_all(output: Any, labels: Tensor) -> Tensor:
+    return output.logits.logsumexp(-1).mean()
+
+
+def capped(output: Any, labels: Tensor) -> Tensor:
+    return cross_entropy(30 * (output.logits / 30).tanh().view(-1, CLASSES), labels.view(-1))
+
+
+def smoothed(output: Any, labels: Tensor) -> Tensor:
+    return cross_entropy(output.logits.view(-1, CLASSES), labels.view(-1), label_smoothing=0.1)
+
+
+def summed(output: Any, labels: Tensor) -> Tensor:
+    shifted = output.logits[..., :-1, :].contiguous().view(-1, output.logits.size(-1))
+    return cross_entropy(shifted, labels[..., 1:].reshape(-1), reduction="sum") / 40
+
+
+def one_word(output: Any, labels: Tensor) -> Tensor:
+    return output.logits[:, -1].square().mean() + output.logits[:, :, 5].mean() + output.logits[1:, :3, :].mean()
+
+
+def looked_at_first(output: Any, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        assert output.logits.argmax(-1).shape == labels.shape
+    return output.loss + of_all(output, labels)
+
+
+class Squares(torch.autograd.Function):
+    """A loss that Python's part of torch does not see into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grads[0]
+
+
+def by_a_function(output: Any, labels: Tensor) -> Tensor:
+    return Squares.apply(output.logits)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("loss_of", [of_all, capped, smoothed, summed, one_word, looked_at_first, by_a_function])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.usefixtures("few_rows")
+def test_whoever_asks_for_the_logits_has_them(loss_of: Callable[[Any, Tensor], Tensor], inside: bool) -> None:
+    model = frozen(MODELS["llama"])
+    expected = loss_and_gradient(model, nullcontext(), loss_of)
+    if inside:
+        found = loss_and_gradient(model, deferred_logits(model), loss_of)
+    else:
+        batch = a_batch(model)
+        with deferred_logits(model):
+            output = model(**batch)
+        loss = loss_of(output, batch["labels"])
+        loss.backward()
+        found = loss.detach(), batch["inputs_embeds"].grad
+    # The model's own loss, where it takes part, is of float32.
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_logits_look_like_a_tensor() -> None:
+    model = frozen(MODELS["llama"], torch.float32)
+    batch = a_batch(model)
+    expected = model(**batch).logits
+    with deferred_logits(model):
+        found = model(**batch).logits
+    assert isinstance(found, Tensor) and isinstance(found, logits.Logits)
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.size(-1) == CLASSES and found.dim() == 3 and found.numel() == expected.numel()
+    assert not found.is_made
+    assert repr(found) == repr(expected)
+    assert found.is_made
+    torch.testing.assert_close(found.detach(), expected.detach())
+    assert type(found.detach()) is Tensor
+
+
+def test_without_gradients_nothing_is_kept(few_rows: int) -> None:
+    model = frozen(MODELS["llama"])
+    batch = a_batch(model)
+    with torch.no_grad(), deferred_logits(model), Largest() as made:
+        found = model(**batch).loss
+    assert made.rows <= 32 and not found.requires_grad
+    torch.testing.assert_close(found, model(**batch).loss.detach(), rtol=1e-6, atol=0)
+
+
+def test_of_no_labels_the_loss_is_nan_and_the_gradient_zero() -> None:
+    model = frozen(MODELS["llama"])
+    for context in (nullcontext(), deferred_logits(model)):
+        batch = a_batch(model)
+        batch["labels"].fill_(-100)
+        with context:
+            loss = model(**batch).loss
+        loss.backward()
+        assert loss.isnan()
+        assert batch["inputs_embeds"].grad is not None and not batch["inputs_embeds"].grad.any()
+
+
+@contextmanager
+def hooked(model: Any) -> Iterator[None]:
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def trained(model: Any) -> Iterator[None]:
+    model.lm_head.weight.requires_grad_(True)
+    yield
+
+
+@contextmanager
+def adapted(model: Any) -> Iterator[None]:
+    from stiefel_lora.adapters import insert_adapters
+
+    insert_adapters(model, {"lm_head": {"rank": 2}})
+    yield
+
+
+@contextmanager
+def half(model: Any) -> Iterator[None]:
+    model.half()
+    yield
+
+
+@pytest.mark.parametrize("changed", [hooked, trained, adapted, half])
+def test_a_head_that_is_more_than_a_frozen_linear_map_stays(changed: Callable[[Any], Any]) -> None:
+    model = frozen(MODELS["llama"], torch.float32)
+    with changed(model), deferred_logits(model):
+        assert type(model(**{k: v for k, v in a_batch(model).items()}).logits) is Tensor
+
+
+def test_the_head_comes_back_and_other_models_are_left_alone() -> None:
+    model = frozen(MODELS["llama"], torch.float32)
+    before = dict(vars(model.lm_head))
+    with pytest.raises(ZeroDivisionError), deferred_logits(model):
+        assert "forward" in vars(model.lm_head)
+        1 / 0  # noqa: B018
+    assert vars(model.lm_head) == before
+    with deferred_logits(model), deferred_logits(model):  # one in the other
+        assert isinstance(model(**a_batch(model)).logits, logits.Logits)
+    assert vars(model.lm_head) == before
+    plain = nn.Linear(3, 2)
+    with deferred_logits(plain):
+        assert type(plain(torch.zeros(1, 3))) is Tensor
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_adapters_train_as_with_all_logits() -> None:
+    def gradients(defer: bool) -> list[Tensor]:
+        model = frozen(MODELS["llama"])
+        torch.manual_seed(0)
+        add_adapters(model, layers=None, rank=2)
+        labels = a_batch(model)["labels"]
+        with deferred_logits(model) if defer else nullcontext():
+            model(input_ids=labels.clamp(min=0), labels=labels).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    # The factors are float32.
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_of_logits_that_were_looked_at_is_scored_the_same() -> None:
+    model = frozen(MODELS["llama"], torch.float32)
+    ids = a_batch(model)["labels"].clamp(min=0)
+    batches = [{"input_ids": ids, "labels": ids}]
+
+    def loss_fn(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        with deferred_logits(model):
+            output = model(input_ids=batch["input_ids"])
+        assert output.logits.isfinite().all()
+        return cross_entropy(output.logits[:, :-1].reshape(-1, CLASSES), batch["labels"][:, 1:].reshape(-1))
+
+    found = fisher_scores(model, batches, loss_fn=loss_fn, progress=False).scores
+    # Float32 rounding.
+    assert found == pytest.approx(fisher_scores(model, batches, progress=False).scores, rel=1e-5)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_scoring_makes_no_logits() -> None:
+    model = frozen(MODELS["llama"], torch.float32)
+    ids = a_batch(model)["labels"].clamp(min=0)
+    batch = {"input_ids": ids, "labels": ids}
+    with Largest() as made:
+        fisher_scores(model, [batch], progress=False)
+    assert made.rows <= 32
