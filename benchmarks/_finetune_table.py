@@ -16,6 +16,7 @@ from benchmarks._methods import (
     BY_ELEMENT,
     BY_ROW,
     CALIBRATED,
+    DORA_SHORT,
     FASTER,
     FORA,
     FORA_BY_ROW,
@@ -176,6 +177,21 @@ COMPARISONS = (
         "One A for all layers, at twice B's rate, beats LoRA, both with a shorter memory, at half the parameters",
         SHARED_LINEAR_TWICE,
         LORA_SHORT,
+    ),
+    (
+        "One A for all layers, at twice B's rate, beats DoRA, both with a shorter memory, at half the parameters",
+        SHARED_LINEAR_TWICE,
+        DORA_SHORT,
+    ),
+    (
+        "One A for all layers, at twice B's rate and with a shorter memory, beats LoRA, at half the parameters",
+        SHARED_LINEAR_TWICE,
+        "LoRA",
+    ),
+    (
+        "One A for all layers, at twice B's rate and with a shorter memory, beats DoRA, at half the parameters",
+        SHARED_LINEAR_TWICE,
+        "DoRA",
     ),
     (
         "One A for all layers, at 4 times B's rate, beats LoRA, both with a shorter memory, at half the parameters",

@@ -292,7 +292,9 @@ RANKS_BY_ROW = "FoRA (A), ranks by gradient of 128 samples, random start, each r
 RANKS_BY_ROW_FASTER = f"{RANKS_BY_ROW}, A at 4 times the rate"
 LORA_RANKS = "LoRA, ranks by gradient of 128 samples, random start"
 # With a shorter memory of the gradients than by Adam's default, 0.9.
-LORA_SHORT, ALL_SHORT, RANKS_SHORT = (f"{name}, beta1 0.6" for name in ("LoRA", ALL_BY_ROW, RANKS_BY_ROW))
+LORA_SHORT, DORA_SHORT, ALL_SHORT, RANKS_SHORT = (
+    f"{name}, beta1 0.6" for name in ("LoRA", "DoRA", ALL_BY_ROW, RANKS_BY_ROW)
+)
 RANKS_SCALED, RANKS_SHORT_SCALED = (f"{name}, scaled by 6 / sqrt(rank)" for name in (RANKS_BY_ROW, RANKS_SHORT))
 SHARED = "Stiefel A, one A for all layers, 9/8 of the rank, second moment of each row"
 SHARED_LINEAR = "Stiefel A, one A for all layers, all linear maps at 5/8 of the rank, second moment of each row"
@@ -342,6 +344,7 @@ METHODS: dict[str, Build] = {
     RANKS_SHORT_SCALED: _ranks_by_row(beta1=0.6, rslora=True, alpha=6.0),
     LORA_SHORT: lora(beta1=0.6),
     LORA_SHORT_FASTER: lora(beta1=0.6, rate_of_A=2.0),
+    DORA_SHORT: lora(use_dora=True, beta1=0.6),
     ALL_SHORT: ours(_all, second_moment="row", beta1=0.6),
     # As many parameters as half the rank on all layers to 4 %.
     SHARED: _shared(share=9 / 8),

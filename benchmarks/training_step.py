@@ -29,6 +29,7 @@ _CONTEXTS: dict[str, tuple[Callable[[Any], Any], ...]] = {
     DEFERRED: (deferred_logits,),
     BOTH: (lambda model: onednn_products(), deferred_logits),
 }
+METHODS = tuple(_CONTEXTS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Time the steps of each model, and measure their memory."""
-    methods = [name for name in _CONTEXTS if is_faster() or name in (TORCH, DEFERRED)]
+    methods = [name for name in METHODS if is_faster() or name in (TORCH, DEFERRED)]
     models: dict[str, Callable[[], Any]] = {"tiny": _tiny}
     if not args.quick:
         name = args.model or "SmolLM2-135M"

@@ -4,7 +4,7 @@ The logits of a batch are (tokens x vocabulary): with Gemma's 262,144 words thos
 and torch's cross entropy makes two more tensors of their size, where the model itself has 1 GiB. For a head that is
 frozen, as it is beside adapters, nothing of that is needed: the gradient of a row's loss with respect to the head's
 input follows from the row's logits alone. (Wijmans et al., "Cut your losses in large-vocabulary language models",
-arXiv:2411.09009; Hsu et al., "Liger kernel", arXiv:2410.10989, section 3.2.)
+arXiv:2411.09009; Hsu et al., "Liger kernel", arXiv:2410.10989.)
 """
 
 import inspect
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._pytree import tree_map_only
 
@@ -176,10 +177,10 @@ _QUERIES = frozenset(
 
 def _reshaped(func: Callable[..., Tensor], logits: Logits, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return logits of another shape if the classes stay its last dimension."""
-    shape = func(torch.empty(logits.shape, device="meta"), *args, **kwargs).shape
-    if shape[-1:] != logits.shape[-1:]:
+    like = func(torch.empty(logits.shape, dtype=logits.dtype, device="meta"), *args, **kwargs)
+    if like.shape[-1:] != logits.shape[-1:] or like.dtype != logits.dtype:
         return None
-    return _like(logits, logits.hidden.reshape(*shape[:-1], logits.hidden.shape[-1]))
+    return _like(logits, logits.hidden.reshape(*like.shape[:-1], logits.hidden.shape[-1]))
 
 
 def _indexed(func: Callable[..., Tensor], logits: Logits, index: Any) -> Tensor | None:
@@ -254,7 +255,8 @@ class _RowwiseCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         valid = target != ignored
         # As torch's: without any rows the mean is 0 / 0, and its gradient zero.
-        share = valid.to(wide_dtype(dtype)) / (valid.sum().clamp(min=1) if reduction == "mean" else 1)
+        divisor = valid.sum() if reduction == "mean" else target.new_ones(())
+        share = valid.to(wide_dtype(dtype)) / divisor.clamp(min=1)
         target = torch.where(valid, target, 0)
         gradient = torch.empty_like(hidden) if wants_gradient else None
         losses = []
@@ -273,10 +275,10 @@ class _RowwiseCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         rowwise = found.masked_fill(~valid, torch.nan)
         ctx.mark_non_differentiable(rowwise)
-        of_valid = found[valid]
-        return (of_valid.mean() if reduction == "mean" else of_valid.sum()).to(dtype), rowwise
+        return (torch.where(valid, found, 0).sum() / divisor).to(dtype), rowwise
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0], *(None,) * 7)
