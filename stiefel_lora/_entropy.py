@@ -53,7 +53,7 @@ class LeanCrossEntropy(TorchFunctionMode):
             call = _SIGNATURE.bind(*args, **(kwargs or {}))
             call.apply_defaults()
             logits, target, ignored = (call.arguments[k] for k in ("input", "target", "ignore_index"))
-            if isinstance(logits, Logits) and logits.is_made:
+            if isinstance(logits, Logits) and not logits.is_deferred:
                 call.arguments["input"] = logits = logits.made()
             if _is_plain_mean(call.arguments):
                 if isinstance(logits, Logits):

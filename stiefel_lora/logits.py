@@ -15,15 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stiefel_lora._precision import wide_dtype
 from stiefel_lora._softmax import row_losses, write_gradient_
+from stiefel_lora.errors import InputError
 
 # Rows of logits that are made at a time. A head is read from memory for each lot, which fewer rows would wait for.
 _ROWS, _ROWS_ACCELERATOR = 64, 512
+
+_CHANGED = (
+    "the head of a model, its input or what its logits are a copy of was changed before these were looked at, and "
+    "under deferred_logits they are made only then; look at them first, or leave it off"
+)
 
 _SIGNATURE = inspect.signature(cross_entropy)
 
@@ -55,86 +60,138 @@ def deferred_logits(model: nn.Module) -> Iterator[None]:
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
-    """Return the head if it is a frozen linear map and nothing else is in its way."""
+    """Return the head if it is a linear map and nothing else is in its way."""
     if not hasattr(model, "get_output_embeddings") or hasattr(model, "_orig_mod"):
         return None
     head = model.get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear or "forward" in vars(head) or model._compiled_call_impl or head._compiled_call_impl:
         return None
-    plain = all(type(p) in (Tensor, nn.Parameter) and not p.requires_grad for p in head.parameters())
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return head if plain and len(list(head.parameters())) and not any(hooks) else None
+    return None if any(hooks) else head
 
 
 def _defer(head: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  as nn.Linear names it
     kind = input.device.type
     narrows = torch.is_autocast_enabled(kind) and input.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if narrows else input.dtype
+    factors = [p for p in (head.weight, head.bias) if p is not None]
+    frozen = all(type(p) in (Tensor, nn.Parameter) and not p.requires_grad for p in factors)
+    transformed = (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
     # The gradients of float16 want the loss's scale, which is not known yet.
-    if type(input) is not Tensor or torch.float16 in (dtype, head.weight.dtype) or torch.compiler.is_compiling():
+    if type(input) is not Tensor or not frozen or transformed or torch.float16 in (dtype, head.weight.dtype):
         return linear(input, head.weight, head.bias)
-    return Logits.of(input, head, dtype, dtype)
+    return Logits.of(_Product(input, head.weight, head.bias, dtype), dtype)
+
+
+class _Product:
+    """A head's input and weights, in the dtype that it multiplies in, which must not be written to in between."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.hidden, self.weight, self.bias, self.dtype = hidden, weight, bias, dtype
+        self._seen = self._look()
+
+    def of(self, hidden: Tensor) -> "_Product":
+        """Return the product of the same weights with what a part of the input is."""
+        self._check()
+        return _Product(hidden, self.weight, self.bias, self.dtype)
+
+    def factors(self, *, tracked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return input, weight and bias, the input with its history if that is asked for."""
+        self._check()
+        hidden = self.hidden if tracked else self.hidden.detach()
+        return (
+            hidden.to(self.dtype),
+            self.weight.to(self.dtype),
+            None if self.bias is None else self.bias.to(self.dtype),
+        )
+
+    def _check(self) -> None:
+        if self._seen != self._look():
+            raise InputError(_CHANGED)
+
+    def _look(self) -> list[tuple[int, torch.dtype, torch.device]]:
+        held = (self.hidden, self.weight, self.bias)
+        # Tensors of inference mode have no version, and are not to be written to outside of it.
+        return [(0 if x.is_inference() else x._version, x.dtype, x.device) for x in held if x is not None]
 
 
 class Logits(Tensor):
     """What a head makes of its input, computed when its values are asked for.
 
     Attributes:
-        hidden: The head's input, shape (..., features), where these logits are (..., classes).
-        head: The head.
-        product_dtype: What the head multiplies in; its products are then converted to these logits' own dtype.
+        product: The head's input, of shape (..., features) where these logits are (..., classes), and its weights.
     """
 
-    hidden: Tensor
-    head: nn.Linear
-    product_dtype: torch.dtype
+    product: _Product
+    _parent: "Logits | None"  # of which these are a view or a conversion
+    _derived: Callable[[Tensor], Tensor]
     _made: Tensor | None
+    _node: Any  # in autograd's graph when they were deferred
 
     @classmethod
-    def of(cls, hidden: Tensor, head: nn.Linear, product_dtype: torch.dtype, dtype: torch.dtype) -> "Logits":
-        """Return the logits in the given dtype."""
-        logits: Logits = _Deferred.apply(hidden, head.weight, dtype)
-        logits.hidden, logits.head, logits.product_dtype, logits._made = hidden, head, product_dtype, None
+    def of(
+        cls,
+        product: _Product,
+        dtype: torch.dtype,
+        parent: "Logits | None" = None,
+        derived: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> "Logits":
+        """Return the logits in the given dtype, derived from others if these are given."""
+        hidden = product.hidden if parent is None or parent.requires_grad else product.hidden.detach()
+        logits: Logits = _Deferred.apply(hidden, product.weight, dtype)
+        logits.product, logits._made, logits._parent, logits._derived = product, None, parent, derived
+        logits._node = logits._graph_node()
         return logits
 
     @property
-    def is_made(self) -> bool:
-        """Whether somebody has asked for the values. What is done with those, as hooks, is not to be gone around."""
-        return self._made is not None
+    def is_deferred(self) -> bool:
+        """Whether nobody has asked for the values. What is then done with those is not to be gone around."""
+        root = self._parent is None or self._parent.is_deferred
+        return root and self._made is None and self._graph_node() is self._node
+
+    def _graph_node(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn
 
     def made(self) -> Tensor:
-        """Return the logits as a plain tensor, the same whenever asked."""
+        """Return the logits as a plain tensor, the same whenever asked; of a view a view."""
         if self._made is None:
             # Who asks first may have no use for the gradient, and the next one may.
-            with torch.enable_grad():
-                self._made = self._computed()
+            with torch.inference_mode(False), torch.set_grad_enabled(self.requires_grad):
+                self._made = self._computed() if self._parent is None else self._derived(self._parent.made())
         return self._made
 
-    def _values(self) -> Tensor:
-        """Return the logits where no gradient is kept."""
-        return self._computed() if self._made is None else self._made.detach()
+    def values(self) -> Tensor:
+        """Return the logits without their history."""
+        with torch.no_grad():
+            return self._computed() if self._made is None else self._made.detach()
 
     def _computed(self) -> Tensor:
-        return linear(self.hidden.to(self.product_dtype), *self.parameters()).to(self.dtype)
-
-    def parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Return the head's weight and bias in the dtype that it multiplies in."""
-        bias = self.head.bias
-        return self.head.weight.to(self.product_dtype), None if bias is None else bias.to(self.product_dtype)
+        with torch.autocast(self.device.type, enabled=False):
+            return linear(*self.product.factors(tracked=True)).to(self.dtype)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _QUERIES:
+        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Logits)]
+        if func in _QUERIES or any(x._graph_node() is not x._node for x in found):
+            # The latter went through another autograd function, whose gradient `_Deferred` is to be given.
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _DEFERRED:
-            logits = args[0] if args else None
-            found = (
-                _DEFERRED[func](func, *args, **kwargs) if isinstance(logits, Logits) and not logits.is_made else None
+        if func in _GRADIENT_HOOKS:
+            raise InputError(
+                f"deferred logits have no gradient to look at, got {func.__name__}(); leave deferred_logits off, or "
+                "call it on what you compute of them"
             )
-            if found is not None:
-                return found
+        if func in _DEFERRED and args and isinstance(args[0], Logits) and args[0].is_deferred:
+            deferred = _DEFERRED[func](func, *args, **kwargs)
+            if deferred is not None:
+                return deferred
         args, kwargs = tree_map_only(Logits, Logits.made, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -143,7 +200,7 @@ class Logits(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         # Where Python's part was not asked, as within another autograd function. `_Deferred` has the gradient then.
-        args, kwargs = tree_map_only(Logits, Logits._values, (args, kwargs or {}))
+        args, kwargs = tree_map_only(Logits, Logits.values, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -173,6 +230,8 @@ _QUERIES = frozenset(
         *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf")),
     }
 )
+# The gradient that these are about is not made where a cross entropy has gone around it.
+_GRADIENT_HOOKS = frozenset({Tensor.register_hook, Tensor.retain_grad})
 
 
 def _reshaped(func: Callable[..., Tensor], logits: Logits, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -180,7 +239,9 @@ def _reshaped(func: Callable[..., Tensor], logits: Logits, *args: Any, **kwargs:
     like = func(torch.empty(logits.shape, dtype=logits.dtype, device="meta"), *args, **kwargs)
     if like.shape[-1:] != logits.shape[-1:] or like.dtype != logits.dtype:
         return None
-    return _like(logits, logits.hidden.reshape(*like.shape[:-1], logits.hidden.shape[-1]))
+    hidden = logits.product.hidden
+    product = logits.product.of(hidden.reshape(*like.shape[:-1], hidden.shape[-1]))
+    return Logits.of(product, logits.dtype, logits, lambda made: func(made, *args, **kwargs))
 
 
 def _indexed(func: Callable[..., Tensor], logits: Logits, index: Any) -> Tensor | None:
@@ -189,20 +250,29 @@ def _indexed(func: Callable[..., Tensor], logits: Logits, index: Any) -> Tensor 
     if not all(part is ... or isinstance(part, slice) for part in parts):
         return None
     reaches_classes = ... in parts or len(parts) == logits.dim()
-    return None if reaches_classes and parts[-1] != slice(None) else _like(logits, func(logits.hidden, index))
+    if reaches_classes and parts[-1] != slice(None):
+        return None
+    product = logits.product.of(func(logits.product.hidden, index))
+    return Logits.of(product, logits.dtype, logits, lambda made: func(made, index))
 
 
 def _converted(func: Callable[..., Tensor], logits: Logits, *args: Any, **kwargs: Any) -> Tensor | None:
     """Return the logits in another dtype if they stay where they are, and were not rounded to a third one before."""
+    if "memory_format" in kwargs:
+        return None
     like = func(torch.empty(0, dtype=logits.dtype, device=logits.device), *args, **kwargs)
-    once = logits.dtype in (logits.product_dtype, like.dtype)
+    once = logits.dtype in (logits.product.dtype, like.dtype)
     if like.device != logits.device or not once or not like.is_floating_point() or like.dtype == torch.float16:
         return None
-    return Logits.of(logits.hidden, logits.head, logits.product_dtype, like.dtype)
+    if like.dtype == logits.dtype:
+        return logits
 
+    def converted(made: Tensor) -> Tensor:
+        if made._version:
+            raise InputError(_CHANGED)
+        return func(made, *args, **kwargs)
 
-def _like(logits: Logits, hidden: Tensor) -> Logits:
-    return Logits.of(hidden, logits.head, logits.product_dtype, logits.dtype)
+    return Logits.of(logits.product, like.dtype, logits, converted)
 
 
 def _cross_entropy(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
@@ -216,7 +286,8 @@ def is_plain(call: dict[str, Any]) -> bool:
     # torch's older arguments, where they are given, count and not the reduction.
     reduced = call["reduction"] in ("mean", "sum") and call["size_average"] is None and call["reduce"] is None
     plain = reduced and call["weight"] is None and not call["label_smoothing"]
-    return plain and call["input"].dim() == 2 and not call["target"].is_floating_point()
+    logits, target = call["input"], call["target"]
+    return plain and logits.dim() == 2 and target.shape == logits.shape[:1] and target.dtype == torch.int64
 
 
 def rowwise_cross_entropy(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -225,17 +296,19 @@ def rowwise_cross_entropy(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     Returns:
         One number, and the loss of each row, NaN where the target is ignored.
     """
-    logits = call["input"]
-    found: tuple[Tensor, Tensor] = _RowwiseCrossEntropy.apply(
-        logits.hidden.to(logits.product_dtype),
-        *logits.parameters(),
-        call["target"],
-        call["ignore_index"],
-        call["reduction"],
-        logits.dtype,
-        torch.is_grad_enabled() and logits.hidden.requires_grad,
-    )
-    return found
+    logits: Logits = call["input"]
+    kind = logits.device.type
+    with torch.autocast(kind, enabled=False):
+        found: tuple[Tensor, Tensor] = _RowwiseCrossEntropy.apply(
+            *logits.product.factors(tracked=logits.requires_grad),
+            call["target"],
+            call["ignore_index"],
+            call["reduction"],
+            logits.dtype,
+            torch.is_grad_enabled() and logits.requires_grad,
+        )
+    # Autocast takes cross entropies in float32.
+    return found[0] if torch.is_autocast_enabled(kind) else found[0].to(logits.dtype), found[1]
 
 
 class _RowwiseCrossEntropy(torch.autograd.Function):
@@ -275,11 +348,12 @@ class _RowwiseCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         rowwise = found.masked_fill(~valid, torch.nan)
         ctx.mark_non_differentiable(rowwise)
-        return (torch.where(valid, found, 0).sum() / divisor).to(dtype), rowwise
+        return torch.where(valid, found, 0).sum() / divisor, rowwise
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise InputError("a loss of deferred logits has no second derivative; leave deferred_logits off for that")
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0], *(None,) * 7)
 

@@ -46,9 +46,9 @@ def test_spans_are_those_of_the_gradient(family: str, orthonormal: Any) -> None:
         u, _, vh = torch.linalg.svd(dense_gradient(family, name, batches))
         expected = {"lora_A": vh[:3].T, "lora_B": u[:, :3]}
         for key, factor in layer.manifold_parameters().items():
-            # float64; the Gram matrix squares the condition of the leading three values, which is below 1e3.
+            # The models take the loss in float32, and round its gradient by 1e-7; gaps between values enlarge that.
             projector = expected[key] @ expected[key].T
-            torch.testing.assert_close(factor @ factor.T, projector, rtol=0, atol=1e-8)
+            torch.testing.assert_close(factor @ factor.T, projector, rtol=0, atol=1e-6)
 
 
 def free_gradient(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:

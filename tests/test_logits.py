@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-from stiefel_lora import add_adapters, deferred_logits, fisher_scores, logits
+from stiefel_lora import InputError, add_adapters, deferred_logits, fisher_scores, logits
 
 CLASSES = 301
 SIZES: dict[str, Any] = {
@@ -198,9 +199,9 @@ def test_logits_look_like_a_tensor() -> None:
     for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_leaf"):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.size(-1) == CLASSES and found.dim() == 3 and found.numel() == expected.numel()
-    assert not found.is_made
+    assert found.is_deferred
     assert repr(found) == repr(expected)
-    assert found.is_made
+    assert not found.is_deferred
     torch.testing.assert_close(found.detach(), expected.detach())
     assert type(found.detach()) is Tensor
 
@@ -288,6 +289,169 @@ def test_adapters_train_as_with_all_logits() -> None:
 
     # The factors are float32.
     torch.testing.assert_close(gradients(True), gradients(False), rtol=1e-4, atol=1e-7)
+
+
+def head_and_input(scale: float = 20.0) -> tuple[Any, Tensor, Tensor]:
+    model = frozen(MODELS["llama"], torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    hidden = (scale * torch.randn(9, 32, generator=generator)).requires_grad_(True)
+    return model, hidden, torch.randint(CLASSES, (9,), generator=generator)
+
+
+def test_second_derivatives_are_refused() -> None:
+    model = frozen(MODELS["llama"])
+    batch = a_batch(model)
+    with deferred_logits(model):
+        loss = model(**batch).loss
+    with pytest.raises(InputError, match="no second derivative; leave deferred_logits off"):
+        torch.autograd.grad(loss, batch["inputs_embeds"], create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])  # the latter leaves its logits in bfloat16
+def test_autocast_takes_the_loss_in_float32(name: str) -> None:
+    model = frozen(MODELS[name], torch.float32)
+    batch = a_batch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch).loss
+        with deferred_logits(model):
+            found = model(**batch).loss
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # both of the same rounded logits
+
+
+def test_the_head_multiplies_in_the_precision_that_it_was_called_in() -> None:
+    model, hidden, target = head_and_input()
+    with deferred_logits(model):
+        found = model.lm_head(hidden)
+        other = model.lm_head(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, values = cross_entropy(found, target), other + 0
+    expected = model.lm_head(hidden)
+    torch.testing.assert_close(values, expected)
+    torch.testing.assert_close(loss, cross_entropy(expected, target))
+
+
+@pytest.mark.parametrize("look", [torch.no_grad, torch.inference_mode])
+def test_who_looks_without_gradients_takes_none_from_the_next(look: Callable[[], Any]) -> None:
+    model, hidden, _ = head_and_input()
+    with deferred_logits(model):
+        found = model.lm_head(hidden)
+    with look():
+        found.argmax(-1)
+    found.logsumexp(-1).sum().backward()
+    (expected,) = torch.autograd.grad(model.lm_head(hidden).logsumexp(-1).sum(), hidden)
+    torch.testing.assert_close(hidden.grad, expected)
+
+
+def test_logits_made_without_gradients_have_none() -> None:
+    model, hidden, target = head_and_input()
+    with deferred_logits(model), torch.no_grad():
+        found = model.lm_head(hidden)
+    assert not found.requires_grad
+    assert not cross_entropy(found, target).requires_grad
+    assert not (found + 1).requires_grad
+
+
+def test_hooks_on_a_gradient_that_is_not_made_are_refused() -> None:
+    model, hidden, _ = head_and_input()
+    with deferred_logits(model):
+        found = model.lm_head(hidden)
+    with pytest.raises(InputError, match=r"no gradient to look at, got retain_grad\(\)"):
+        found.retain_grad()
+    with pytest.raises(InputError, match=r"got register_hook\(\)"):
+        found.register_hook(lambda g: g)
+
+
+def test_logits_that_went_through_another_function_give_it_the_gradient() -> None:
+    def gradient(context: Any) -> Tensor:
+        model, hidden, target = head_and_input()
+        with context(model):
+            found: Any = checkpoint(model.lm_head, hidden, use_reentrant=True)
+        cross_entropy(found, target).backward()
+        assert hidden.grad is not None
+        return hidden.grad
+
+    torch.testing.assert_close(gradient(deferred_logits), gradient(lambda model: nullcontext()))
+
+
+def test_what_is_changed_before_the_logits_are_looked_at_is_refused() -> None:
+    def change_input(model: Any, x: Tensor) -> None:
+        x.mul_(2)
+
+    def change_head(model: Any, x: Tensor) -> None:
+        model.lm_head.weight.mul_(2)
+
+    def convert(model: Any, x: Tensor) -> None:
+        model.to(torch.bfloat16)
+
+    for change in (change_input, change_head, convert):
+        model, hidden, target = head_and_input()
+        hidden = hidden.detach().clone()
+        with deferred_logits(model):
+            found = model.lm_head(hidden)
+        change(model, hidden)
+        for use in (lambda x, t: x + 1, cross_entropy, lambda x, t: x[1:]):
+            with pytest.raises(InputError, match="was changed before these were looked at"):
+                use(found, target)
+
+
+def test_a_head_that_is_unfrozen_within_the_context_is_trained() -> None:
+    model = frozen(MODELS["llama"])
+    with deferred_logits(model):
+        model.lm_head.weight.requires_grad_(True)
+        model(**a_batch(model)).loss.backward()
+    assert model.lm_head.weight.grad is not None
+
+
+def test_another_weight_for_the_head_counts() -> None:
+    model, hidden, _ = head_and_input()
+    weight = torch.randn_like(model.lm_head.weight).requires_grad_(True)
+    with deferred_logits(model):
+        found = torch.func.functional_call(model.lm_head, {"weight": weight}, (hidden,))
+        still = torch.func.functional_call(model.lm_head, {"weight": weight.detach()}, (hidden,))
+    torch.testing.assert_close(found, hidden @ weight.mT)
+    torch.testing.assert_close(still + 0, hidden @ weight.mT)
+
+
+def test_views_share_their_memory() -> None:
+    model, hidden, target = head_and_input()
+    with deferred_logits(model):
+        found = model.lm_head(hidden)
+    view, part, copy = found.view(3, 3, CLASSES), found[2:], found.to(torch.float64)
+    with torch.no_grad():
+        view[..., 5] = -1e4
+    expected = model.lm_head(hidden).detach()
+    expected[:, 5] = -1e4
+    torch.testing.assert_close(part.detach(), expected[2:])
+    with pytest.raises(InputError, match="or what its logits are a copy of was changed"):
+        copy + 1
+    torch.testing.assert_close(cross_entropy(found, target).detach(), cross_entropy(expected, target))
+
+
+@pytest.mark.parametrize(
+    "target", [torch.tensor([4]), torch.zeros(9, dtype=torch.int32), torch.full((9, CLASSES), 1 / CLASSES)]
+)
+def test_other_targets_are_torchs(target: Tensor) -> None:
+    model, hidden, _ = head_and_input()
+
+    def outcome(context: Any) -> Any:
+        with context:
+            found = model.lm_head(hidden)
+        try:
+            return cross_entropy(found, target).detach()
+        except Exception as error:  # whatever torch makes of it
+            return type(error), str(error)
+
+    found, expected = outcome(deferred_logits(model)), outcome(nullcontext())
+    assert found == expected or torch.allclose(found, expected)
+
+
+def test_transforms_of_functions_see_the_plain_head() -> None:
+    model, hidden, target = head_and_input()
+    with deferred_logits(model):
+        found = torch.func.grad(lambda x: cross_entropy(model.lm_head(x), target))(hidden.detach())
+    (expected,) = torch.autograd.grad(cross_entropy(model.lm_head(hidden), target), hidden)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_loss_of_logits_that_were_looked_at_is_scored_the_same() -> None:
