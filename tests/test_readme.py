@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 
 from benchmarks import _finetune_table, manifold, training_step
 from benchmarks._harness import RESULTS
@@ -23,7 +24,6 @@ from benchmarks._methods import (
     RANDOM_BY_ROW,
     RANKS_BY_ROW,
     RANKS_SCALED,
-    SHARED_LINEAR,
     SHARED_LINEAR_TWICE,
 )
 
@@ -180,8 +180,13 @@ def check_lead(name: str, method: str, other: str, seeds: int, sign: int, patter
 
 
 def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() -> None:
-    pattern = r"\(beta1 0.9, one rate for both\) it is ([\d.]+) \(([\d.]+)\) ahead of LoRA"
-    check_lead("finetune_long", SHARED_LINEAR, "LoRA", 3, 1, pattern)
+    pattern = r"leads LoRA with twice the parameters by ([\d.]+) \(([\d.]+), four seeds, p 0.02\) at beta1 0.6"
+    check_lead("finetune_long", SHARED_LINEAR_TWICE, LORA_SHORT, 4, 1, pattern)
+    gains = leads("finetune_long", SHARED_LINEAR_TWICE, LORA_SHORT)
+    assert scipy.stats.ttest_1samp(gains, 0).pvalue == pytest.approx(0.02, abs=0.005)
+    pattern = r"at beta1 0.6, by ([\d.]+) \(([\d.]+)\) at 0.9, of two rates"
+    check_lead("finetune_long", SHARED_LINEAR_TWICE, "LoRA", 3, 1, pattern)
+    check_lead("finetune_long", SHARED_LINEAR_TWICE, "DoRA", 3, 1, r"and DoRA by ([\d.]+) \(([\d.]+)\) at 0.9")
     pattern = r"spikes, and are ([\d.]+) \(([\d.]+)\) ahead of LoRA and"
     check_lead("finetune_long", RANKS_SCALED, "LoRA", 3, 1, pattern)
     pattern = r"ahead of LoRA and ([\d.]+) \(([\d.]+)\) ahead of LoRA at half the rank"
