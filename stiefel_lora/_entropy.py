@@ -1,6 +1,5 @@
 """The mean cross entropy in the memory of its logits alone."""
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
 from stiefel_lora._softmax import row_losses, write_gradient_
-from stiefel_lora.logits import Logits, is_plain, rowwise_cross_entropy
-
-_SIGNATURE = inspect.signature(cross_entropy)
+from stiefel_lora.logits import Logits, bound, is_plain, rowwise_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,13 @@ class LeanCrossEntropy(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is cross_entropy:
-            call = _SIGNATURE.bind(*args, **(kwargs or {}))
-            call.apply_defaults()
-            logits, target, ignored = (call.arguments[k] for k in ("input", "target", "ignore_index"))
+            call = bound(*args, **(kwargs or {}))
+            logits, target, ignored = (call[k] for k in ("input", "target", "ignore_index"))
             if isinstance(logits, Logits) and not logits.is_deferred:
-                call.arguments["input"] = logits = logits.made()
-            if _is_plain_mean(call.arguments):
+                call["input"] = logits = logits.made()
+            if _is_plain_mean(call):
                 if isinstance(logits, Logits):
-                    mean, losses = rowwise_cross_entropy(call.arguments)
+                    mean, losses = rowwise_cross_entropy(call)
                 # Autocast would widen a low precision.
                 elif logits.dtype in (torch.float32, torch.float64):
                     mean, losses = _Mean.apply(logits, target, ignored, self._in_place)

@@ -276,9 +276,15 @@ def _converted(func: Callable[..., Tensor], logits: Logits, *args: Any, **kwargs
 
 
 def _cross_entropy(func: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
+    call = bound(*args, **kwargs)
+    return rowwise_cross_entropy(call)[0] if is_plain(call) else None
+
+
+def bound(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call of ``cross_entropy`` by name, with the defaults of those that are not given."""
     call = _SIGNATURE.bind(*args, **kwargs)
     call.apply_defaults()
-    return rowwise_cross_entropy(call.arguments)[0] if is_plain(call.arguments) else None
+    return call.arguments
 
 
 def is_plain(call: dict[str, Any]) -> bool:
