@@ -353,8 +353,16 @@ def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def growth_mib(function: Callable[[], object]) -> float:
-    """Return by how many MiB at most this process's resident memory grows while a function runs (on Linux)."""
+def growth_mib(function: Callable[[], object], device: str = "cpu") -> float:
+    """Return by how many MiB at most this process's resident memory grows while a function runs (on Linux).
+
+    On "cuda" it is the memory that torch's allocator has given out.
+    """
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        begin = torch.cuda.memory_allocated()
+        function()
+        return (torch.cuda.max_memory_allocated() - begin) / 2**20
     base, peak, done = _resident_mib(), 0.0, threading.Event()
 
     def watch() -> None:

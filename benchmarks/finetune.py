@@ -7,6 +7,8 @@ finished cells are in the result file and are not run again, so the table can be
 
     python -m benchmarks finetune --minutes 60
     python -m benchmarks finetune --tasks instructions --data FOLDER --methods LoRA "FoRA (A)"
+
+A GPU has room for several cells at a time (--jobs).
 """
 
 import argparse
@@ -16,7 +18,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     limit = _harness.positive(float, or_zero=True)
     parser.add_argument("--minutes", type=limit, help="begin no cell after so long (default: never); call again")
+    parser.add_argument("--jobs", type=count, default=1, help="cells that run at a time (default: 1)")
     parser.add_argument("--time", action="store_true", help="also time a step of every method, all in turn in one run")
     parser.add_argument("--rounds", type=count, default=7, help="timed steps of each method with --time (default: 7)")
     _harness.add_model(parser)
@@ -169,27 +173,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if task not in results["selection"]:
             results["selection"][task] = _in_a_process(select, frame, task, args.threads)
             args.save(results)
-    # What failed in an earlier run is tried again: a peer may be installed now, or more memory free.
-    tried: set[Key] = set()
-    while (key := next(_missing(args, results["cells"], tried), None)) is not None:
-        if args.minutes is not None and time.monotonic() - begin >= 60 * args.minutes:
-            print("out of time; the same command goes on with the missing cells", file=sys.stderr)
-            break
-        print(f"{len(results['cells'])} cells done; now {key}", file=sys.stderr, flush=True)
-        try:
-            cell = _in_a_process(run_cell, frame, key, results["selection"][key[0]], args.threads)
-        except Exception as error:  # one method that fails, say in a peer's code, must not cost the table
-            cell = _failed(key, error)
-        tried.add(key)
-        here = _harness.environment()
-        place = {
-            "revision": here["revision"],
-            "processor": here["machine"]["processor"],
-            "packages": {name: here["packages"].get(name) for name in ("torch", "geoopt", "transformers", "peft")},
-            "products": "oneDNN" if is_faster() else "torch's",
-            "command": args.command,
-        }
-        results["cells"] = [c for c in results["cells"] if _key(c) != key] + [{**cell, **place}]
+    for key, cell in _cells(args, frame, results, begin):
+        results["cells"] = [c for c in results["cells"] if _key(c) != key] + [{**cell, **_place(args)}]
         args.save(results)
     # As far as is known yet: more seeds of a row come with its best rate.
     results["missing"] = sum(1 for _ in _missing(args, results["cells"], set()))
@@ -199,6 +184,49 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             results["timing"][task] = _in_a_process(time_steps, *arguments)
             args.save(results)
     return results
+
+
+def _cells(args: argparse.Namespace, frame: Frame, results: dict[str, Any], begin: float) -> Iterator[tuple[Key, Cell]]:
+    """Run the missing cells, so many at a time, and yield each as it ends; ``results`` is to have it then."""
+    # What failed in an earlier run is tried again: a peer may be installed now, or more memory free.
+    tried: set[Key] = set()
+    running: dict[Future[Cell], Key] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        while True:
+            late = args.minutes is not None and time.monotonic() - begin >= 60 * args.minutes
+            while (
+                not late
+                and len(running) < args.jobs
+                and (key := _next(args, results["cells"], tried, running.values()))
+            ):
+                print(f"{len(results['cells'])} cells done; now {key}", file=sys.stderr, flush=True)
+                # The bars of several cells would write over each other.
+                arguments = frame, key, results["selection"][key[0]], args.threads, args.jobs == 1
+                running[pool.submit(_in_a_process, run_cell, *arguments)] = key
+            if not running:
+                if late and _next(args, results["cells"], tried, ()):
+                    print("out of time; the same command goes on with the missing cells", file=sys.stderr)
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                tried.add(key)
+                try:
+                    cell = future.result()
+                except Exception as error:  # one method that fails, say in a peer's code, must not cost the table
+                    cell = _failed(key, error)
+                yield key, cell
+
+
+def _place(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a cell says of where it was measured."""
+    here, on_cuda = _harness.environment(), find_device(args.device).type == "cuda"
+    return {
+        "revision": here["revision"],
+        "processor": here["machine"]["cuda" if on_cuda else "processor"],
+        "packages": {name: here["packages"].get(name) for name in ("torch", "geoopt", "transformers", "peft")},
+        "products": "oneDNN" if is_faster() and not on_cuda else "torch's",
+        "command": args.command,
+    }
 
 
 def _quick(args: argparse.Namespace) -> dict[str, Any]:
@@ -234,6 +262,14 @@ def _with_fast_products(function: Any, *args: Any) -> Any:
 def _missing(args: argparse.Namespace, cells: list[Cell], tried: set[Key]) -> Iterator[Key]:
     have = {_key(cell) for cell in cells if "error" not in cell} | tried
     return (key for key in _plan(args, cells) if key not in have)
+
+
+def _next(args: argparse.Namespace, cells: list[Cell], tried: set[Key], running: Iterable[Key]) -> Key | None:
+    """Return the cell to begin now; more seeds of a row wait for its grid, which says at what rate."""
+    running = set(running)
+    unsettled = {key[:2] for key in running if key[3] == args.seed}
+    missing = _missing(args, cells, tried | running)
+    return next((key for key in missing if key[3] == args.seed or key[:2] not in unsettled), None)
 
 
 def _plan(args: argparse.Namespace, cells: list[Cell]) -> Iterator[Key]:
@@ -303,11 +339,11 @@ def _calibration(task: _tasks.Task, frame: Frame, samples: int = SAMPLES) -> lis
     return [task.train.shuffled_batch(frame.batch_size, step, 0) for step in steps]
 
 
-def run_cell(frame: Frame, key: Key, selection: dict[str, Any], threads: int) -> Cell:
-    """Fine-tune once and measure."""
+def run_cell(frame: Frame, key: Key, selection: dict[str, Any], threads: int, bar: bool) -> Cell:
+    """Fine-tune once, with a progress bar or without, and measure."""
     torch.set_num_threads(threads)
     model, task = _load(frame, key[0])
-    return _train(model, task, frame, key, selection)
+    return _train(model, task, frame, key, selection, bar=bar)
 
 
 def time_steps(
@@ -385,7 +421,9 @@ def _setting(frame: Frame, task: _tasks.Task, selection: dict[str, Any], *, seed
     )
 
 
-def _train(model: Any, task: _tasks.Task, frame: Frame, key: Key, selection: dict[str, Any]) -> Cell:
+def _train(
+    model: Any, task: _tasks.Task, frame: Frame, key: Key, selection: dict[str, Any], *, bar: bool = True
+) -> Cell:
     _, method, lr, seed = key
     torch.manual_seed(seed)
     device = next(model.parameters()).device
@@ -397,7 +435,8 @@ def _train(model: Any, task: _tasks.Task, frame: Frame, key: Key, selection: dic
     schedule = torch.optim.lr_scheduler.LambdaLR(tuned.optimizer, lambda step: learning_rate(shape, step))
     losses, shares = [], []
     begin = time.perf_counter()
-    for step in tqdm(range(frame.steps), desc=f"{method}, lr {lr:g}, seed {seed}", leave=False, disable=None):
+    steps = range(frame.steps)
+    for step in tqdm(steps, f"{method}, lr {lr:g}, seed {seed}", leave=False, disable=None if bar else True):
         batch = task.train.shuffled_batch(frame.batch_size, step, seed)
         loss, share = _step(tuned, {k: v.to(device) for k, v in batch.items()}, step)
         schedule.step()

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,18 @@ import geoopt
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from stiefel_lora import add_adapters, fisher_scores, load_adapter, save_adapter, stiefel, training
+from stiefel_lora import (
+    add_adapters,
+    deferred_logits,
+    fisher_scores,
+    load_adapter,
+    logits,
+    save_adapter,
+    stiefel,
+    training,
+)
 from stiefel_lora.errors import InputError
 from stiefel_lora.optim import RiemannianAdam, RiemannianSGD
 from stiefel_lora.training import finetune
@@ -247,6 +258,62 @@ def test_fisher_scores_are_those_of_the_cpu(family: str) -> None:
         found[device] = torch.tensor(scores.scores)
     # float32 products in another order.
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-4, atol=0)
+
+
+# More rows than are made at a time, in two lots.
+TOKENS = (3, logits._ROWS_ACCELERATOR // 2)
+
+
+def a_language_model(dtype: torch.dtype) -> tuple[Any, Tensor]:
+    """Return a frozen model with adapters, the base in a dtype, and labels for it."""
+    model = FAMILIES["llama"].build().to("cuda", dtype).requires_grad_(False)
+    add_adapters(model, layers=None, rank=4)
+    generator = torch.Generator().manual_seed(0)
+    return model, torch.randint(model.config.vocab_size, TOKENS, generator=generator).to("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_deferred_logits_have_the_loss_and_the_gradients_of_all(dtype: torch.dtype, autocast: bool) -> None:
+    found = []
+    for context in (nullcontext, deferred_logits):
+        torch.manual_seed(0)
+        model, ids = a_language_model(dtype)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast), context(model):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        grads = [p.grad.double() for p in model.parameters() if p.requires_grad and p.grad is not None]
+        assert grads
+        found.append((loss.detach().double(), torch.cat([g.flatten() for g in grads])))
+    (loss, grad), (deferred_loss, deferred_grad) = found
+    # Rounding: transformers takes the loss in float32, whatever the model is in.
+    eps = torch.finfo(torch.bfloat16 if autocast or dtype == torch.bfloat16 else torch.float32).eps
+    assert float((deferred_loss - loss).abs()) <= 4 * eps * float(loss)
+    assert float((deferred_grad - grad).norm()) <= 30 * eps * float(grad.norm())
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_deferred_loss_neither_waits_nor_makes_the_logits() -> None:
+    features, classes = 64, 20_000
+    head = torch.nn.Linear(features, classes, bias=False, device="cuda").requires_grad_(False)
+    hidden = torch.randn(4 * logits._ROWS_ACCELERATOR, features, device="cuda", requires_grad=True)
+    target = torch.randint(classes, (len(hidden),), device="cuda")
+
+    class Model(torch.nn.Module):
+        def get_output_embeddings(self) -> torch.nn.Linear:
+            return head
+
+    with deferred_logits(Model()):
+        cross_entropy(head(hidden), target).backward()  # loads the kernels
+        hidden.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("error")
+        cross_entropy(head(hidden), target).backward()
+        torch.cuda.set_sync_debug_mode("default")
+    whole = len(hidden) * classes * 4
+    # A quarter of the rows at a time, and what their softmax takes beside them.
+    assert torch.cuda.max_memory_allocated() - before < 0.8 * whole
 
 
 def test_adapters_are_saved_from_the_device_and_loaded_anywhere(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,33 @@ def test_finished_cells_are_not_run_again_and_more_seeds_follow_at_the_best_rate
     assert again["cells"][:-1] == [c for c in first["cells"] if "error" not in c]
     assert finetune.run(arguments(tmp_path, previous=copy.deepcopy(again))) == again
     assert len(ran) == 7
+
+
+def test_several_cells_run_at_a_time_and_more_seeds_wait_for_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Any] = []
+    all_there, lora_again = threading.Barrier(3, timeout=60), threading.Event()
+
+    def fake(function: Any, *args: Any) -> Any:
+        if function is finetune.select:
+            return {"layers": [0]}
+        assert not args[-1], "the bars of several cells would write over each other"
+        _, method, lr, seed = args[1]
+        begun.append((method, lr, seed))
+        if len(begun) <= 3:
+            all_there.wait()  # for ever if they came one after the other
+        if (method, lr, seed) == (FORA, 1e-2, 0):
+            # The last of the grid to end: what it is best at is known then, LoRA's has been before.
+            assert lora_again.wait(60)
+        if (method, lr, seed) == ("LoRA", 1e-3, 1):
+            lora_again.set()
+        return cell(method, lr, seed, validation=lr if method == "LoRA" else -lr, test=1.0)
+
+    monkeypatch.setattr(finetune, "_in_a_process", fake)
+    found = finetune.run(arguments(tmp_path, jobs=3))
+    assert not any("error" in c for c in found["cells"])
+    assert sorted(begun[4:]) == [(FORA, 1e-2, 1), ("LoRA", 1e-3, 1)]
 
 
 def test_a_peer_that_is_not_there_is_named_and_tried_again_when_it_may_be(
