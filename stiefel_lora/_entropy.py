@@ -1,5 +1,6 @@
 """The mean cross entropy in the memory of its logits alone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
-from stiefel_lora._softmax import row_losses, write_gradient_
 from stiefel_lora.logits import Logits, bound, is_plain, rowwise_cross_entropy
+
+# Entries of the logits that are worked on at a time: few enough to stay in a processor's cache. An accelerator has
+# none that would matter, and each operation costs it a start.
+_CHUNK, _CHUNK_ACCELERATOR = 1 << 18, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -84,16 +88,38 @@ class _Mean(torch.autograd.Function):
         target = torch.where(valid, target, 0)
         # As torch's: no rows give 0 / 0.
         weight = valid.to(logits.dtype) / valid.sum()
-        norm, losses = row_losses(logits, target)
-        ctx.save_for_backward(logits, target, weight, norm)
+        losses = torch.cat([cross_entropy(logits[r], target[r], reduction="none") for r in _chunks(logits)])
+        ctx.save_for_backward(logits, target, weight)
         rows = losses.masked_fill(~valid, torch.nan)
         ctx.mark_non_differentiable(rows)
         return losses[valid].mean(), rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, target, weight, norm = ctx.saved_tensors
+        logits, target, weight = ctx.saved_tensors
         # Rows that are expanded from one are one place in memory.
         if not ctx.in_place or not logits.is_contiguous():
             logits = logits.clone()
-        return write_gradient_(logits, target, norm, weight * grads[0]).detach(), None, None, None
+        return _write_gradient_(logits, target, weight * grads[0]).detach(), None, None, None
+
+
+def _write_gradient_(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Write weight (softmax(logits) - onehot(target)) over the logits, shape (rows, classes), and return it.
+
+    Args:
+        logits: Shape (rows, classes), dense.
+        target: Classes, shape (rows,).
+        weight: Of each row in the loss, shape (rows,).
+    """
+    for rows in _chunks(logits):
+        part, own = logits[rows], weight[rows, None]
+        part.sub_(part.amax(1, keepdim=True)).exp_()
+        part.mul_(own / part.sum(1, keepdim=True)).scatter_add_(1, target[rows, None], -own)
+    return logits
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Yield slices of the rows, at least one, which then may be empty."""
+    step = max(1, (_CHUNK if logits.device.type == "cpu" else _CHUNK_ACCELERATOR) // logits.shape[1])
+    for begin in range(0, max(1, len(logits)), step):
+        yield slice(begin, begin + step)

@@ -1,10 +1,10 @@
-"""A language model's loss without its logits, of which a few rows at a time are made, used and dropped.
+"""A language model's loss without its logits, of which a few at a time are made, used and dropped.
 
 The logits of a batch are (tokens x vocabulary): with Gemma's 262,144 words those of 512 tokens take 512 MiB in float32,
 and torch's cross entropy makes two more tensors of their size, where the model itself has 1 GiB. For a head that is
 frozen, as it is beside adapters, nothing of that is needed: the gradient of a row's loss with respect to the head's
-input follows from the row's logits alone. (Wijmans et al., "Cut your losses in large-vocabulary language models",
-arXiv:2411.09009; Hsu et al., "Liger kernel", arXiv:2410.10989.)
+input can be taken with the loss, part by part of the vocabulary (`_head_loss`). (Wijmans et al., "Cut your losses in
+large-vocabulary language models", arXiv:2411.09009; Hsu et al., "Liger kernel", arXiv:2410.10989.)
 """
 
 import inspect
@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from stiefel_lora._head_loss import head_losses
 from stiefel_lora._precision import wide_dtype
-from stiefel_lora._softmax import row_losses, write_gradient_
 from stiefel_lora.errors import InputError
-
-# Rows of logits that are made at a time. A head is read from memory for each lot, which fewer rows would wait for.
-_ROWS, _ROWS_ACCELERATOR = 64, 512
 
 _CHANGED = (
     "the head of a model, its input or what its logits are a copy of was changed before these were looked at, and "
@@ -37,10 +34,10 @@ _SIGNATURE = inspect.signature(cross_entropy)
 def deferred_logits(model: nn.Module) -> Iterator[None]:
     """Within the context a language model's logits are not made unless somebody asks for their values.
 
-    ``model(**batch).loss`` then takes the memory of a few rows of logits in place of three times all of them, and less
-    time; the loss and its gradient are the same up to rounding. ``output.logits`` still looks like a tensor, and is
-    computed as soon as anything but a cross entropy of class labels is done with it. Use it around the forward pass of
-    a training or evaluation loop; `fisher_scores`, ``stiefel-lora finetune`` and `StiefelTrainer` do.
+    ``model(**batch).loss`` then takes the memory of a few logits in place of three times all of them, and less time;
+    the loss and its gradient are the same up to rounding. ``output.logits`` still looks like a tensor, and is computed
+    as soon as anything but a cross entropy of class labels is done with it. Use it around the forward pass of a
+    training or evaluation loop; `fisher_scores`, ``stiefel-lora finetune`` and `StiefelTrainer` do.
 
     It does nothing where the head that ``model.get_output_embeddings()`` names is trained, adapted, quantised, compiled
     or split, or has hooks, and in float16, whose gradients wait for the loss's scale.
@@ -337,19 +334,7 @@ class _RowwiseCrossEntropy(torch.autograd.Function):
         divisor = valid.sum() if reduction == "mean" else target.new_ones(())
         share = valid.to(wide_dtype(dtype)) / divisor.clamp(min=1)
         target = torch.where(valid, target, 0)
-        gradient = torch.empty_like(hidden) if wants_gradient else None
-        losses = []
-        step = _ROWS if hidden.device.type == "cpu" else _ROWS_ACCELERATOR
-        for begin in range(0, max(1, len(hidden)), step):
-            rows = slice(begin, begin + step)
-            # In the model's own dtype first, as the whole would be.
-            logits = linear(hidden[rows], weight, bias).to(dtype).to(share.dtype)
-            norm, loss = row_losses(logits, target[rows])
-            losses.append(loss)
-            if gradient is not None:
-                gradient[rows] = write_gradient_(logits, target[rows], norm, share[rows]).to(weight.dtype) @ weight
-            del logits  # before the next ones are made
-        found = torch.cat(losses)
+        found, gradient = head_losses(hidden, weight, bias, target, dtype, share if wants_gradient else None)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         rowwise = found.masked_fill(~valid, torch.nan)

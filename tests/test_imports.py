@@ -30,8 +30,8 @@ LEVELS: list[dict[str, set[str]]] = [
         "_models": set(),
         "_names": set(),
         "onednn": set(),
-        "_softmax": set(),
-        "logits": {"_softmax"},
+        "_head_loss": set(),
+        "logits": {"_head_loss"},
         "_sources": set(),
     },
     {

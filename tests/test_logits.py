@@ -1,4 +1,4 @@
-"""`deferred_logits`: the same losses and gradients with a few rows of the logits at a time, and logits for who asks."""
+"""`deferred_logits`: the same losses and gradients with a few of the logits at a time, and logits for who asks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from stiefel_lora import InputError, add_adapters, deferred_logits, fisher_scores, logits
+from stiefel_lora import InputError, _head_loss, add_adapters, deferred_logits, fisher_scores, logits
+from stiefel_lora._head_loss import head_losses
 
 CLASSES = 301
 SIZES: dict[str, Any] = {
@@ -67,10 +68,10 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.fixture
-def few_rows(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Let many lots of rows be needed, the last one short."""
-    monkeypatch.setattr(logits, "_ROWS", 7)
-    return 7
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let many lots of rows and parts of the classes be needed, the last ones short."""
+    monkeypatch.setattr(_head_loss, "_ROWS", 7)
+    monkeypatch.setattr(_head_loss, "_ENTRIES", 7 * 50)
 
 
 def loss_and_gradient(
@@ -86,7 +87,7 @@ def loss_and_gradient(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.usefixtures("few_rows")
+@pytest.mark.usefixtures("small_parts")
 def test_loss_and_gradient_are_those_of_all_logits(name: str) -> None:
     model = frozen(MODELS[name])
     expected = loss_and_gradient(model, nullcontext())
@@ -102,7 +103,7 @@ def test_loss_and_gradient_are_those_of_all_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("few_rows")
+@pytest.mark.usefixtures("small_parts")
 def test_in_lower_precisions_they_differ_by_rounding(dtype: torch.dtype) -> None:
     exact = loss_and_gradient(frozen(MODELS["llama"]), nullcontext())
     model = frozen(MODELS["llama"], dtype)
@@ -114,7 +115,7 @@ def test_in_lower_precisions_they_differ_by_rounding(dtype: torch.dtype) -> None
     assert all(ours < 2 * theirs + 10 * torch.finfo(dtype).eps for theirs, ours in zip(*errors, strict=True))
 
 
-@pytest.mark.usefixtures("few_rows")
+@pytest.mark.usefixtures("small_parts")
 def test_under_autocast_they_differ_by_rounding() -> None:
     model = frozen(MODELS["llama"], torch.float32)
 
@@ -172,7 +173,7 @@ def by_a_function(output: Any, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("loss_of", [of_all, capped, smoothed, summed, one_word, looked_at_first, by_a_function])
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.usefixtures("few_rows")
+@pytest.mark.usefixtures("small_parts")
 def test_whoever_asks_for_the_logits_has_them(loss_of: Callable[[Any, Tensor], Tensor], inside: bool) -> None:
     model = frozen(MODELS["llama"])
     expected = loss_and_gradient(model, nullcontext(), loss_of)
@@ -206,7 +207,8 @@ def test_logits_look_like_a_tensor() -> None:
     assert type(found.detach()) is Tensor
 
 
-def test_without_gradients_nothing_is_kept(few_rows: int) -> None:
+@pytest.mark.usefixtures("small_parts")
+def test_without_gradients_nothing_is_kept() -> None:
     model = frozen(MODELS["llama"])
     batch = a_batch(model)
     with torch.no_grad(), deferred_logits(model), Largest() as made:
@@ -276,7 +278,7 @@ def test_the_head_comes_back_and_other_models_are_left_alone() -> None:
         assert type(plain(torch.zeros(1, 3))) is Tensor
 
 
-@pytest.mark.usefixtures("few_rows")
+@pytest.mark.usefixtures("small_parts")
 def test_adapters_train_as_with_all_logits() -> None:
     def gradients(defer: bool) -> list[Tensor]:
         model = frozen(MODELS["llama"])
@@ -470,7 +472,7 @@ def test_a_loss_of_logits_that_were_looked_at_is_scored_the_same() -> None:
     assert found == pytest.approx(fisher_scores(model, batches, progress=False).scores, rel=1e-5)
 
 
-@pytest.mark.usefixtures("few_rows")
+@pytest.mark.usefixtures("small_parts")
 def test_scoring_makes_no_logits() -> None:
     model = frozen(MODELS["llama"], torch.float32)
     ids = a_batch(model)["labels"].clamp(min=0)
@@ -478,3 +480,108 @@ def test_scoring_makes_no_logits() -> None:
     with Largest() as made:
         fisher_scores(model, [batch], progress=False)
     assert made.rows <= 32
+
+
+# -- the loss of a head ------------------------------------------------------------------------------------------------
+
+
+def a_head(scale: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return input, weight, bias and targets; the logits are about so many in size."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, 16, dtype=torch.float64, generator=generator)
+    weight = torch.randn(CLASSES, 16, dtype=torch.float64, generator=generator) * scale / 4
+    bias = torch.randn(CLASSES, dtype=torch.float64, generator=generator)
+    target = torch.randint(CLASSES, (20,), generator=generator)
+    return hidden.to(dtype), weight.to(dtype), bias.to(dtype), target
+
+
+def dense(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses and gradient as the formula says, in float64."""
+    hidden = hidden.double().requires_grad_(True)
+    whole = hidden @ weight.double().T + (0 if bias is None else bias.double())
+    losses = whole.logsumexp(1) - whole.gather(1, target[:, None]).squeeze(1)
+    ((share.double() * losses).sum()).backward()
+    assert hidden.grad is not None
+    return losses.detach(), hidden.grad
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0])
+@pytest.mark.usefixtures("small_parts")
+def test_losses_of_a_head_are_the_formulas(scale: float, has_bias: bool) -> None:
+    hidden, weight, bias, target = a_head(scale)
+    factors = hidden, weight, bias if has_bias else None, target
+    share = torch.rand(20, dtype=torch.float64)
+    expected = dense(*factors, share)
+    torch.testing.assert_close(head_losses(*factors, torch.float64, share), expected, rtol=1e-12, atol=1e-12)
+    losses, none = head_losses(*factors, torch.float64)
+    torch.testing.assert_close(losses, expected[0], rtol=1e-12, atol=1e-12)
+    assert none is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("small_parts")
+def test_the_gradient_of_a_target_that_is_all_but_certain_keeps_its_digits(dtype: torch.dtype) -> None:
+    hidden, weight, bias, _ = a_head(3.0, dtype)
+    # What is likeliest, by a margin: its probability is about 1 - 1e-4, which bfloat16 does not tell from 1.
+    target = (hidden @ weight.T).argmax(1)
+    bias[:] = 0
+    weight = weight + 0.5 * torch.nn.functional.one_hot(target, CLASSES).to(dtype).T @ hidden
+    share = torch.ones(20)
+    losses, gradient = dense(hidden, weight, bias, target, share)
+    confident = losses < 1e-2
+    assert confident.sum() > 5
+    _, found = head_losses(hidden, weight, bias, target, torch.float32, share)
+    assert found is not None
+    error = (found.double() - gradient)[confident].norm(dim=1) / gradient[confident].norm(dim=1)
+    # The logits and the products are rounded; 1 less a probability is not.
+    assert float(error.max()) < 100 * torch.finfo(dtype).eps
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_great_logits_lose_no_more_than_their_own_rounding() -> None:
+    hidden, weight, _, target = a_head(1.0, torch.float32)
+    # A number added to all logits changes nothing; these are about 1e6 in size and 1 apart, by an exact product.
+    hidden, weight = hidden.round(), weight.mul(4).round()
+    hidden[:, 0], weight[:, 0] = 1.0, 2.0**20
+    share = torch.ones(20)
+    expected = dense(hidden, weight, None, target, share)
+    losses, gradient = head_losses(hidden, weight, None, target, torch.float32, share)
+    torch.testing.assert_close(losses.double(), expected[0], rtol=1e-6, atol=1e-6)
+    assert gradient is not None
+    # That of the first feature is 2^20 times a sum of probabilities less 1, which is 0.
+    torch.testing.assert_close(gradient[:, 1:].double(), expected[1][:, 1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_classes_that_are_ruled_out_have_no_part() -> None:
+    hidden, weight, bias, target = a_head(1.0)
+    bias[100:200] = -torch.inf  # two whole parts of them
+    bias[:50] = -torch.inf  # the first
+    target = target % 50 + 50
+    share = torch.ones(20, dtype=torch.float64)
+    expected = dense(hidden, weight, bias, target, share)
+    torch.testing.assert_close(head_losses(hidden, weight, bias, target, torch.float64, share), expected)
+    losses, _ = head_losses(hidden, weight, bias, target * 0, torch.float64, share)
+    assert losses.isposinf().all()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_logit_that_is_not_a_number_makes_the_loss_none() -> None:
+    hidden, weight, bias, target = a_head(1.0)
+    for bad in (torch.nan, torch.inf):
+        bias[150] = bad
+        losses, gradient = head_losses(hidden, weight, bias, target, torch.float64, torch.ones(20).double())
+        assert gradient is not None and losses.isnan().all() and gradient.isnan().all()
+
+
+def test_a_target_that_is_no_class_is_refused_as_by_torch() -> None:
+    hidden, weight, bias, target = a_head(1.0)
+    target[3] = CLASSES
+    with pytest.raises(IndexError):
+        cross_entropy(hidden @ weight.T, target)
+    with pytest.raises(IndexError):
+        head_losses(hidden, weight, bias, target, torch.float64)
+    model = frozen(MODELS["llama"])
+    with deferred_logits(model), pytest.raises(IndexError):
+        cross_entropy(model(input_ids=target[None] % CLASSES).logits[0], target)
