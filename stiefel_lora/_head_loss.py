@@ -14,7 +14,7 @@ from stiefel_lora._precision import wide_dtype
 # Rows that are worked on together, for which the weight is read once, and logits that are made at a time. On a CPU
 # these stay in its cache. An accelerator has none that would matter, and each operation costs it a start.
 _ROWS, _ROWS_ACCELERATOR = 512, 8192
-_ENTRIES, _ENTRIES_ACCELERATOR = 1 << 20, 1 << 26
+_ENTRIES, _ENTRIES_ACCELERATOR = 1 << 18, 1 << 26
 
 
 def head_losses(
@@ -50,7 +50,7 @@ def head_losses(
         found = _of_rows(hidden[rows], weight, bias, target[rows], dtype, with_gradient=share is not None)
         losses.append(found[0])
         if gradient is not None and share is not None and found[1] is not None:
-            gradient[rows] = share[rows, None] * found[1]
+            gradient[rows] = found[1].mul_(share[rows, None])
     return torch.cat(losses), gradient
 
 
@@ -86,4 +86,4 @@ def _of_rows(
     if total is None:
         return losses, None
     # sum_j p_j w_j - w_target, whose p is 1 less that of the others.
-    return losses, total.sub_(others * own_weight).div_(norm)
+    return losses, total.addcmul_(others, own_weight.to(wide), value=-1).div_(norm)
