@@ -269,10 +269,8 @@ def gain(cells: list[Cell], task: str, a: str, b: str) -> list[float]:
 def verdict(text: str, gains: list[float]) -> str:
     """Say in plain words whether a claim holds: "yes" and "no" with p < 0.05, in a two-sided paired t test.
 
-    Few seeds say little: a lead of more than the spread over them is only a leaning.
+    Few seeds, of which there must be one, say little: a lead of more than the spread over them is only a leaning.
     """
-    if not gains:
-        return f"{text}: not measured yet."
     lead = statistics.mean(gains)
     if len(gains) == 1:
         return f"{text}: {'yes' if lead > 0 else 'no'}, by one seed alone (loss lower by {lead:+.4f})."
@@ -285,11 +283,12 @@ def verdict(text: str, gains: list[float]) -> str:
 
 
 def claims(cells: list[Cell], task: str) -> list[str]:
-    """Return a verdict on each comparison, as far as it has been measured."""
-    return [
-        *(verdict(text, gain(cells, task, a, b)) for text, a, b in COMPARISONS),
-        *(verdict(text, interaction(cells, task, constraint, both)) for text, constraint, both in COMBINATIONS),
-    ]
+    """Return a verdict on each comparison that has been measured, and how many have not."""
+    found = [(text, gain(cells, task, a, b)) for text, a, b in COMPARISONS]
+    found += [(text, interaction(cells, task, constraint, both)) for text, constraint, both in COMBINATIONS]
+    measured = [verdict(text, gains) for text, gains in found if gains]
+    rest = len(found) - len(measured)
+    return [*measured, *([f"{rest} more comparisons are not measured yet."] if rest else [])]
 
 
 def interaction(cells: list[Cell], task: str, constraint: str, both: str) -> list[float]:

@@ -384,8 +384,10 @@ def test_the_rate_is_chosen_on_validation_data_and_gains_are_paired_by_seed() ->
     assert _finetune_table.best_rate(cells, "code", "LoRA") == 1e-2
     assert _finetune_table.best_rate(cells, "code", "DoRA") is None
     assert _finetune_table.gain(cells, "code", FORA, "LoRA") == pytest.approx([0.5, 0.4])
-    assert "leans to yes" in _finetune_table.claims(cells, "code")[0]
-    assert "not measured yet" in _finetune_table.claims(cells, "code")[1]
+    first, last = _finetune_table.claims(cells, "code")
+    assert "leans to yes" in first
+    of_all = len(_finetune_table.COMPARISONS) + len(_finetune_table.COMBINATIONS)
+    assert last == f"{of_all - 1} more comparisons are not measured yet."
 
 
 def test_two_parts_combine_super_additively_when_both_gain_more_than_the_sum_of_each() -> None:
@@ -398,7 +400,7 @@ def test_two_parts_combine_super_additively_when_both_gain_more_than_the_sum_of_
     assert _finetune_table.interaction(cells, "code", "Stiefel A, random half", FORA) == []
     cells = [c for c in cells if c["seed"] == 0]
     claim = "The two parts combine super-additively, with a second moment of each row: yes, by one seed alone"
-    assert _finetune_table.claims(cells, "code")[-1].startswith(claim)
+    assert any(line.startswith(claim) for line in _finetune_table.claims(cells, "code"))
 
 
 @pytest.mark.parametrize(
