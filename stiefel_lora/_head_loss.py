@@ -11,10 +11,12 @@ from torch.nn.functional import linear
 
 from stiefel_lora._precision import wide_dtype
 
-# Rows that are worked on together, for which the weight is read once, and logits that are made at a time. On a CPU
-# these stay in its cache. An accelerator has none that would matter, and each operation costs it a start.
+# Rows that are worked on together, for which the weight is read once, and logits that are made at a time, of so many
+# classes at least. On a CPU these stay in its cache. An accelerator has none that would matter, and each operation
+# costs it a start.
 _ROWS, _ROWS_ACCELERATOR = 512, 8192
-_ENTRIES, _ENTRIES_ACCELERATOR = 1 << 18, 1 << 26
+_ENTRIES, _ENTRIES_ACCELERATOR = 1 << 17, 1 << 26
+_CLASSES = 512
 
 
 def head_losses(
@@ -65,7 +67,7 @@ def _of_rows(
     own, others = torch.zeros_like(top), torch.zeros_like(top)
     total = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if with_gradient else None
     entries = _ENTRIES if hidden.device.type == "cpu" else _ENTRIES_ACCELERATOR
-    step = max(1, entries // max(1, len(hidden)))
+    step = max(_CLASSES, entries // max(1, len(hidden)))
     for begin in range(0, len(weight), step):
         part = weight[begin : begin + step]
         logits = linear(hidden, part, None if bias is None else bias[begin : begin + step]).to(dtype).to(wide)

@@ -265,6 +265,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let several lots of rows and parts of the classes be needed."""
     monkeypatch.setattr(_head_loss, "_ROWS_ACCELERATOR", 512)
     monkeypatch.setattr(_head_loss, "_ENTRIES_ACCELERATOR", 512 * 30)
+    monkeypatch.setattr(_head_loss, "_CLASSES", 1)
 
 
 def a_language_model(dtype: torch.dtype) -> tuple[Any, Tensor]:

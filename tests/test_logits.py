@@ -72,6 +72,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let many lots of rows and parts of the classes be needed, the last ones short."""
     monkeypatch.setattr(_head_loss, "_ROWS", 7)
     monkeypatch.setattr(_head_loss, "_ENTRIES", 7 * 50)
+    monkeypatch.setattr(_head_loss, "_CLASSES", 1)
 
 
 def loss_and_gradient(
