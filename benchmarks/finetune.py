@@ -36,6 +36,7 @@ from benchmarks._methods import (
     BY_ELEMENT,
     BY_ROW,
     CALIBRATED,
+    DORA_SHORT,
     FASTER,
     FORA,
     FORA_BY_ROW,
@@ -71,7 +72,7 @@ MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA
         "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
         "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
         "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED, BY_ELEMENT, BY_ROW,
-        FORA_BY_ROW, ALL_BY_ROW, RANKS_BY_ROW, LORA_RANKS, RANKS_SHORT, LORA_SHORT, ALL_SHORT,
+        FORA_BY_ROW, ALL_BY_ROW, RANKS_BY_ROW, LORA_RANKS, RANKS_SHORT, LORA_SHORT, DORA_SHORT, ALL_SHORT,
         RANKS_SCALED, RANKS_SHORT_SCALED, SHARED_SHORT, SHARED_LINEAR_SHORT, SHARED_LINEAR_TWICE,
         SHARED_LINEAR_FASTER)  # fmt: skip
 
