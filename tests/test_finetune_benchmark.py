@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import _finetune_table, _methods, _report, _tasks, finetune
+from benchmarks import _finetune_table, _harness, _methods, _report, _tasks, finetune
 from benchmarks._methods import FORA, FORA_BY_ROW, METHODS
 from stiefel_lora import stiefel
 from stiefel_lora.errors import InputError
@@ -420,6 +421,14 @@ def test_a_claim_holds_only_with_a_small_p_and_leans_beyond_the_spread(gains: li
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(_harness.RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_the_command_of_a_committed_result_names_no_place_of_one_machine(path: Path) -> None:
+    content = _harness.read_result(path)
+    cells = content["results"].get("cells", [])
+    commands = [content["command"], *(cell["command"] for cell in cells if cell.get("command"))]
+    assert not [word for command in commands for word in shlex.split(command) if word.startswith("/")]
 
 
 def test_the_committed_page_is_what_the_committed_results_say() -> None:
