@@ -328,4 +328,5 @@ def test_compiled_modules_are_scored_as_they_are_written(whole: bool) -> None:
     else:
         for layer in model.model.layers:
             layer.compile(backend="eager")
-    assert torch.equal(by_module(model, [batch]), expected)
+    # Of a compiled model the logits are not deferred; transformers takes the loss in float32.
+    torch.testing.assert_close(by_module(model, [batch]), expected, rtol=1e-5 if whole else 0, atol=0)
