@@ -49,23 +49,24 @@ def head_losses(
     losses = []
     gradient = None if share is None else torch.empty_like(hidden)
     for rows in lots:
-        found = _of_rows(hidden[rows], weight, bias, target[rows], dtype, with_gradient=share is not None)
-        losses.append(found[0])
-        if gradient is not None and share is not None and found[1] is not None:
-            gradient[rows] = found[1].mul_(share[rows, None])
+        own = None if share is None else share[rows, None]
+        found, part = _of_rows(hidden[rows], weight, bias, target[rows, None], dtype, own)
+        losses.append(found.squeeze(1))
+        if gradient is not None and part is not None:
+            gradient[rows] = part
     return torch.cat(losses), gradient
 
 
 def _of_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dtype: torch.dtype, *, with_gradient: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dtype: torch.dtype, share: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the losses of rows, shape (rows,), and the gradient of each, shape (rows, features)."""
-    wide, target = wide_dtype(dtype), target[:, None]
+    """Return the losses and the gradient of some rows; losses, targets and shares have the shape (rows, 1)."""
+    wide = wide_dtype(dtype)
     # Raises where there is no such class; what is below would take it for none.
     own_weight = weight.index_select(0, target.squeeze(1))
     top = torch.full(target.shape, torch.finfo(wide).min, dtype=wide, device=hidden.device)
     own, others = torch.zeros_like(top), torch.zeros_like(top)
-    total = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if with_gradient else None
+    total = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if share is not None else None
     entries = _ENTRIES if hidden.device.type == "cpu" else _ENTRIES_ACCELERATOR
     step = max(_CLASSES, entries // max(1, len(hidden)))
     for begin in range(0, len(weight), step):
@@ -84,8 +85,8 @@ def _of_rows(
         if total is not None:
             total.mul_(shrink).add_(logits.to(weight.dtype) @ part)
     norm = others + (own - top).exp()
-    losses = (top - own + norm.log()).squeeze(1)
-    if total is None:
+    losses = top - own + norm.log()
+    if total is None or share is None:
         return losses, None
     # sum_j p_j w_j - w_target, whose p is 1 less that of the others.
-    return losses, total.addcmul_(others, own_weight.to(wide), value=-1).div_(norm)
+    return losses, total.addcmul_(others, own_weight.to(wide), value=-1).mul_(share / norm)
