@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _cells(args: argparse.Namespace, frame: Frame, results: dict[str, Any], begin: float) -> Iterator[tuple[Key, Cell]]:
     """Run the missing cells, so many at a time, and yield each as it ends; ``results`` is to have it then."""
     # What failed in an earlier run is tried again: a peer may be installed now, or more memory free.
-    tried: set[Key] = set()
+    begun: set[Key] = set()
     running: dict[Future[Cell], Key] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
         while True:
@@ -198,19 +198,19 @@ def _cells(args: argparse.Namespace, frame: Frame, results: dict[str, Any], begi
             while (
                 not late
                 and len(running) < args.jobs
-                and (key := _next(args, results["cells"], tried, running.values()))
+                and (key := _next(args, results["cells"], begun, running.values()))
             ):
                 print(f"{len(results['cells'])} cells done; now {key}", file=sys.stderr, flush=True)
                 # The bars of several cells would write over each other.
                 arguments = frame, key, results["selection"][key[0]], args.threads, args.jobs == 1
                 running[pool.submit(_in_a_process, run_cell, *arguments)] = key
+                begun.add(key)
             if not running:
-                if late and _next(args, results["cells"], tried, ()):
+                if late and _next(args, results["cells"], begun, ()):
                     print("out of time; the same command goes on with the missing cells", file=sys.stderr)
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 key = running.pop(future)
-                tried.add(key)
                 try:
                     cell = future.result()
                 except Exception as error:  # one method that fails, say in a peer's code, must not cost the table
@@ -260,16 +260,15 @@ def _with_fast_products(function: Any, *args: Any) -> Any:
         return function(*args)
 
 
-def _missing(args: argparse.Namespace, cells: list[Cell], tried: set[Key]) -> Iterator[Key]:
-    have = {_key(cell) for cell in cells if "error" not in cell} | tried
+def _missing(args: argparse.Namespace, cells: list[Cell], begun: set[Key]) -> Iterator[Key]:
+    have = {_key(cell) for cell in cells if "error" not in cell} | begun
     return (key for key in _plan(args, cells) if key not in have)
 
 
-def _next(args: argparse.Namespace, cells: list[Cell], tried: set[Key], running: Iterable[Key]) -> Key | None:
+def _next(args: argparse.Namespace, cells: list[Cell], begun: set[Key], running: Iterable[Key]) -> Key | None:
     """Return the cell to begin now; more seeds of a row wait for its grid, which says at what rate."""
-    running = set(running)
     unsettled = {key[:2] for key in running if key[3] == args.seed}
-    missing = _missing(args, cells, tried | running)
+    missing = _missing(args, cells, begun)
     return next((key for key in missing if key[3] == args.seed or key[:2] not in unsettled), None)
 
 

@@ -142,8 +142,8 @@ def report(results: dict[str, Any]) -> str:
             [method, row["median_s"], row["times_torch"], "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"]
             for method, row in found["rows"].items()
         ]
-        what = f"{found['model_mib']:.0f} MiB in {results.get('dtype', 'float32')}"
-        title = f"{name} ({what}), {results.get('tokens', '4 x 128')} tokens, adapters on all layers"
+        what = f"{found['model_mib']:.0f} MiB in {results['dtype']}"
+        title = f"{name} ({what}), {results['tokens']} tokens, adapters on all layers"
         header = ["forward and backward pass", "s", "times torch's", "peak memory above the model, MiB"]
         parts.append(f"{title}\n\n{_harness.markdown(header, rows)}")
     return "\n\n".join(parts)

@@ -85,14 +85,12 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int, in_place: bool) -> tuple[Tensor, Tensor]:
         ctx.in_place = in_place
         valid = target != ignored
-        target = torch.where(valid, target, 0)
         # As torch's: no rows give 0 / 0.
         weight = valid.to(logits.dtype) / valid.sum()
-        losses = torch.cat([cross_entropy(logits[r], target[r], reduction="none") for r in _chunks(logits)])
-        ctx.save_for_backward(logits, target, weight)
-        rows = losses.masked_fill(~valid, torch.nan)
+        rows = torch.cat([_rows(logits[part], target[part], ignored) for part in _chunks(logits)])
+        ctx.save_for_backward(logits, torch.where(valid, target, 0), weight)
         ctx.mark_non_differentiable(rows)
-        return losses[valid].mean(), rows
+        return rows[valid].mean(), rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
