@@ -23,6 +23,8 @@ from benchmarks._methods import (
     LORA_LINEAR,
     LORA_LINEAR_SHORT,
     LORA_RANKS,
+    LORA_SHARED_LINEAR_SHORT,
+    LORA_SHARED_LINEAR_TWICE,
     LORA_SHORT,
     LORA_SHORT_FASTER,
     METHODS,
@@ -209,6 +211,8 @@ COMPARISONS = (
         ALL_SHORT,
         LORA_SHORT,
     ),
+    ("The constraint helps one A for all layers", SHARED_LINEAR_SHORT, LORA_SHARED_LINEAR_SHORT),
+    ("The constraint helps one A for all layers, at twice B's rate", SHARED_LINEAR_TWICE, LORA_SHARED_LINEAR_TWICE),
 )
 
 COMBINATIONS = (

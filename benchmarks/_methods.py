@@ -104,6 +104,7 @@ def ours(
     rate_on_manifold: float = 1.0,
     second_moment: SecondMoment = "mean",
     beta1: float = 0.9,
+    constrained: bool = True,
     samples: int = SAMPLES,
     **options: Any,
 ) -> Build:
@@ -112,7 +113,8 @@ def ours(
     With ``gradient_start`` the orthonormal factor starts in the leading directions of the calibration gradient, and
     with ``allocate`` the ranks follow its singular values, at ``share`` of the parameters; the gradient is that of
     ``samples``. The factor's learning rate is ``rate_on_manifold`` times that of the other one; ``beta1`` is the decay
-    rate of both first moments; ``options`` go to ``add_adapters``.
+    rate of both first moments; ``options`` go to ``add_adapters``. Not ``constrained``, the factor starts orthonormal
+    and is trained by AdamW as any other.
     """
 
     def build(model: Any, setting: Setting) -> Tuned:
@@ -131,7 +133,12 @@ def ours(
             {"params": [p for p in trainable if isinstance(p, ManifoldParameter)], "lr": rate_on_manifold * setting.lr},
             {"params": [p for p in trainable if not isinstance(p, ManifoldParameter)]},
         ]
-        optimizer = RiemannianAdam(groups, lr=setting.lr, betas=(beta1, 0.999), second_moment=second_moment, fused=True)
+        alike: dict[str, Any] = {"lr": setting.lr, "betas": (beta1, 0.999), "fused": True}
+        optimizer: torch.optim.Optimizer
+        if constrained:
+            optimizer = RiemannianAdam(groups, second_moment=second_moment, **alike)
+        else:
+            optimizer = torch.optim.AdamW(groups, weight_decay=0.0, **alike)
         return Tuned(model, optimizer, lambda: _our_updates(model), extra=extra)
 
     return build
@@ -306,9 +313,12 @@ LORA_SHORT_FASTER = f"{LORA_SHORT}, A at twice the rate"
 SHARED_LINEAR_TWICE, SHARED_LINEAR_FASTER = (
     f"{SHARED_LINEAR_SHORT}, A at {times} the rate" for times in ("twice", "4 times")
 )
+LORA_SHARED_LINEAR_SHORT = "LoRA, one A for all layers, all linear maps at 5/8 of the rank, beta1 0.6"
+LORA_SHARED_LINEAR_TWICE = f"{LORA_SHARED_LINEAR_SHORT}, A at twice the rate"
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 _shared = partial(ours, _all, share_A=True, second_moment="row")
+_shared_linear_short = partial(_shared, share=5 / 8, targets=ALL_LINEAR, beta1=0.6)
 _ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
 METHODS: dict[str, Build] = {
     "LoRA": lora(),
@@ -350,9 +360,12 @@ METHODS: dict[str, Build] = {
     SHARED: _shared(share=9 / 8),
     SHARED_SHORT: _shared(share=9 / 8, beta1=0.6),
     SHARED_LINEAR: _shared(share=5 / 8, targets=ALL_LINEAR),
-    SHARED_LINEAR_SHORT: _shared(share=5 / 8, targets=ALL_LINEAR, beta1=0.6),
-    SHARED_LINEAR_TWICE: _shared(share=5 / 8, targets=ALL_LINEAR, beta1=0.6, rate_on_manifold=2.0),
-    SHARED_LINEAR_FASTER: _shared(share=5 / 8, targets=ALL_LINEAR, beta1=0.6, rate_on_manifold=4.0),
+    SHARED_LINEAR_SHORT: _shared_linear_short(),
+    SHARED_LINEAR_TWICE: _shared_linear_short(rate_on_manifold=2.0),
+    SHARED_LINEAR_FASTER: _shared_linear_short(rate_on_manifold=4.0),
+    # The same but for the constraint.
+    LORA_SHARED_LINEAR_SHORT: _shared_linear_short(constrained=False),
+    LORA_SHARED_LINEAR_TWICE: _shared_linear_short(constrained=False, rate_on_manifold=2.0),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
