@@ -3,8 +3,9 @@
 import importlib.util
 import io
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def _check_hub(source: Source) -> None:
 @contextmanager
 def _loading(what: str, source: Source) -> Iterator[None]:
     """Load quietly, with errors in one line."""
-    with _quiet():
+    with _quiet(), _parsing_once() if source.gguf_file else nullcontext():
         try:
             yield
         except InputError:
@@ -304,6 +305,24 @@ def _loading(what: str, source: Source) -> Iterator[None]:
         except Exception as error:  # a damaged file makes the libraries below raise anything
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(f"cannot load {what} from {source}: {reason}") from error
+
+
+@contextmanager
+def _parsing_once() -> Iterator[None]:
+    """Let the package gguf keep what it parses: half the time of loading a small model.
+
+    transformers parses a file for the configuration, the tokenizer and the weights each, of which the vocabulary is
+    most, and makes the table of names anew for every module.
+    """
+    import gguf
+
+    kept = ("GGUFReader", "get_tensor_name_map")
+    with ExitStack() as restored:
+        for name in kept:
+            function = getattr(gguf, name)
+            restored.callback(setattr, gguf, name, function)
+            setattr(gguf, name, cache(function))
+        yield
 
 
 @contextmanager

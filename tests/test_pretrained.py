@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -21,7 +22,7 @@ from stiefel_lora.checkpoint import adapter_state
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import check_causal, find_device, find_source, load_base, load_pretrained
 from tests.models import FAMILIES
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_gguf, save_tiny_model
 
 
 def test_a_folder_is_loaded_in_eval_mode_with_a_padding_token(tmp_path: Path) -> None:
@@ -190,6 +191,28 @@ def test_an_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
     with pytest.raises(InputError, match="'nobody/nothing' is no local folder or file, and the hub cannot be reached"):
         load_pretrained("nobody/nothing")
+
+
+def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_tiny_gguf(tmp_path)
+    parsed: list[object] = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, *args: Any) -> None:
+            parsed.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    table = gguf.get_tensor_name_map
+    model, tokenizer = load_pretrained(path)
+    assert len(parsed) == 1
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counting, table), "they are put back"
+    as_saved, its_tokenizer = load_pretrained(tmp_path)
+    ids = its_tokenizer("def add_7(left):", return_tensors="pt").input_ids
+    assert tokenizer("def add_7(left):", return_tensors="pt").input_ids.equal(ids)
+    with torch.no_grad():
+        # The weights are the same numbers, and so are the configurations.
+        torch.testing.assert_close(model(ids).logits, as_saved(ids).logits, rtol=0, atol=0)
 
 
 def test_a_tokenizer_of_a_gguf_file_has_the_special_tokens_that_the_file_names(tmp_path: Path) -> None:

@@ -42,6 +42,45 @@ def save_tiny_model(folder: Path, *, layers: int = 4) -> Path:
     return folder
 
 
+def save_tiny_gguf(folder: Path) -> Path:
+    """Save the tiny model with its tokenizer as a GGUF file, as llama.cpp's converter writes one."""
+    import gguf
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    save_tiny_model(folder)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    config, arch = model.config, gguf.MODEL_ARCH.LLAMA
+    path = folder / "model.gguf"
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    made = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(sorted(made["vocab"], key=made["vocab"].__getitem__))
+    writer.add_token_merges([" ".join(pair) for pair in made["merges"]])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, weight in model.state_dict().items():
+        count = heads.get(name.split(".")[-2])
+        if count:  # llama.cpp rotates neighbouring entries of a head, transformers its two halves
+            weight = weight.view(count, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def tiny_run(folder: Path) -> FinetuneConfig:
     """Put a tiny model and data into a folder and return the configuration of a short run on them."""
     (folder / "text.py").write_text(TEXT)
