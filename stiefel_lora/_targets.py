@@ -65,7 +65,10 @@ def find_targets(
     chosen = _layer_indices(blocks, layers, prefix)
     linears = {i: [name for name, _ in wrappable_linears(b, join(prefix, i))] for i, b in enumerate(blocks)}
     found = {i: linears[i] for i in chosen}
-    if targets != "all-linear":
+    if targets == "all-linear":
+        # A gate of one output, as in a mixture, is of rank one as it is.
+        found = {i: [name for name in names if min(_shape(model, name)) > 1] for i, names in found.items()}
+    else:
         wanted = _default_targets(found) if targets is None else list(targets)
         _check_targets(model, linears, wanted)
         found = {i: _ending_in(names, set(wanted)) for i, names in found.items()}
@@ -73,7 +76,7 @@ def find_targets(
     if targets in (None, "all-linear"):
         _warn_of_experts(blocks[i] for i in chosen)
     empty = [i for i, names in found.items() if not names]
-    if empty and layers is not None:
+    if empty and (layers is not None or len(empty) == len(found)):
         have = last_names(_flat({i: linears[i] for i in empty}))
         raise InputError(
             f"no target module is in layer {ranges(sorted(empty))} of {prefix!r}, which has {have or 'no linear'}"

@@ -1,6 +1,7 @@
 """Which linears get adapters: defaults, names, layers, ranks, and what is said where they do not match."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,6 +78,24 @@ def test_all_linear_takes_every_linear_but_the_head(layers: list[int] | None) ->
     got = add_adapters(model, layers=layers, rank=2, target_modules="all-linear")
     expected = [n for n, m in LLAMA.build().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     assert got == [n for n in expected if layers is None or "layers.1." not in n]
+
+
+def test_all_linear_leaves_out_gates_of_one_output() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 8}
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=32, num_attention_heads=2, num_key_value_heads=2, **sizes, **experts
+    )
+    build = partial(transformers.Qwen2MoeForCausalLM, config)
+    found = add_adapters(build(), layers=None, rank=2, target_modules="all-linear")
+    gates = [f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)]
+    linears = [name for name, module in build().named_modules() if isinstance(module, nn.Linear)]
+    assert found == [name for name in linears if name not in ["lm_head", *gates]]
+    named = add_adapters(build(), layers=None, rank=1, target_modules=["shared_expert_gate"])
+    assert named == gates, "whoever names them gets them"
+    nothing_else = nn.Sequential(*(nn.Sequential(nn.Linear(4, 1)) for _ in range(2)))
+    with pytest.raises(InputError, match="no target module is in layer 0-1 of '', which has 0"):
+        add_adapters(nothing_else, layers=None, rank=1, target_modules="all-linear")
 
 
 def test_linears_without_weights_yet_are_refused_by_name() -> None:
