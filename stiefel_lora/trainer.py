@@ -226,6 +226,11 @@ class StiefelTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not any(Path(checkpoint).glob("optimizer*")):
+            logger.warning(
+                "%s holds no optimizer (save_only_model): its moments and the schedule of the learning rate start anew",
+                checkpoint,
+            )
         if checkpoint is None or not self._is_ours or self.optimizer is None:
             return
         # The checkpoint's rates go on, as in Trainer. A schedule by plateaus keeps no initial ones.

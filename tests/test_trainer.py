@@ -232,6 +232,18 @@ def test_metrics_are_logged_at_the_end_of_an_epoch(tmp_path: Path) -> None:
     assert [r["epoch"] for r in records[0]] == [r["epoch"] for r in records[1]] == [1.0, 2.0]
 
 
+def test_it_says_so_where_a_checkpoint_holds_no_optimizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for only_model in (False, True):
+        folder = tmp_path / str(only_model)
+        args = arguments(folder, save_only_model=only_model)
+        StiefelTrainer(adapted(), args, train_dataset=EXAMPLES).train()
+        caplog.clear()
+        StiefelTrainer(adapted(), args, train_dataset=EXAMPLES).train(
+            resume_from_checkpoint=str(folder / "checkpoint-3")
+        )
+        assert ("checkpoint-3 holds no optimizer" in caplog.text) == only_model
+
+
 def test_a_new_optimizer_has_the_new_learning_rate(tmp_path: Path) -> None:
     trainer = StiefelTrainer(adapted(), arguments(tmp_path), train_dataset=EXAMPLES)
     for rate in (1e-2, 1e-3):
