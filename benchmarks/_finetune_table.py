@@ -23,6 +23,7 @@ from benchmarks._methods import (
     LORA_LINEAR,
     LORA_LINEAR_SHORT,
     LORA_RANKS,
+    LORA_SHARED_LINEAR_FASTER,
     LORA_SHARED_LINEAR_SHORT,
     LORA_SHARED_LINEAR_TWICE,
     LORA_SHORT,
@@ -213,6 +214,11 @@ COMPARISONS = (
     ),
     ("The constraint helps one A for all layers", SHARED_LINEAR_SHORT, LORA_SHARED_LINEAR_SHORT),
     ("The constraint helps one A for all layers, at twice B's rate", SHARED_LINEAR_TWICE, LORA_SHARED_LINEAR_TWICE),
+    (
+        "The constraint helps one A for all layers, at 4 times B's rate",
+        SHARED_LINEAR_FASTER,
+        LORA_SHARED_LINEAR_FASTER,
+    ),
 )
 
 COMBINATIONS = (

@@ -314,7 +314,9 @@ SHARED_LINEAR_TWICE, SHARED_LINEAR_FASTER = (
     f"{SHARED_LINEAR_SHORT}, A at {times} the rate" for times in ("twice", "4 times")
 )
 LORA_SHARED_LINEAR_SHORT = "LoRA, one A for all layers, all linear maps at 5/8 of the rank, beta1 0.6"
-LORA_SHARED_LINEAR_TWICE = f"{LORA_SHARED_LINEAR_SHORT}, A at twice the rate"
+LORA_SHARED_LINEAR_TWICE, LORA_SHARED_LINEAR_FASTER = (
+    f"{LORA_SHARED_LINEAR_SHORT}, A at {times} the rate" for times in ("twice", "4 times")
+)
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
 _shared = partial(ours, _all, share_A=True, second_moment="row")
@@ -366,6 +368,7 @@ METHODS: dict[str, Build] = {
     # The same but for the constraint.
     LORA_SHARED_LINEAR_SHORT: _shared_linear_short(constrained=False),
     LORA_SHARED_LINEAR_TWICE: _shared_linear_short(constrained=False, rate_on_manifold=2.0),
+    LORA_SHARED_LINEAR_FASTER: _shared_linear_short(constrained=False, rate_on_manifold=4.0),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),
