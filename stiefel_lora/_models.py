@@ -191,7 +191,8 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
 
     The longest list wins, counted by its most frequent class of block that holds a linear map. Lists inside a repeated
     block, such as a mixture's experts, do not compete with the list they repeat in, nor do those outside the language
-    model of one of transformers' models that read images or sound as well and generate text.
+    model of one of transformers' models that read images or sound as well and generate text. Of two equally long ones
+    the outer wins, if one is within the other.
 
     Args:
         model: Any module.
@@ -201,8 +202,8 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
         The qualified name of the list and the list itself.
 
     Raises:
-        InputError: If the name is not a ``ModuleList`` or ``Sequential``, no list holds linear maps, or two lists are
-            equally long. The message lists what the model has.
+        InputError: If the name is not a ``ModuleList`` or ``Sequential``, no list holds linear maps, or two lists apart
+            are equally long. The message lists what the model has.
     """
     found = dict(layer_lists(model))
     if layers is not None:
@@ -212,12 +213,18 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
     competing = _in_language_model(model, found) or found
     longest = max(_repeats(blocks) for blocks in competing.values())
     best = [name for name, blocks in competing.items() if _repeats(blocks) == longest]
+    # Of one list in another, as in an ALBERT's single group, the outer.
+    best = [name for name in best if not any(_is_within(name, other) for other in best)]
     if len(best) > 1:
         raise InputError(
             f"{type(model).__name__} has {len(best)} equally long lists of layers: {_describe(model, found)}; "
             f"name the one meant, such as {best[0]!r}, with layers_path= (of fisher_scores: layers=)"
         )
     return best[0], found[best[0]]
+
+
+def _is_within(name: str, other: str) -> bool:
+    return name != other and name.startswith(other and f"{other}.")
 
 
 def _in_language_model(model: nn.Module, found: Mapping[str, Layers]) -> dict[str, Layers]:

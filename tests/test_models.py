@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -83,6 +85,15 @@ def test_two_equally_long_lists_are_refused_and_can_be_named() -> None:
     assert find_layers(model, "right")[0] == "right"
     with pytest.raises(InputError, match="the list of layers 'middle' does not exist"):
         find_layers(model, "middle")
+
+
+def test_of_equally_long_lists_the_outer_one_is_taken() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    model = AlbertModel(AlbertConfig(vocab_size=32, embedding_size=8, num_hidden_layers=3, **sizes))
+    assert find_layers(model)[0] == "encoder.albert_layer_groups"
+    assert len(add_adapters(model, layers=None, rank=2, target_modules="all-linear")) == 6
+    pair = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)))
+    assert find_layers(pair)[0] == ""
 
 
 def _own(forward: Callable[..., Any]) -> nn.Linear:
