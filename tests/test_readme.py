@@ -195,23 +195,24 @@ def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() ->
     )
     assert leads("finetune_longer", SHARED_LINEAR_TWICE, "LoRA") == [pytest.approx(-behind, abs=6e-5)]
     assert result("finetune_longer")["frame"]["steps"] == 1000
-    pattern = r"spikes, and are ([\d.]+) \(([\d.]+)\) ahead of LoRA and"
+    pattern = r"they are ([\d.]+) \(([\d.]+)\) ahead of LoRA in 300 steps and"
     check_lead("finetune_long", RANKS_SCALED, "LoRA", 3, 1, pattern)
-    pattern = r"ahead of LoRA and ([\d.]+) \(([\d.]+)\) ahead of LoRA at half the rank"
+    pattern = r"in 300 steps and ([\d.]+) \(([\d.]+)\) ahead of LoRA at half the rank"
     check_lead("finetune_long", RANKS_SCALED, "LoRA, half the rank", 3, 1, pattern)
+    check_lead("finetune", RANKS_SCALED, "LoRA", 3, -1, r"but ([\d.]+) \(([\d.]+)\) behind LoRA in 100")
 
 
 def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> None:
     pattern = r"ranks by the gradient are ([\d.]+) \(([\d.]+)\) behind LoRA, and"
     check_lead("finetune_answers", RANKS_BY_ROW, "LoRA", 3, -1, pattern)
-    pattern = r"LoRA at half the rank is ([\d.]+) \(([\d.]+)\) ahead of it, so"
+    pattern = r"LoRA at half the rank is ([\d.]+) \(([\d.]+)\) ahead of it: not"
     check_lead("finetune_answers", "LoRA, half the rank", "LoRA", 3, 1, pattern)
     pattern = r"at beta1 0.6 one A for all is ([\d.]+) \(([\d.]+)\) ahead of LoRA and"
     check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, LORA_SHORT, 3, 1, pattern)
     pattern = r"ahead of LoRA and ([\d.]+) \(([\d.]+)\) of DoRA, on 1000 test samples"
     check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, DORA_SHORT, 3, 1, pattern)
     assert result("finetune_answers_long")["frame"]["eval_samples"] == 1000
-    pattern = r"and ahead of LoRA by ([\d.]+) \(([\d.]+), four seeds\) on 256 of them, on an H100"
+    pattern = r"at twice the rate ahead of LoRA by ([\d.]+) \(([\d.]+), four seeds\) on 256 of them, on an H100"
     check_lead("finetune_answers_cuda", SHARED_LINEAR_TWICE, LORA_SHORT, 4, 1, pattern)
 
 
@@ -249,9 +250,8 @@ def test_the_quoted_cost_of_scoring_is_what_the_committed_results_say() -> None:
     )
     passes = [*(1 / rows[n][forward]["times_ours"] for n in rows), cost["wide"]["times"][forward]]
     assert quoted == pytest.approx([*passes, *(rows[n][loop]["times_ours"] for n in rows)], rel=2e-2)
-    (share,) = quoted_numbers(rf"Scoring is {number} % of a run at the paper's setting, but a third of 50 steps")
-    assert share == pytest.approx(100 * cost["share"]["paper"], rel=5e-2)
-    assert 0.28 < cost["share"]["default_run"] < 0.38
+    shares = quoted_numbers(rf"Scoring is {number} % of a run at the paper's setting, but {number} % of 50 steps")
+    assert shares == pytest.approx([100 * cost["share"][run] for run in ("paper", "default_run")], rel=2e-2)
 
 
 def test_the_quoted_training_steps_are_what_the_committed_results_say() -> None:
