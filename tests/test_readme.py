@@ -207,10 +207,10 @@ def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> Non
     check_lead("finetune_answers", RANKS_BY_ROW, "LoRA", 3, -1, pattern)
     pattern = r"LoRA at half the rank is ([\d.]+) \(([\d.]+)\) ahead of it: not"
     check_lead("finetune_answers", "LoRA, half the rank", "LoRA", 3, 1, pattern)
-    pattern = r"at beta1 0.6 one A for all is ([\d.]+) \(([\d.]+)\) ahead of LoRA and"
-    check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, LORA_SHORT, 3, 1, pattern)
+    pattern = r"at beta1 0.6 one A for all is ([\d.]+) \(([\d.]+), four seeds\) ahead of LoRA and"
+    check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, LORA_SHORT, 4, 1, pattern)
     pattern = r"ahead of LoRA and ([\d.]+) \(([\d.]+)\) of DoRA, on 1000 test samples"
-    check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, DORA_SHORT, 3, 1, pattern)
+    check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, DORA_SHORT, 4, 1, pattern)
     assert result("finetune_answers_long")["frame"]["eval_samples"] == 1000
     pattern = r"at twice the rate ahead of LoRA by ([\d.]+) \(([\d.]+), four seeds\) on 256 of them, on an H100"
     check_lead("finetune_answers_cuda", SHARED_LINEAR_TWICE, LORA_SHORT, 4, 1, pattern)
