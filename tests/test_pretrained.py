@@ -5,7 +5,9 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,6 +215,27 @@ def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with torch.no_grad():
         # The weights are the same numbers, and so are the configurations.
         torch.testing.assert_close(model(ids).logits, as_saved(ids).logits, rtol=0, atol=0)
+
+
+def test_models_may_be_loaded_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, before = save_tiny_gguf(tmp_path), (gguf.GGUFReader, gguf.get_tensor_name_map)
+    second_comes = Event()
+    network = pretrained._network
+
+    def slow(*args: Any, **options: Any) -> Any:
+        assert second_comes.wait(60)
+        return network(*args, **options)
+
+    def second() -> Any:
+        second_comes.set()
+        return load_pretrained(path)
+
+    monkeypatch.setattr(pretrained, "_network", slow)
+    with ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(load_pretrained, path), pool.submit(second)]
+        first, other = (load.result()[0].state_dict() for load in loads)
+    assert all(torch.equal(first[name], other[name]) for name in first)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before, "both have put back what they found"
 
 
 def test_a_tokenizer_of_a_gguf_file_has_the_special_tokens_that_the_file_names(tmp_path: Path) -> None:

@@ -19,12 +19,16 @@ from benchmarks._methods import (
     FORA,
     FORA_BY_ROW,
     LORA_RANKS,
+    LORA_SHARED_LINEAR_FASTER,
+    LORA_SHARED_LINEAR_SHORT,
     LORA_SHORT,
     LORA_SHORT_FASTER,
     METHODS,
     RANDOM_BY_ROW,
     RANKS_BY_ROW,
     RANKS_SCALED,
+    SHARED_LINEAR_FASTER,
+    SHARED_LINEAR_SHORT,
     SHARED_LINEAR_TWICE,
 )
 
@@ -193,6 +197,12 @@ def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() ->
     (behind,) = quoted_numbers(
         r"once through the data, it is ([\d.]+) behind LoRA with twice the parameters \(one seed\)"
     )
+    pattern = r"without the constraint, at one rate for both factors, it is ([\d.]+) \(([\d.]+)\) lower still"
+    check_lead("finetune_long", SHARED_LINEAR_TWICE, LORA_SHARED_LINEAR_SHORT, 3, -1, pattern)
+    pattern = r"at four times B's it gains ([\d.]+) \(([\d.]+)\)"
+    check_lead("finetune", SHARED_LINEAR_FASTER, LORA_SHARED_LINEAR_FASTER, 3, 1, pattern)
+    pattern = r"at one rate nothing \(-([\d.]+), spread ([\d.]+)\)"
+    check_lead("finetune", SHARED_LINEAR_SHORT, LORA_SHARED_LINEAR_SHORT, 3, -1, pattern)
     assert leads("finetune_longer", SHARED_LINEAR_TWICE, "LoRA") == [pytest.approx(-behind, abs=6e-5)]
     assert result("finetune_longer")["frame"]["steps"] == 1000
     pattern = r"they are ([\d.]+) \(([\d.]+)\) ahead of LoRA in 300 steps and"

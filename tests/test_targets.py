@@ -94,7 +94,7 @@ def test_all_linear_leaves_out_gates_of_one_output() -> None:
     named = add_adapters(build(), layers=None, rank=1, target_modules=["shared_expert_gate"])
     assert named == gates, "whoever names them gets them"
     nothing_else = nn.Sequential(*(nn.Sequential(nn.Linear(4, 1)) for _ in range(2)))
-    with pytest.raises(InputError, match="no target module is in layer 0-1 of '', which has 0"):
+    with pytest.raises(InputError, match="no target module is in layer 0-1 of '', which has 0 of one input or output"):
         add_adapters(nothing_else, layers=None, rank=1, target_modules="all-linear")
 
 

@@ -233,15 +233,17 @@ def test_metrics_are_logged_at_the_end_of_an_epoch(tmp_path: Path) -> None:
 
 
 def test_it_says_so_where_a_checkpoint_holds_no_optimizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for only_model in (False, True):
-        folder = tmp_path / str(only_model)
-        args = arguments(folder, save_only_model=only_model)
+    said = {"": "", "scheduler.pt": "holds no scheduler,", "optimizer.pt": "holds no optimizer,"}
+    for removed, expected in said.items():
+        checkpoint = tmp_path / f"without {removed}" / "checkpoint-3"
+        args = arguments(checkpoint.parent)
         StiefelTrainer(adapted(), args, train_dataset=EXAMPLES).train()
+        if removed:
+            (checkpoint / removed).unlink()
         caplog.clear()
-        StiefelTrainer(adapted(), args, train_dataset=EXAMPLES).train(
-            resume_from_checkpoint=str(folder / "checkpoint-3")
-        )
-        assert ("checkpoint-3 holds no optimizer" in caplog.text) == only_model
+        StiefelTrainer(adapted(), args, train_dataset=EXAMPLES).train(resume_from_checkpoint=str(checkpoint))
+        assert ("checkpoint-3 holds no" in caplog.text) == bool(removed)
+        assert expected in caplog.text
 
 
 def test_a_new_optimizer_has_the_new_learning_rate(tmp_path: Path) -> None:
