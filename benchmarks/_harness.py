@@ -286,10 +286,24 @@ def positive(kind: Callable[[str], float], *, or_zero: bool = False) -> Callable
 
 
 def _stop(number: int, frame: object) -> None:
+    _end_children()
+    sys.exit(128 + number)
+
+
+def _end_children() -> None:
     """Take along the processes that a study runs its parts in; they would work on for nobody."""
     for child in multiprocessing.active_children():
         child.terminate()
-    sys.exit(128 + number)
+
+
+@contextmanager
+def children_end_with_errors() -> Iterator[None]:
+    """End the processes that are at work where the context is left by an error or an interrupt."""
+    try:
+        yield
+    except BaseException:
+        _end_children()
+        raise
 
 
 def environment() -> dict[str, Any]:

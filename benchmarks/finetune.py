@@ -18,8 +18,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ class Frame:
 IN_PIECES = True
 
 Key = tuple[str, str, float, int]
+Ended = Generator[tuple[Key, Cell], None, None]
 _KEY = ("task", "method", "lr", "seed")
 
 
@@ -133,16 +135,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     count, rate = _harness.positive(int), _harness.positive(float)
     parser.add_argument("--lrs", nargs="+", type=rate, default=[2e-3, 1e-3, 3e-3, 5e-4], help="grid of learning rates")
-    parser.add_argument(
-        "--seeds", type=count, default=3, help="seeds of the main rows, at their best rate (default: 3)"
-    )
+    parser.add_argument("--seeds", type=count, default=3, help="seeds of the main rows at their best rate (default: 3)")
     limit = _harness.positive(float, or_zero=True)
     parser.add_argument("--minutes", type=limit, help="begin no cell after so long (default: never); call again")
-    parser.add_argument("--jobs", type=count, default=1, help="cells that run at a time (default: 1)")
+    parser.add_argument("--jobs", type=count, default=1, help="cells at a time, each of --threads (default: 1)")
     parser.add_argument("--time", action="store_true", help="also time a step of every method, all in turn in one run")
     parser.add_argument("--rounds", type=count, default=7, help="timed steps of each method with --time (default: 7)")
     _harness.add_model(parser)
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: the device's)")
     parser.add_argument("--train-samples", type=count, help="samples to train on, over and over (default: all)")
     for name, value, text in (
@@ -174,9 +174,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if task not in results["selection"]:
             results["selection"][task] = _in_a_process(select, frame, task, args.threads)
             args.save(results)
-    for key, cell in _cells(args, frame, results, begin):
-        results["cells"] = [c for c in results["cells"] if _key(c) != key] + [{**cell, **_place(args)}]
-        args.save(results)
+    with closing(_cells(args, frame, results, begin)) as ended:
+        for key, cell in ended:
+            results["cells"] = [c for c in results["cells"] if _key(c) != key] + [{**cell, **_place(args)}]
+            args.save(results)
     # As far as is known yet: more seeds of a row come with its best rate.
     results["missing"] = sum(1 for _ in _missing(args, results["cells"], set()))
     if args.time:
@@ -187,12 +188,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _cells(args: argparse.Namespace, frame: Frame, results: dict[str, Any], begin: float) -> Iterator[tuple[Key, Cell]]:
+def _cells(args: argparse.Namespace, frame: Frame, results: dict[str, Any], begin: float) -> Ended:
     """Run the missing cells, so many at a time, and yield each as it ends; ``results`` is to have it then."""
     # What failed in an earlier run is tried again: a peer may be installed now, or more memory free.
     begun: set[Key] = set()
     running: dict[Future[Cell], Key] = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool, _harness.children_end_with_errors():
         while True:
             late = args.minutes is not None and time.monotonic() - begin >= 60 * args.minutes
             while (
@@ -213,6 +214,8 @@ def _cells(args: argparse.Namespace, frame: Frame, results: dict[str, Any], begi
                 key = running.pop(future)
                 try:
                     cell = future.result()
+                    if args.jobs > 1:  # it is that of all cells that share the device
+                        cell.pop("optimizer_share", None)
                 except Exception as error:  # one method that fails, say in a peer's code, must not cost the table
                     cell = _failed(key, error)
                 yield key, cell

@@ -47,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this study's options."""
     count = _harness.positive(int)
     _harness.add_model(parser)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the base (default: float32)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    # float16 defers no logits.
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
     parser.add_argument("--batch-size", type=count, default=4, help="samples of a step (default: 4)")
     parser.add_argument("--seq-len", type=count, default=128, help="tokens of a sample (default: 128)")
     parser.add_argument("--rounds", type=count, default=7, help="timed steps of each (default: 7)")

@@ -2,9 +2,11 @@
 
 import argparse
 import copy
+import multiprocessing
 import shlex
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +319,36 @@ def test_several_cells_run_at_a_time_and_more_seeds_wait_for_the_rate(
     found = finetune.run(arguments(tmp_path, jobs=3))
     assert not any("error" in c for c in found["cells"])
     assert sorted(begun[4:]) == [(FORA, 1e-2, 1), ("LoRA", 1e-3, 1)]
+
+
+def _late(file: Path) -> None:
+    time.sleep(20)
+    file.touch()
+
+
+def test_cells_at_work_end_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work = threading.Event()
+
+    def fake(function: Any, *args: Any) -> Any:
+        if function is finetune.select:
+            return {"layers": [0]}
+        _, method, lr, seed = args[1]
+        if method != "LoRA":
+            at_work.set()
+            finetune._harness.in_a_process(_late, tmp_path / f"ended {lr}")
+        assert at_work.wait(60)
+        return cell(method, lr, seed, 1.0, 1.0)
+
+    def save(results: dict[str, Any]) -> None:
+        if results["cells"]:
+            while not multiprocessing.active_children():  # pragma: no cover
+                time.sleep(0.01)
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(finetune, "_in_a_process", fake)
+    with pytest.raises(OSError, match="the disk is full"):
+        finetune.run(arguments(tmp_path, jobs=2, save=save))
+    assert not list(tmp_path.glob("ended*"))
 
 
 def test_a_peer_that_is_not_there_is_named_and_tried_again_when_it_may_be(
