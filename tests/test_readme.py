@@ -347,6 +347,15 @@ def test_the_quoted_times_with_another_seed_are_what_the_committed_results_say()
     assert len(times) == 5
 
 
+def test_the_quoted_steps_of_an_idle_machine_are_what_the_committed_result_says() -> None:
+    rows = [model["adapter"]["rows"][SPEEDS[1]] for model in result("optimizer_step_idle")["models"].values()]
+    quoted = quoted_numbers(r"ours is ([\d.]+), ([\d.]+), ([\d.]+) and ([\d.]+) times AdamW's")
+    assert quoted == pytest.approx([row["times_fused_adamw"] for row in rows], abs=6e-3)
+    ratios = [row["geoopt_euclidean_times_ours"] for row in rows]
+    quoted = quoted_numbers(r"times AdamW's, and ([\d.]+) to ([\d.]+) times as fast as geoopt's QR")
+    assert quoted == pytest.approx([min(ratios), max(ratios)], rel=2e-2)
+
+
 def test_the_quoted_ratios_to_geoopt_are_what_the_committed_results_say() -> None:
     models = result("optimizer_step")["models"].values()
     ours, canonical = SPEEDS[1], SPEEDS[4]
