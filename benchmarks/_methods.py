@@ -309,13 +309,12 @@ LORA_LINEAR = "LoRA, all linear maps at 11/16 of the rank"
 SHARED_SHORT, SHARED_LINEAR_SHORT, LORA_LINEAR_SHORT = (
     f"{name}, beta1 0.6" for name in (SHARED, SHARED_LINEAR, LORA_LINEAR)
 )
-LORA_SHORT_FASTER = f"{LORA_SHORT}, A at twice the rate"
-SHARED_LINEAR_TWICE, SHARED_LINEAR_FASTER = (
-    f"{SHARED_LINEAR_SHORT}, A at {times} the rate" for times in ("twice", "4 times")
-)
 LORA_SHARED_LINEAR_SHORT = "LoRA, one A for all layers, all linear maps at 5/8 of the rank, beta1 0.6"
-LORA_SHARED_LINEAR_TWICE, LORA_SHARED_LINEAR_FASTER = (
-    f"{LORA_SHARED_LINEAR_SHORT}, A at {times} the rate" for times in ("twice", "4 times")
+LORA_SHORT_FASTER, SHARED_LINEAR_TWICE, LORA_SHARED_LINEAR_TWICE = (
+    f"{name}, A at twice the rate" for name in (LORA_SHORT, SHARED_LINEAR_SHORT, LORA_SHARED_LINEAR_SHORT)
+)
+SHARED_LINEAR_FASTER, LORA_SHARED_LINEAR_FASTER = (
+    f"{name}, A at 4 times the rate" for name in (SHARED_LINEAR_SHORT, LORA_SHARED_LINEAR_SHORT)
 )
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
-from stiefel_lora.logits import Logits, bound, is_plain, rowwise_cross_entropy
+from stiefel_lora.logits import Logits, bound, is_plain, row_shares, rowwise_cross_entropy
 
 # Entries of the logits that are worked on at a time: few enough to stay in a processor's cache. An accelerator has
 # none that would matter, and each operation costs it a start.
@@ -85,8 +85,7 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, ignored: int, in_place: bool) -> tuple[Tensor, Tensor]:
         ctx.in_place = in_place
         valid = target != ignored
-        # As torch's: of no rows the mean is 0 / 0, and its gradient zero.
-        weight = valid.to(logits.dtype) / valid.sum().clamp(min=1)
+        weight = row_shares(valid, "mean", logits.dtype)
         rows = torch.cat([_rows(logits[part], target[part], ignored) for part in _chunks(logits)])
         ctx.save_for_backward(logits, torch.where(valid, target, 0), weight)
         ctx.mark_non_differentiable(rows)

@@ -214,7 +214,7 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
     longest = max(_repeats(blocks) for blocks in competing.values())
     best = [name for name, blocks in competing.items() if _repeats(blocks) == longest]
     # Of one list in another, as in an ALBERT's single group, the outer.
-    best = [name for name in best if not any(_is_within(name, other) for other in best)]
+    best = [name for name in best if not any(is_within(name, other) for other in best)]
     if len(best) > 1:
         raise InputError(
             f"{type(model).__name__} has {len(best)} equally long lists of layers: {_describe(model, found)}; "
@@ -223,7 +223,8 @@ def find_layers(model: nn.Module, layers: str | None = None) -> tuple[str, Layer
     return best[0], found[best[0]]
 
 
-def _is_within(name: str, other: str) -> bool:
+def is_within(name: str, other: str) -> bool:
+    """Tell whether the module of one qualified name is inside that of another; all are inside the model, ""."""
     return name != other and name.startswith(other and f"{other}.")
 
 

@@ -12,6 +12,7 @@ from stiefel_lora._models import (
     endings,
     ends_in,
     find_layers,
+    is_within,
     join,
     layer_lists,
     linear_shape,
@@ -77,9 +78,12 @@ def find_targets(
         _warn_of_experts(blocks[i] for i in chosen)
     empty = [i for i, names in found.items() if not names]
     if empty and (layers is not None or len(empty) == len(found)):
-        have = last_names(_flat({i: linears[i] for i in empty})) or "no linear"
-        small = " of one input or output: name them" if targets == "all-linear" and any(map(linears.get, empty)) else ""
-        raise InputError(f"no target module is in layer {ranges(sorted(empty))} of {prefix!r}, which has {have}{small}")
+        have = last_names(_flat({i: linears[i] for i in empty}))
+        if have and targets == "all-linear":
+            have += " of one input or output: name them"
+        raise InputError(
+            f"no target module is in layer {ranges(sorted(empty))} of {prefix!r}, which has {have or 'no linear'}"
+        )
     names = _each_once(model, _flat(found))
     check_called(dict(model.named_modules()), names)
     return names
@@ -206,7 +210,7 @@ def _elsewhere(model: nn.Module, missing: Set[str]) -> str:
     lists = [path for path, _ in layer_lists(model) if path]
     places: dict[str, list[str]] = {}
     for name in _ending_in((name for name, _ in wrappable_linears(model)), missing):
-        around = [path for path in lists if name.startswith(f"{path}.")]
+        around = [path for path in lists if is_within(name, path)]
         places.setdefault(max(around, key=len, default=""), []).append(name)
     hints = {
         path: f"is in another list of layers: layers_path={path!r} takes it"

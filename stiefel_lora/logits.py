@@ -314,6 +314,15 @@ def rowwise_cross_entropy(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return found[0] if torch.is_autocast_enabled(kind) else found[0].to(logits.dtype), found[1]
 
 
+def row_shares(valid: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """Return the weight of each row's loss in their mean or sum, zero where it is not valid.
+
+    As in torch, the mean of no rows is 0 / 0, and its gradient zero.
+    """
+    share = valid.to(dtype)
+    return share / valid.sum().clamp(min=1) if reduction == "mean" else share
+
+
 class _RowwiseCrossEntropy(torch.autograd.Function):
     """The cross entropy of hidden @ weight^T + bias, and the gradient of hidden with it."""
 
@@ -330,16 +339,15 @@ class _RowwiseCrossEntropy(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         valid = target != ignored
-        # As torch's: without any rows the mean is 0 / 0, and its gradient zero.
-        divisor = valid.sum() if reduction == "mean" else target.new_ones(())
-        share = valid.to(wide_dtype(dtype)) / divisor.clamp(min=1)
+        share = row_shares(valid, reduction, wide_dtype(dtype))
         target = torch.where(valid, target, 0)
         found, gradient = head_losses(hidden, weight, bias, target, dtype, share if wants_gradient else None)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         rowwise = found.masked_fill(~valid, torch.nan)
         ctx.mark_non_differentiable(rowwise)
-        return torch.where(valid, found, 0).sum() / divisor, rowwise
+        total = torch.where(valid, found, 0).sum()
+        return total / valid.sum() if reduction == "mean" else total, rowwise
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

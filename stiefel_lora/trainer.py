@@ -226,16 +226,17 @@ class StiefelTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
         # Trainer restores both or none.
-        kept = ("optimizer", "scheduler")
-        lost = [] if checkpoint is None else [name for name in kept if not any(Path(checkpoint).glob(f"{name}*"))]
+        lost = [name for name in ("optimizer", "scheduler") if not any(Path(checkpoint).glob(f"{name}*"))]
         if lost:
             logger.warning(
                 "%s holds no %s, as after save_only_model: moments and the schedule of the learning rate start anew",
                 checkpoint,
                 " and no ".join(lost),
             )
-        if checkpoint is None or not self._is_ours or self.optimizer is None:
+        if not self._is_ours or self.optimizer is None:
             return
         # The checkpoint's rates go on, as in Trainer. A schedule by plateaus keeps no initial ones.
         rates = {
