@@ -65,6 +65,33 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
+class Doubled(Trainer):
+    """A subclass with a loss of its own, as TRL's trainers are."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+class StiefelDoubled(StiefelTrainer, Doubled):
+    pass
+
+
+def test_combines_with_another_trainer(tmp_path: Path) -> None:
+    """Beside a subclass of Trainer, each has its part: that one's loss, our optimizer, checkpoints and metrics."""
+    losses = []
+    for kind in (StiefelTrainer, StiefelDoubled):
+        trainer = kind(
+            adapted(dropout=0.0),
+            arguments(tmp_path / kind.__name__, max_steps=1, logging_steps=1),
+            train_dataset=EXAMPLES,
+        )
+        losses.append(trainer.train().training_loss)
+        assert isinstance(trainer.optimizer.optimizer, RiemannianAdam)
+        load_adapter(LLAMA.build(), tmp_path / kind.__name__ / "checkpoint-1")
+        assert any("effective_rank" in entry for entry in trainer.state.log_history)
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)  # one more rounding in float32
+
+
 def test_trains_with_the_training_arguments(tmp_path: Path) -> None:
     model = adapted()
     before = factors(model)
