@@ -1,9 +1,30 @@
-"""Progress bars on a terminal, silence elsewhere."""
+"""What a command shows while it works: progress bars on a terminal, and each warning once."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+logger = logging.getLogger("stiefel_lora")
+
+
+@contextmanager
+def warnings_once() -> Iterator[None]:
+    """Keep back, within the context, what the package logs again: a command looks for its targets several times."""
+    logged: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        count = len(logged)
+        logged.add(record.getMessage())
+        return len(logged) > count
+
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
 
 
 def progress(

@@ -26,17 +26,32 @@ from stiefel_lora.layer import StiefelLoRALinear, check_rank
 
 logger = logging.getLogger("stiefel_lora")
 
-# The paper's choice is query, key, value, up and down; one line for each way in which architectures name these. The
-# first line of which every name is found in every layer to adapt is taken.
+# The paper's choice is query, key, value, up and down; one line for each way in which architectures name these. In each
+# layer the first line counts of which it has every name, so that a hybrid's layers may differ.
 DEFAULT_TARGETS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),  # LLaMA, Qwen, Gemma, Mistral
     ("q_proj", "k_proj", "v_proj", "fc1", "fc2"),  # Phi, OPT, ViT
+    ("q_proj", "k_proj", "v_proj", "fc_in", "fc_out"),  # GPT-J
+    ("q_proj", "k_proj", "v_proj", "c_fc", "c_proj"),  # StarCoder2
+    ("q_proj", "k_proj", "v_proj", "gate_up_proj", "down_proj"),  # GLM
+    ("q_proj", "k_proj", "v_proj", "w3", "w2"),  # LFM2
+    ("q_proj", "k_proj", "v_proj", "Wi", "mlp.Wo"),  # ModernBERT's decoder
+    ("in_proj_qkv", "up_proj", "down_proj"),  # Qwen3.5's linear attention
+    ("in_proj_qkvz", "up_proj", "down_proj"),  # Qwen3-Next's
+    ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "up_proj", "down_proj"),  # DeepSeek-V3
+    ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "up_proj", "down_proj"),  # DeepSeek-V2-Lite
+    ("q_proj", "up_proj", "down_proj"),  # layers of Gemma 3n and 4 that take keys and values from others
     ("qkv_proj", "gate_up_proj", "down_proj"),  # Phi-3
+    ("qkv_proj", "fc_in", "fc_out"),  # CodeGen
+    ("Wqkv", "up_proj", "down_proj"),  # MPT
+    ("Wqkv", "Wi", "mlp.Wo"),  # ModernBERT
     ("c_attn", "c_fc", "mlp.c_proj"),  # GPT-2
     ("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon
     ("query", "key", "value", "intermediate.dense", "output.dense"),  # BERT, RoBERTa: attention.output.dense as well
+    ("query", "key", "value", "ffn", "ffn_output"),  # ALBERT
     ("query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"),  # DeBERTa
     ("q_lin", "k_lin", "v_lin", "lin1", "lin2"),  # DistilBERT
+    ("q", "k", "v", "intermediate.dense", "output.dense"),  # MPNet
     ("q", "k", "v", "wi", "wo"),  # T5
     ("q", "k", "v", "wi_0", "wi_1", "wo"),  # T5 1.1
 )
@@ -47,11 +62,12 @@ def find_targets(
 ) -> list[str]:
     """Return the qualified names of the linears to adapt, layer by layer; see `add_adapters`.
 
-    What matches in some of the layers only is logged as a warning: a hybrid model's layers are not alike.
+    A warning is logged of what matches in some of the layers only (a hybrid model's layers are not alike), of layers
+    that no default is known for, and of what "all-linear" leaves out because it cannot have an adapter.
 
     Raises:
         InputError: If a layer does not exist, a target matches in no layer of the list, a layer that was named has
-            none of the targets, or a linear cannot have an adapter. The message lists what there is.
+            none of the targets, or a linear that was named cannot have an adapter. The message lists what there is.
         TypeError: If ``targets`` is a string other than "all-linear", a layer is not an int, or one of the two is an
             iterator, which could be gone through but once.
     """
@@ -66,21 +82,19 @@ def find_targets(
     chosen = _layer_indices(blocks, layers, prefix)
     linears = {i: [name for name, _ in wrappable_linears(b, join(prefix, i))] for i, b in enumerate(blocks)}
     found = {i: linears[i] for i in chosen}
-    if targets == "all-linear":
-        # A gate, as in a mixture, is of rank one as it is.
-        found = {i: [name for name in names if min(_shape(model, name)) > 1] for i, names in found.items()}
+    if targets is None or isinstance(targets, str):
+        found = _default_targets(model, found) if targets is None else _all_linear(model, found)
+        _warn_of_experts(blocks[i] for i in chosen)
     else:
-        wanted = _default_targets(found) if targets is None else list(targets)
+        wanted = list(targets)
         _check_targets(model, linears, wanted)
         found = {i: _ending_in(names, set(wanted)) for i, names in found.items()}
         _warn_of_gaps(found, wanted)
-    if targets in (None, "all-linear"):
-        _warn_of_experts(blocks[i] for i in chosen)
     empty = [i for i, names in found.items() if not names]
     if empty and (layers is not None or len(empty) == len(found)):
         have = last_names(_flat({i: linears[i] for i in empty}))
-        if have and targets == "all-linear":
-            have += " of one input or output: name them"
+        if have and (targets is None or isinstance(targets, str)):
+            have += ", of one input or output or such as cannot have an adapter"
         raise InputError(
             f"no target module is in layer {ranges(sorted(empty))} of {prefix!r}, which has {have or 'no linear'}"
         )
@@ -151,6 +165,12 @@ def check_called(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None
         modules: All modules of the model, by qualified name.
         names: Those of the linears.
     """
+    if readers := _readers(modules, names):
+        raise InputError(f"{_not_called(readers)}; leave it out")
+
+
+def _readers(modules: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
+    """Return the linears whose parents read their weights, each with the name of the parent's class."""
     readers: dict[str, str] = {}
     for name in names:
         above, _, child = name.rpartition(".")
@@ -160,22 +180,44 @@ def check_called(modules: Mapping[str, nn.Module], names: Iterable[str]) -> None
         read = read_past_forward(type(parent))  # type: ignore[arg-type]  # a class is hashable
         if in_mamba or child in read:
             readers[name] = type(parent).__name__
-    if readers:
-        raise InputError(
-            f"{listed(readers)} cannot have an adapter: {listed(set(readers.values()))} reads its weight, at least in "
-            "training, where it should call it; leave it out"
-        )
+    return readers
 
 
-def _default_targets(linears: Mapping[int, Sequence[str]]) -> list[str]:
-    known = [all_endings(names) for names in linears.values()]
-    for targets in DEFAULT_TARGETS:
-        if all(each.issuperset(targets) for each in known):
-            return list(targets)
-    raise InputError(
-        "no default target modules for this architecture; give target_modules from: "
-        f'{last_names(_flat(linears))}, or "all-linear"'
+def _not_called(readers: Mapping[str, str]) -> str:
+    return (
+        f"{listed(readers)} cannot have an adapter: {listed(set(readers.values()))} reads its weight, at least in "
+        "training, where it should call it"
     )
+
+
+def _default_targets(model: nn.Module, linears: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
+    """Return for each layer the linears of the first default that it has, or all of them."""
+    found, unknown = {}, {}
+    for i, names in linears.items():
+        known = all_endings(names)
+        targets = next((each for each in DEFAULT_TARGETS if known.issuperset(each)), None)
+        if targets is None:
+            unknown[i] = names
+        else:
+            found[i] = _ending_in(names, set(targets))
+    everything = _all_linear(model, unknown)
+    if have := last_names(_flat(everything)):
+        logger.warning(
+            "no default target modules are known for layers %s, of which all linear maps are taken: %s "
+            "(target_modules names others)",
+            ranges([i for i in sorted(everything) if everything[i]]),
+            have,
+        )
+    return {i: found[i] if i in found else everything[i] for i in linears}
+
+
+def _all_linear(model: nn.Module, linears: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
+    """Return the linears that can have an adapter, without gates of one output, which are of rank one as they are."""
+    found = {i: [name for name in names if min(_shape(model, name)) > 1] for i, names in linears.items()}
+    readers = _readers(dict(model.named_modules(remove_duplicate=False)), _flat(found))
+    if readers:
+        logger.warning("%s; it is left out", _not_called(readers))
+    return {i: [name for name in names if name not in readers] for i, names in found.items()}
 
 
 def _check_targets(model: nn.Module, linears: Mapping[int, Sequence[str]], targets: Sequence[str]) -> None:

@@ -84,8 +84,10 @@ def add_adapters(
         alpha: Numerator of the scaling (default: twice the module's rank).
         target_modules: Names such as "q_proj" or "mlp.down_proj", matched against the end of the qualified name by
             whole components; "all-linear" for every linear in the layers (which the output head is not) but those of
-            one input or output, as gates. By default the query, key, value, up and down projections: ("q_proj",
-            "k_proj", "v_proj", "up_proj", "down_proj") in LLaMA-like models, the names of the same maps in others.
+            one input or output, as gates, and those that cannot have an adapter, which is logged as a warning. By
+            default the query, key, value, up and down projections: ("q_proj", "k_proj", "v_proj", "up_proj",
+            "down_proj") in LLaMA-like models, the names of the same maps in others, and in layers where those are not
+            known "all-linear", with a warning.
         dropout: Probability of dropping an entry of the update's input while training.
         rslora: Scale by alpha / sqrt(rank).
         orthonormal: Which factor is orthonormal: "A", "B" or "both"; see `StiefelLoRALinear`.

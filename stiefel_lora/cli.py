@@ -17,6 +17,7 @@ from typing import Any, NoReturn, get_args
 from stiefel_lora import __version__
 from stiefel_lora._figures import check_picture, has_matplotlib
 from stiefel_lora._files import locked, path_of
+from stiefel_lora._progress import warnings_once
 from stiefel_lora._types import Granularity
 from stiefel_lora.adapter_commands import adapter_folder, add_adapter_commands, named_base
 from stiefel_lora.config import (
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _check_current_folder()
         run: Callable[[argparse.Namespace], None] = args.run
-        run(args)
+        with warnings_once():
+            run(args)
         if sys.stdout is not None:  # closed, as by >&-
             sys.stdout.flush()
     except BrokenPipeError:

@@ -269,12 +269,6 @@ def select_and_start(
     scores = score(model, batches, scoring, sketches)
     layers = scores.select(budget, normalize=normalize)
     ranks = module_ranks(model, find_targets(model, layers, target_modules, layers_path), rank, rank_pattern)
-    missing = [name for name in ranks if name not in sketches]
-    if missing:
-        raise InputError(
-            f"the default target modules of the chosen layers, {listed(missing)}, are not those of all layers; give "
-            "target_modules"
-        )
     starts: dict[str, Init | None] = {}
     for name, r in ranks.items():
         vectors = sketches.leading(name, r)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import resource
 import shlex
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from stiefel_lora import _figures, report
 from stiefel_lora._figures import check_picture
@@ -105,6 +106,27 @@ def test_finetune_from_end_to_end(base: list[str], tmp_path: Path) -> None:
     assert run(*finetune(base, output, "--overwrite", "--steps", "2")).returncode == 0
     assert {path.name for path in output.iterdir()} == names
     assert len(json.loads((output / "metrics.json").read_text())["loss_curve"]) == 2
+
+
+def test_a_mixture_is_told_of_once(
+    base: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its experts are one tensor, so that attention alone is adapted: told once of a run, and again of the next."""
+    folder = shutil.copytree(base[1], tmp_path / "mixture")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4}
+    MixtralForCausalLM(
+        MixtralConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    ).save_pretrained(folder)
+    for i in range(2):
+        caplog.clear()
+        words = ["--model", str(folder), "--output", str(tmp_path / str(i)), "--budget", "1.0", "--steps", "2"]
+        assert main(finetune(base, tmp_path, *words)) == 0
+        told = [r.getMessage() for r in caplog.records if r.name == "stiefel_lora" and r.levelno == logging.WARNING]
+        assert [message.split(":")[0] for message in told] == [
+            "no default target modules are known for layers 0-1, of which all linear maps are taken",
+            "no adapter can be put on experts that are kept as one tensor",
+        ]
+    assert "self_attn.o_proj" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

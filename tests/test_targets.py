@@ -64,6 +64,81 @@ def test_defaults_of_more_families(kind: str, options: Any, path: str | None, ex
     assert describe(add_adapters(model, layers=[1], rank=2, layers_path=path)) == expected
 
 
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+OPENAI_SIZES = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+QKV = "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj"
+# Class of the model, that of its configuration with options, and what of the layers is adapted by default.
+MORE_FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "GPTJ": ("GPTJForCausalLM", OPENAI_SIZES, "0-1: attn.k_proj, attn.v_proj, attn.q_proj, mlp.fc_in, mlp.fc_out"),
+    "CodeGen": ("CodeGenForCausalLM", OPENAI_SIZES, "0-1: attn.qkv_proj, mlp.fc_in, mlp.fc_out"),
+    "Starcoder2": ("Starcoder2ForCausalLM", SIZES, f"0-3: {QKV}, mlp.c_fc, mlp.c_proj"),
+    "Glm": ("GlmForCausalLM", {**SIZES, "head_dim": 8}, f"0-3: {QKV}, mlp.gate_up_proj, mlp.down_proj"),
+    "Mpt": (
+        "MptForCausalLM",
+        {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4},
+        "0-1: attn.Wqkv, ffn.up_proj, ffn.down_proj",
+    ),
+    "ModernBert": ("ModernBertForMaskedLM", SIZES, "0-3: attn.Wqkv, mlp.Wi, mlp.Wo"),
+    "ModernBertDecoder": (
+        "ModernBertDecoderForCausalLM",
+        SIZES,
+        "0-3: attn.q_proj, attn.k_proj, attn.v_proj, mlp.Wi, mlp.Wo",
+    ),
+    "MPNet": (
+        "MPNetForMaskedLM",
+        SIZES,
+        "0-3: attention.attn.q, attention.attn.k, attention.attn.v, intermediate.dense, output.dense",
+    ),
+    "Albert": (
+        "AlbertForMaskedLM",
+        {**SIZES, "embedding_size": 16},
+        "0: albert_layers.0.attention.query, albert_layers.0.attention.key, albert_layers.0.attention.value, "
+        "albert_layers.0.ffn, albert_layers.0.ffn_output",
+    ),
+    # Hybrids, whose layers differ.
+    "Lfm2": (
+        "Lfm2ForCausalLM",
+        {**SIZES, "layer_types": ["full_attention"] * 4},
+        f"0-3: {QKV}, feed_forward.w3, feed_forward.w2",
+    ),
+    "Qwen3_5Text": (
+        "Qwen3_5ForCausalLM",
+        {**SIZES, "head_dim": 8},
+        f"0-2: linear_attn.in_proj_qkv, mlp.up_proj, mlp.down_proj; model.layers 3: {QKV}, mlp.up_proj, mlp.down_proj",
+    ),
+    "Gemma3nText": (
+        "Gemma3nForCausalLM",
+        {**SIZES, "intermediate_size": [48] * 4, "layer_types": ["full_attention"] * 4, "num_kv_shared_layers": 2,
+         "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+         "activation_sparsity_pattern": [0.0] * 4},
+        f"0-1: {QKV}, mlp.up_proj, mlp.down_proj; model.layers 2-3: self_attn.q_proj, mlp.up_proj, mlp.down_proj",
+    ),
+    "DeepseekV3": (
+        "DeepseekV3ForCausalLM",
+        {**SIZES, **LATENT, **EXPERTS, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+         "first_k_dense_replace": 1},
+        "0: self_attn.q_a_proj, self_attn.q_b_proj, self_attn.kv_a_proj_with_mqa, self_attn.kv_b_proj, mlp.up_proj, "
+        "mlp.down_proj; model.layers 1-3: self_attn.q_a_proj, self_attn.q_b_proj, self_attn.kv_a_proj_with_mqa, "
+        "self_attn.kv_b_proj, mlp.shared_experts.up_proj, mlp.shared_experts.down_proj",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+def test_defaults_of_layers(family: str) -> None:
+    name, options, expected = MORE_FAMILIES[family]
+    if not hasattr(transformers, name):
+        pytest.skip(f"this release of transformers has no {name}")
+    model = getattr(transformers, name)(getattr(transformers, f"{family}Config")(**options))
+    if family == "Gemma3nText" and hasattr(model.model.layers[3].self_attn, "k_proj"):
+        pytest.skip("in this release of transformers all layers have keys of their own")
+    got = describe(add_adapters(model, layers=None, rank=2))
+    assert got.split(" ", 1)[1] == expected
+
+
 def test_explicit_targets_by_suffix_or_full_name() -> None:
     assert add_adapters(LLAMA.build(), layers=[1], rank=2, target_modules=["o_proj", "mlp.gate_proj"]) == names(
         [1], ("self_attn.o_proj", "mlp.gate_proj")
@@ -94,7 +169,7 @@ def test_all_linear_leaves_out_gates_of_one_output() -> None:
     named = add_adapters(build(), layers=None, rank=1, target_modules=["shared_expert_gate"])
     assert named == gates, "whoever names them gets them"
     nothing_else = nn.Sequential(*(nn.Sequential(nn.Linear(4, 1)) for _ in range(2)))
-    with pytest.raises(InputError, match="no target module is in layer 0-1 of '', which has 0 of one input or output"):
+    with pytest.raises(InputError, match="no target module is in layer 0-1 of '', which has 0, of one input or output"):
         add_adapters(nothing_else, layers=None, rank=1, target_modules="all-linear")
 
 
@@ -169,15 +244,44 @@ def without_one_up_proj() -> Any:
     return model
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], None])
 def test_experts_that_get_no_adapter_are_logged(targets: Any, caplog: pytest.LogCaptureFixture) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4}
     config = transformers.MixtralConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
     add_adapters(transformers.MixtralForCausalLM(config), layers=None, rank=2, target_modules=targets)
     told = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     kept = "mlp.experts.gate_up_proj, mlp.experts.down_proj"
-    expected = f"no adapter can be put on experts that are kept as one tensor: {kept}"
-    assert told == ([] if targets == ["q_proj"] else [expected])
+    expected = [f"no adapter can be put on experts that are kept as one tensor: {kept}"]
+    if targets is None:
+        expected.insert(
+            0,
+            "no default target modules are known for layers 0-1, of which all linear maps are taken: "
+            "q_proj, k_proj, v_proj, o_proj (target_modules names others)",
+        )
+    assert told == ([] if targets == ["q_proj"] else expected)
+
+
+def test_defaults_of_a_layer_do_not_depend_on_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    """A layer that no default is known for has adapters on all its linears, beside others on which they are known."""
+    every = {i: add_adapters(without_one_up_proj(), layers=[i], rank=2) for i in range(3)}
+    assert every[0] == names([0]) and every[2] == names([2])
+    odd = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    assert every[1] == names([1], (*odd, "mlp.gate_proj", "mlp.down_proj"))
+    caplog.clear()
+    assert add_adapters(without_one_up_proj(), layers=None, rank=2) == every[0] + every[1] + every[2]
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told.startswith("no default target modules are known for layers 1, of which all linear maps are taken: q_")
+
+
+def test_linears_that_cannot_have_an_adapter_are_left_out_of_all(caplog: pytest.LogCaptureFixture) -> None:
+    config = transformers.MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=2, state_size=4, time_step_rank=4)
+    for targets in ("all-linear", None):
+        caplog.clear()
+        added = add_adapters(transformers.MambaForCausalLM(config), layers=None, rank=2, target_modules=targets)
+        assert added == [f"backbone.layers.{i}.mixer.in_proj" for i in range(2)]
+        told = [r.getMessage() for r in caplog.records if r.name == "stiefel_lora" and r.levelno == logging.WARNING]
+        assert "mixer.dt_proj" in told[0] and told[0].endswith("where it should call it; it is left out")
+        assert len(told) == (1 if targets else 2)
 
 
 def test_a_target_that_only_some_layers_have_is_logged(caplog: pytest.LogCaptureFixture) -> None:
