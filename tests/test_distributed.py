@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from stiefel_lora import RiemannianSGD, add_adapters, load_adapter, orthogonality_error, save_adapter
+from stiefel_lora import RiemannianAdam, RiemannianSGD, add_adapters, load_adapter, orthogonality_error, save_adapter
 from stiefel_lora.adapted import adapter_factors
 from stiefel_lora.checkpoint import read_adapter
 from stiefel_lora.distributed import replicate_adapters
@@ -81,6 +83,73 @@ def test_two_processes_train_as_one_does() -> None:
         torch.testing.assert_close(first, expected, rtol=0, atol=1e-4)
         if name.endswith("lora_A"):
             assert float(orthogonality_error(first)) < 2e-6
+
+
+def _adam(model: Any, make: Any = RiemannianAdam, **options: Any) -> Any:
+    return make([p for p in model.parameters() if p.requires_grad], lr=1e-2, second_moment="row", **options)
+
+
+def _adam_steps(model: Any, optimizer: Any, count: int) -> None:
+    for _ in range(count):
+        model(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _train_with_split_state(rank: int, folder: str) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns at import of what torch itself calls
+
+    torch.set_num_threads(1)
+    model = adapted()
+    optimizer = _adam(model, ZeroRedundancyOptimizer, optimizer_class=RiemannianAdam)
+    _adam_steps(model, optimizer, 2)
+    held = {id(p) for p in optimizer.optim.state}
+    assert 0 < len(held) < len(adapter_factors(model)), "each process holds the state of some parameters"
+    optimizer.consolidate_state_dict(0)
+    if rank == 0:
+        torch.save(optimizer.state_dict(), Path(folder) / "optimizer.pt")
+    torch.save(adapter_factors(model), Path(folder) / f"factors-{rank}.pt")
+
+
+def test_state_split_over_processes_by_zero_trains_as_in_one(tmp_path: Path) -> None:
+    run_on_ranks(2, _train_with_split_state, tmp_path, seconds=200)
+    alone = adapted()
+    optimizer = _adam(alone)
+    _adam_steps(alone, optimizer, 2)
+    for rank in range(2):
+        factors = torch.load(tmp_path / f"factors-{rank}.pt", weights_only=False)
+        for name, expected in adapter_factors(alone).items():
+            # Pieces of a batch of matrices are of another size there: rounding of a few units in the last place.
+            torch.testing.assert_close(factors[name], expected, rtol=0, atol=1e-6)
+    # What was put together from all processes goes on in one.
+    again = adapted()
+    for mine, theirs in zip(again.parameters(), alone.parameters(), strict=True):
+        mine.data.copy_(theirs)
+    resumed = _adam(again)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=False))
+    _adam_steps(alone, optimizer, 1)
+    _adam_steps(again, resumed, 1)
+    for name, expected in adapter_factors(alone).items():
+        torch.testing.assert_close(adapter_factors(again)[name], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("default")  # of one process alone, and in torch 2.6 of what torch itself calls
+def test_a_distributed_checkpoint_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint makes an optimizer's state by a step without gradients, and fills it."""
+    model = adapted()
+    optimizer = _adam(model)
+    _adam_steps(model, optimizer, 2)
+    kept = get_state_dict(model, optimizer)
+    checkpoint.save({"model": kept[0], "optimizer": kept[1]}, checkpoint_id=tmp_path / "checkpoint")
+    again = adapted(seed=1)
+    resumed = _adam(again)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(again, resumed), strict=True))
+    checkpoint.load(parts, checkpoint_id=tmp_path / "checkpoint")
+    set_state_dict(again, resumed, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    for each in ((model, optimizer), (again, resumed)):
+        _adam_steps(*each, 2)
+    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def _save_head_on_rank(rank: int, folder: str) -> None:
