@@ -57,7 +57,6 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
         scores = score_layers(model, train, config, config.granularity)
         selected = choose(scores, config)
         by_layer = config.granularity == "layer"
-        # By name those that were scored: the default of the chosen layers alone may be another.
         targets = find_targets(model, selected, targets, None) if by_layer else [scores.names[i] for i in selected]
     ranks = module_ranks(model, targets, config.rank)
     init = _gradient_start(model, train, config, targets) if config.init == "gradient" else config.init
