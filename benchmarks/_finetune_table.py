@@ -54,6 +54,8 @@ COMPARISONS = (
     ("FoRA with a gradient start at half the parameters beats DoRA", STARTED, "DoRA"),
     ("FoRA beats LoRA at half the rank, its equal in parameters", FORA, "LoRA, half the rank"),
     ("FoRA at a quarter of the parameters beats AdaLoRA", FORA, "AdaLoRA"),
+    ("The same with a second moment of each row beats AdaLoRA", FORA_BY_ROW, "AdaLoRA"),
+    ("LoRA on the MLP alone beats LoRA", "LoRA, MLP only", "LoRA"),
     ("Selection beats random layers, with plain LoRA", "LoRA, Fisher half", "LoRA, random half"),
     ("Selection beats random layers, on the manifold", FORA, "Stiefel A, random half"),
     ("Selection beats random layers, on the manifold with a second moment of each row", FORA_BY_ROW, RANDOM_BY_ROW),
@@ -170,6 +172,11 @@ COMPARISONS = (
         "One A for all layers, on all linear maps, beats LoRA, both with a shorter memory, at half the parameters",
         SHARED_LINEAR_SHORT,
         LORA_SHORT,
+    ),
+    (
+        "One A for all layers, on all linear maps, beats DoRA, both with a shorter memory, at half the parameters",
+        SHARED_LINEAR_SHORT,
+        DORA_SHORT,
     ),
     (
         "One A for all layers beats LoRA, both on all linear maps with a shorter memory, at half the parameters",
