@@ -230,7 +230,7 @@ def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> Non
     check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, DORA_SHORT, 4, 1, pattern)
     pattern = r"on answers in words plain LoRA's are ahead by ([\d.]+) \(([\d.]+)\)"
     check_lead("finetune_answers", "LoRA, Fisher half", "LoRA, random half", 3, 1, pattern)
-    (behind,) = quoted_numbers(r"on answers in words FoRA is ([\d.]+) behind it \(one seed\)")
+    (behind,) = quoted_numbers(r"FoRA with a second moment of each row is ([\d.]+) behind it \(one seed\)")
     assert leads("finetune_answers", FORA_BY_ROW, "AdaLoRA") == [pytest.approx(-behind, abs=6e-5)]
 
 
