@@ -201,6 +201,8 @@ def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() ->
     check_lead("finetune_long", SHARED_LINEAR_SHORT, LORA_SHORT, 4, 1, pattern)
     pattern = r"without the constraint it is ([\d.]+) \(([\d.]+)\) lower still"
     check_lead("finetune_long", SHARED_LINEAR_SHORT, LORA_SHARED_LINEAR_SHORT, 3, -1, pattern)
+    pattern = r"on answers in words the constraint gains ([\d.]+) \(([\d.]+), four seeds, p 0.0004\)"
+    check_lead("finetune_answers_long", SHARED_LINEAR_SHORT, LORA_SHARED_LINEAR_SHORT, 4, 1, pattern)
     pattern = r"at four times B's it gains ([\d.]+) \(([\d.]+)\)"
     check_lead("finetune", SHARED_LINEAR_FASTER, LORA_SHARED_LINEAR_FASTER, 3, 1, pattern)
     pattern = r"at one rate nothing \(-([\d.]+), spread ([\d.]+)\)"
