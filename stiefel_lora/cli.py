@@ -386,7 +386,7 @@ def run_select(args: argparse.Namespace) -> None:
     from stiefel_lora._targets import describe
     from stiefel_lora.data import check_source
     from stiefel_lora.pretrained import find_device
-    from stiefel_lora.selection import choose, score_layers
+    from stiefel_lora.selection import adaptable, choose, score_layers
     from stiefel_lora.training import load_inputs
 
     config = _config(args)
@@ -403,7 +403,7 @@ def run_select(args: argparse.Namespace) -> None:
     if config.data is not None:
         check_source(config.data)
     model, data, _ = load_inputs(config, find_device(getattr(args, "device", None)))
-    scores = score_layers(model, data, config, args.granularity)
+    scores = score_layers(model, data, config, args.granularity, adaptable(model, config))
     selected = choose(scores, config)
     # Before anything is printed, which nobody may want to read.
     if hasattr(args, "output"):

@@ -257,9 +257,13 @@ def select_and_start(
     candidates = module_ranks(model, find_targets(model, None, target_modules, layers_path), rank, rank_pattern)
     shapes = {name: linear_shape(model.get_submodule(name)) for name in candidates}
     sketches = _sketches(candidates, shapes, oversampling, seed)
+    linears = find_linears(model, layers=layers_path)
+    to_adapt = {model.get_submodule(name) for name in candidates}
+    # The other layers of a hybrid model cannot be adapted, so they must not be chosen.
+    holders = {i: found for i, found in linears.items() if not to_adapt.isdisjoint(found.values())}
     scoring = Scoring(
         layers=layers_path,
-        modules=_of_layers_with_targets(model, target_modules, layers_path),
+        modules=None if len(holders) == len(linears) else [name for found in holders.values() for name in found],
         loss_fn=loss_fn,
         max_samples=max_samples,
         budget=budget,
@@ -268,26 +272,13 @@ def select_and_start(
     )
     scores = score(model, batches, scoring, sketches)
     layers = scores.select(budget, normalize=normalize)
-    ranks = module_ranks(model, find_targets(model, layers, target_modules, layers_path), rank, rank_pattern)
+    chosen = {linear for i in layers for linear in holders[i].values()}
+    ranks = {name: r for name, r in candidates.items() if model.get_submodule(name) in chosen}
     starts: dict[str, Init | None] = {}
     for name, r in ranks.items():
         vectors = sketches.leading(name, r)
         starts[name] = None if vectors is None else _start(*vectors[:2], orthonormal)
     return layers, _completed(model, starts, ranks, orthonormal, seed)
-
-
-def _of_layers_with_targets(
-    model: nn.Module, targets: Sequence[str] | Literal["all-linear"] | None, path: str | None
-) -> list[str] | None:
-    """Return all linear maps of the layers that hold a target, None for those of all layers.
-
-    A hybrid model's other layers cannot be adapted, so they must not be chosen.
-    """
-    if targets is None or isinstance(targets, str):
-        return None
-    everything = find_linears(model, layers=path)
-    holders = find_linears(model, layers=path, targets=targets)
-    return None if len(holders) == len(everything) else [name for i in holders for name in everything[i]]
 
 
 def _sketches(

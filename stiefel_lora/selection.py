@@ -54,7 +54,7 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
         chosen = targets if config.granularity == "module" else {split_at_layer(name)[:2] for name in targets}
         selected = list(range(len(chosen)))
     else:
-        scores = score_layers(model, train, config, config.granularity)
+        scores = score_layers(model, train, config, config.granularity, targets)
         selected = choose(scores, config)
         by_layer = config.granularity == "layer"
         targets = find_targets(model, selected, targets, None) if by_layer else [scores.names[i] for i in selected]
@@ -68,13 +68,14 @@ def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
     return list(module_ranks(model, find_targets(model, None, config.targets, None), config.rank))
 
 
-def score_layers(model: nn.Module, train: Dataset, config: FinetuneConfig, granularity: Granularity) -> FisherScores:
-    """Score the layers, or the single linear maps, by the linear maps that would be adapted, on training data.
+def score_layers(
+    model: nn.Module, train: Dataset, config: FinetuneConfig, granularity: Granularity, modules: Sequence[str]
+) -> FisherScores:
+    """Score the layers, or the single linear maps, by those that are `adaptable`, on training data.
 
     Raises:
         InputError: If the budget is larger than their number, or too small for one.
     """
-    modules = adaptable(model, config)
     if granularity == "module":
         _check_budget(model, modules, config)
     batches = _calibration(train, config)

@@ -337,6 +337,19 @@ def test_layers_without_a_target_are_not_chosen() -> None:
     assert add_adapters(model, layers=layers, rank=2, target_modules=targets, init=starts) == list(starts)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", None])
+def test_layers_with_nothing_to_adapt_are_not_chosen(targets: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = Hybrid()
+    model.blocks[1]["conv"] = nn.Linear(4, 1)  # of rank one as it is
+    batches = [{"x": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))}]
+    where: Any = {"rank": 2, "target_modules": targets, "layers_path": "blocks"}
+    assert fisher_select(model, batches, budget=1, layers="blocks", progress=False) == [1]
+    layers, starts = select_and_start(model, batches, budget=1, **where, progress=False)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(set(messages)) == (targets is None), messages
+    assert add_adapters(model, layers=layers, **where, init=starts) == list(starts)
+
+
 def test_another_list_of_layers_is_named() -> None:
     message = r"have q_proj, conv; others.0.qkv, others.1.qkv is in another list of layers: layers_path='others' takes"
     with pytest.raises(InputError, match=message):
