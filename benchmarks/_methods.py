@@ -17,6 +17,7 @@ from stiefel_lora._types import SecondMoment
 from stiefel_lora.adapted import adapter_layers
 from stiefel_lora.factors import folded
 from stiefel_lora.optim import RiemannianAdam
+from stiefel_lora.scores import stratified
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -35,6 +36,7 @@ class Setting:
         rank: Rank of the adapters; their scaling is 2, or with rsLoRA's 2 sqrt(rank).
         depth: Number of decoder layers.
         selected: The half of the layers with the highest Fisher scores.
+        scores: The scores of all layers.
         modules: Linear maps chosen one by one by Fisher score per parameter, at the parameters of ``selected``.
         calibration: Batches of `SAMPLES_OF_THE_PAPER` training samples, the first of which were scored.
         seed: Seed of what is random.
@@ -45,6 +47,7 @@ class Setting:
     rank: int
     depth: int
     selected: tuple[int, ...]
+    scores: tuple[float, ...]
     modules: tuple[str, ...]
     calibration: tuple[Mapping[str, Tensor], ...]
     seed: int
@@ -85,6 +88,11 @@ def random_half(setting: Setting) -> list[int]:
 
 def _selected(setting: Setting) -> list[int]:
     return list(setting.selected)
+
+
+def _stratified(setting: Setting) -> list[int]:
+    """Choose as many layers, the highest score of each two neighbours."""
+    return stratified(setting.scores, len(setting.selected))
 
 
 def _all(setting: Setting) -> list[int]:
@@ -318,6 +326,13 @@ SHARED_LINEAR_FASTER, LORA_SHARED_LINEAR_FASTER = (
 )
 FORA_BY_ROW = "FoRA (A), second moment of each row"
 RANDOM_BY_ROW = "Stiefel A, random half, second moment of each row"
+# The highest scores of each two neighbouring layers, in place of the highest of all.
+STRATIFIED_BY_ROW = "FoRA (A), layers of each depth, second moment of each row"
+# At as many parameters as SHARED_LINEAR to 3 %.
+HALF_SHARED = "one A, all linear maps at 5/4 of the rank, second moment of each row, beta1 0.6"
+STRATIFIED_SHARED, FORA_SHARED = f"FoRA (A), layers of each depth, {HALF_SHARED}", f"FoRA (A), {HALF_SHARED}"
+RANDOM_SHARED = f"Stiefel A, random half, {HALF_SHARED}"
+_half_shared = partial(ours, share_A=True, second_moment="row", share=5 / 4, targets=ALL_LINEAR, beta1=0.6)
 _shared = partial(ours, _all, share_A=True, second_moment="row")
 _shared_linear_short = partial(_shared, share=5 / 8, targets=ALL_LINEAR, beta1=0.6)
 _ranks_by_row = partial(ours, allocate=True, share=0.5, second_moment="row", samples=SAMPLES_OF_THE_PAPER)
@@ -368,6 +383,10 @@ METHODS: dict[str, Build] = {
     LORA_SHARED_LINEAR_SHORT: _shared_linear_short(constrained=False),
     LORA_SHARED_LINEAR_TWICE: _shared_linear_short(constrained=False, rate_on_manifold=2.0),
     LORA_SHARED_LINEAR_FASTER: _shared_linear_short(constrained=False, rate_on_manifold=4.0),
+    STRATIFIED_BY_ROW: ours(_stratified, second_moment="row"),
+    STRATIFIED_SHARED: _half_shared(_stratified),
+    FORA_SHARED: _half_shared(_selected),
+    RANDOM_SHARED: _half_shared(random_half),
     LORA_RANKS: lora(allocate=True, share=0.5, samples=SAMPLES_OF_THE_PAPER),
     "Stiefel A, all layers, gradient start": ours(_all, gradient_start=True),
     "Stiefel A, half the rank, rsLoRA's scaling": ours(_all, share=0.5, rslora=True),

@@ -416,6 +416,7 @@ def _setting(frame: Frame, task: _tasks.Task, selection: dict[str, Any], *, seed
         rank=frame.rank,
         depth=selection["depth"],
         selected=tuple(selection["layers"]),
+        scores=tuple(selection["scores"]),
         modules=tuple(selection["modules"]),
         calibration=tuple(_calibration(task, frame, SAMPLES_OF_THE_PAPER)),
         seed=seed,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -233,6 +234,12 @@ def draw_grid(
     axes.set_yticks(range(len(labels)), labels)
     axes.locator_params(axis="x", integer=True)
     return image, rows
+
+
+def stratified(values: Sequence[float], count: int) -> list[int]:
+    """Return the position of the highest of the values in each of ``count`` runs of neighbours, as even as can be."""
+    edges = [i * len(values) // count for i in range(count + 1)]
+    return [max(range(start, end), key=lambda i: (values[i], -i)) for start, end in pairwise(edges)]
 
 
 def divisors(normalize: Normalize, parameters: Sequence[int], squared_weight_norm: Sequence[float]) -> Sequence[float]:
