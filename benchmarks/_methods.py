@@ -17,7 +17,7 @@ from stiefel_lora._types import SecondMoment
 from stiefel_lora.adapted import adapter_layers
 from stiefel_lora.factors import folded
 from stiefel_lora.optim import RiemannianAdam
-from stiefel_lora.scores import stratified
+from stiefel_lora.scores import highest
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -34,9 +34,8 @@ class Setting:
 
     Attributes:
         rank: Rank of the adapters; their scaling is 2, or with rsLoRA's 2 sqrt(rank).
-        depth: Number of decoder layers.
         selected: The half of the layers with the highest Fisher scores.
-        scores: The scores of all layers.
+        scores: The scores of all decoder layers.
         modules: Linear maps chosen one by one by Fisher score per parameter, at the parameters of ``selected``.
         calibration: Batches of `SAMPLES_OF_THE_PAPER` training samples, the first of which were scored.
         seed: Seed of what is random.
@@ -45,7 +44,6 @@ class Setting:
     """
 
     rank: int
-    depth: int
     selected: tuple[int, ...]
     scores: tuple[float, ...]
     modules: tuple[str, ...]
@@ -53,6 +51,11 @@ class Setting:
     seed: int
     steps: int
     lr: float
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.scores)
 
     def calibrate(self, samples: int) -> Sequence[Mapping[str, Tensor]]:
         """Return the batches of the first so many calibration samples."""
@@ -92,7 +95,7 @@ def _selected(setting: Setting) -> list[int]:
 
 def _stratified(setting: Setting) -> list[int]:
     """Choose as many layers, the highest score of each two neighbours."""
-    return stratified(setting.scores, len(setting.selected))
+    return highest(setting.scores, len(setting.selected), stratified=True)
 
 
 def _all(setting: Setting) -> list[int]:
@@ -412,6 +415,15 @@ METHODS: dict[str, Build] = {
     "full fine-tuning, Fisher half": full,
 }
 
+# Rows that get all seeds; the others show a tendency.
+MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half",
+        "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers", "FoRA (A), modules, gradient start",
+        "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
+        "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
+        "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED, BY_ELEMENT, BY_ROW,
+        FORA_BY_ROW, ALL_BY_ROW, RANKS_BY_ROW, LORA_RANKS, RANKS_SHORT, LORA_SHORT, DORA_SHORT, ALL_SHORT,
+        RANKS_SCALED, RANKS_SHORT_SCALED, SHARED_SHORT, SHARED_LINEAR_SHORT, SHARED_LINEAR_TWICE,
+        SHARED_LINEAR_FASTER, STRATIFIED_BY_ROW, STRATIFIED_SHARED)  # fmt: skip
 # Rows that Fisher scores choose the places of.
 SELECTED = frozenset(
     name for name in METHODS if ("FoRA" in name or "Fisher" in name) and "ranks by gradient" not in name

@@ -30,35 +30,7 @@ from tqdm import tqdm
 
 from benchmarks import _finetune_table, _harness, _methods, _tasks
 from benchmarks._finetune_table import Cell
-from benchmarks._methods import (
-    ALL_BY_ROW,
-    ALL_SHORT,
-    ALLOCATED,
-    BY_ELEMENT,
-    BY_ROW,
-    CALIBRATED,
-    DORA_SHORT,
-    FASTER,
-    FORA,
-    FORA_BY_ROW,
-    LORA_RANKS,
-    LORA_SHORT,
-    METHODS,
-    RANKS_BY_ROW,
-    RANKS_SCALED,
-    RANKS_SHORT,
-    RANKS_SHORT_SCALED,
-    SAMPLES,
-    SAMPLES_OF_THE_PAPER,
-    SHARED_LINEAR_FASTER,
-    SHARED_LINEAR_SHORT,
-    SHARED_LINEAR_TWICE,
-    SHARED_SHORT,
-    STARTED,
-    TARGETS,
-    Setting,
-    Tuned,
-)
+from benchmarks._methods import MAIN, METHODS, SAMPLES, SAMPLES_OF_THE_PAPER, TARGETS, Setting, Tuned
 from benchmarks._peers import NotInstalledError
 from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.errors import InputError
@@ -66,16 +38,6 @@ from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.onednn import is_faster, onednn_products
 from stiefel_lora.pretrained import find_device, load_pretrained
 from stiefel_lora.training import learning_rate
-
-# Rows that get all seeds; the others show a tendency.
-MAIN = ("LoRA", FORA, STARTED, "FoRA (A), modules", "LoRA, half the rank", "DoRA", "AdaLoRA", "LoRA, Fisher half",
-        "Stiefel A, random half", "LoRA, random half", "Stiefel A, all layers", "FoRA (A), modules, gradient start",
-        "Stiefel A, half the rank, gradient start", "LoRA, half the rank, gradient start",
-        "Stiefel A, all layers, gradient start", "rsLoRA", "Stiefel A, half the rank, rsLoRA's scaling",
-        "rsLoRA, half the rank", ALLOCATED, "LoRA, ranks by gradient", FASTER, CALIBRATED, BY_ELEMENT, BY_ROW,
-        FORA_BY_ROW, ALL_BY_ROW, RANKS_BY_ROW, LORA_RANKS, RANKS_SHORT, LORA_SHORT, DORA_SHORT, ALL_SHORT,
-        RANKS_SCALED, RANKS_SHORT_SCALED, SHARED_SHORT, SHARED_LINEAR_SHORT, SHARED_LINEAR_TWICE,
-        SHARED_LINEAR_FASTER)  # fmt: skip
 
 # Tasks that are read from a folder of question sets.
 QUESTIONS = {"instructions": _tasks.instructions, "answers": _tasks.answers}
@@ -414,7 +376,6 @@ def _step(tuned: Tuned, batch: dict[str, torch.Tensor], number: int) -> tuple[fl
 def _setting(frame: Frame, task: _tasks.Task, selection: dict[str, Any], *, seed: int, lr: float) -> Setting:
     return Setting(
         rank=frame.rank,
-        depth=selection["depth"],
         selected=tuple(selection["layers"]),
         scores=tuple(selection["scores"]),
         modules=tuple(selection["modules"]),

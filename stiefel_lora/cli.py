@@ -157,7 +157,8 @@ def _add_selection(parser: Any, defaults: Any) -> None:
         default=defaults.budget,
         help="layers to adapt: a share such as 0.5, or a number such as 8; with 1.0, all of them, a run scores nothing",
     )
-    parser.add_argument("--rank", type=int, default=defaults.rank, help="rank of the adapters")
+    rank = "rank of the adapters (default: 20 where they share A, as by default, else 16)"
+    parser.add_argument("--rank", type=int, default=argparse.SUPPRESS, help=rank)
     parser.add_argument(
         "--calibration-samples", type=int, default=defaults.calibration_samples, help="samples the layers are scored on"
     )
@@ -168,8 +169,15 @@ def _add_selection(parser: Any, defaults: Any) -> None:
         nargs="+",
         metavar="NAME",
         default=argparse.SUPPRESS,
-        help="linear maps to score and adapt, or all-linear (default: the query, key, value, up and down projections: "
-        "q_proj k_proj v_proj up_proj down_proj in LLaMA-like models)",
+        help="linear maps to score and adapt (default: all-linear where adapters share A, as by default, else the "
+        "query, key, value, up and down projections: q_proj k_proj v_proj up_proj down_proj in LLaMA-like models)",
+    )
+    parser.add_argument(
+        "--stratified",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="choose the layer of the highest score in each run of neighbours, as many runs as layers, in place of the "
+        "highest scores of all, which may all be of one depth (default: with --granularity layer)",
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of all random numbers")
 
@@ -203,10 +211,7 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
         "--granularity direction, but not with a start from the gradient)",
     )
     parser.add_argument(
-        "--orthonormal",
-        choices=CHOICES["orthonormal"],
-        default=defaults.orthonormal,
-        help="which factor is orthonormal",
+        "--orthonormal", choices=CHOICES["orthonormal"], default=defaults.orthonormal, help="the orthonormal factor"
     )
     parser.add_argument("--dropout", type=float, default=defaults.dropout, help="dropout of the adapters' input")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")
@@ -231,8 +236,9 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
     parser.add_argument(
         "--momentum",
         type=float,
-        default=defaults.momentum,
-        help="beta1 of adam, or the momentum of sgd; less can gain in short runs, or break them",
+        default=argparse.SUPPRESS,
+        help="beta1 of adam, or the momentum of sgd; less can gain in short runs, or break them (default: 0.9, or 0.6 "
+        "with adam where adapters share A)",
     )
     parser.add_argument(
         "--second-moment",
@@ -256,9 +262,10 @@ def _add_finetune(commands: Any, defaults: Any) -> None:
     )
     parser.add_argument(
         "--share-A",
-        action="store_true",
-        default=defaults.share_A,
-        help="one A for all layers of a linear map and a B for each, half the parameters; best with --budget 1.0",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="one A for all layers of a linear map and a B for each (default: with --granularity layer, --orthonormal "
+        "A and --init random)",
     )
     parser.add_argument("--eval-samples", type=int, default=defaults.eval_samples, help="held-out samples to evaluate")
     parser.add_argument("--output", type=path_of, default=Path("runs/finetune"), help="folder for the results")

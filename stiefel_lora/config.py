@@ -52,7 +52,7 @@ class FinetuneConfig:
     Attributes:
         model: Folder, .gguf file or hub name; None for the default model.
         data: File or folder; None for the standard library's source.
-        rank: Rank of the adapters.
+        rank: Rank of the adapters; None for 20 where they share A, which takes no more parameters than 16 otherwise.
         alpha: Numerator of their scaling; None for twice the rank, or with ``rslora`` and granularity "direction" for
             what scales the update of the mean rank by 2.
         budget: Share of the layers to adapt in (0, 1], or their number. With another granularity: share of the
@@ -61,6 +61,8 @@ class FinetuneConfig:
             directions.
         granularity: What is chosen: whole layers ("layer"), single linear maps ("module") or single directions of their
             gradients ("direction"; `allocate_ranks`).
+        stratified: Choose the layer of the highest score in each of as many runs of neighbouring layers as the budget
+            allows, in place of the highest scores of all; None for where whole layers are chosen.
         calibration_samples: Samples that the layers are scored on.
         steps: Optimizer steps.
         batch_size: Samples of a forward pass.
@@ -72,7 +74,8 @@ class FinetuneConfig:
         warmup: Steps over which the rate rises to it, None for 5, but at most a tenth of all; it falls along a cosine
             afterwards.
         optimizer: "adam" or "sgd".
-        momentum: Decay rate of the mean of the gradients: Adam's beta1, or SGD's momentum.
+        momentum: Decay rate of the mean of the gradients: Adam's beta1, or SGD's momentum. None for 0.9, or 0.6 for
+            Adam where adapters share A.
         second_moment: Of Adam for the orthonormal factors: "mean", "norm", "row" or "element", see `RiemannianAdam`;
             None for "row", or "mean" with a start from the gradient.
         retraction: "qr", "cayley", "polar" or "exp".
@@ -81,9 +84,10 @@ class FinetuneConfig:
         orthonormal: Which factor is orthonormal: "A", "B" or "both".
         init: Start of the orthonormal factors: "random", "svd" (leading directions of the weight) or "gradient" (of the
             gradient on the calibration samples).
-        share_A: Let a linear map have one A for all layers, and a B for each; see `add_adapters`.
-        target_modules: Names of the linear maps to adapt and score, or "all-linear" alone for all of them; None for the
-            architecture's default.
+        share_A: Let a linear map have one A for all layers, and a B for each; see `add_adapters`. None for where whole
+            layers are adapted, A is the orthonormal factor and starts at random.
+        target_modules: Names of the linear maps to adapt and score, or "all-linear" alone for all of them; None for all
+            of them where they share A, else for the architecture's default.
         dropout: Dropout of the adapters' input.
         eval_samples: Held-out samples that are evaluated.
         seed: Seed of the adapters, the order of the data and dropout.
@@ -93,10 +97,11 @@ class FinetuneConfig:
 
     model: str | None = None
     data: str | None = None
-    rank: int = 16
+    rank: int | None = None
     alpha: float | None = None
     budget: float | int = 0.5
     granularity: Chosen = "layer"
+    stratified: bool | None = None
     calibration_samples: int = 32
     steps: int = 50
     batch_size: int = 4
@@ -106,13 +111,13 @@ class FinetuneConfig:
     lr_ratio: float | None = None
     warmup: int | None = None
     optimizer: Optimizer = "adam"
-    momentum: float = 0.9
+    momentum: float | None = None
     second_moment: SecondMoment | None = None
     retraction: Retraction = "qr"
     rslora: bool | None = None
     orthonormal: Orthonormal = "A"
     init: Start = "random"
-    share_A: bool = False
+    share_A: bool | None = None
     target_modules: tuple[str, ...] | None = None
     dropout: float = 0.0
     eval_samples: int = 48
@@ -122,12 +127,38 @@ class FinetuneConfig:
     @property
     def targets(self) -> Sequence[str] | Literal["all-linear"] | None:
         """Linear maps to adapt and score, as `add_adapters` takes them."""
+        if self.target_modules is None:
+            return "all-linear" if self.shares_A else None
         return "all-linear" if self.target_modules == ("all-linear",) else self.target_modules
+
+    @property
+    def shares_A(self) -> bool:
+        """Whether a linear map has one A for all layers, given or by default."""
+        if self.share_A is None:
+            return (self.granularity, self.orthonormal, self.init) == ("layer", "A", "random")
+        return self.share_A
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of the adapters, given or by default."""
+        return self.rank or (20 if self.shares_A else 16)
+
+    @property
+    def decay(self) -> float:
+        """Decay rate of the mean of the gradients, given or by default."""
+        if self.momentum is None:
+            return 0.6 if self.shares_A and self.optimizer == "adam" else 0.9
+        return self.momentum
 
     @property
     def budget_is_parameters(self) -> bool:
         """Whether the budget is a share of parameters, not of what is scored, nor a number of it."""
         return self.granularity != "layer" and isinstance(self.budget, float)
+
+    @property
+    def from_each_depth(self) -> bool:
+        """Whether layers are chosen from each depth, given or by default."""
+        return self.granularity == "layer" if self.stratified is None else self.stratified
 
     @property
     def adapts_all(self) -> bool:
@@ -176,6 +207,11 @@ class FinetuneConfig:
             warmup=self.warmup_steps,
             second_moment=moment,
             rslora=self.by_root,
+            stratified=self.from_each_depth,
+            share_A=self.shares_A,
+            rank=self.adapter_rank,
+            momentum=self.decay,
+            target_modules=self.target_modules or (("all-linear",) if self.shares_A else None),
         )
 
     def __post_init__(self) -> None:
@@ -185,7 +221,7 @@ class FinetuneConfig:
             )
         # JSON and the command line have lists.
         object.__setattr__(self, "target_modules", tuple(self.target_modules) if self.target_modules else None)
-        for name in ("rank", "calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
+        for name in ("calibration_samples", "steps", "batch_size", "grad_accum", "eval_samples"):
             check_positive(name, getattr(self, name))
         if self.seq_len < 2:
             raise InputError(f"{option('seq_len')} must be at least 2 tokens, got {self.seq_len}")
@@ -195,17 +231,20 @@ class FinetuneConfig:
         for name, value in given.items():
             if name in ("lr", "lr_ratio", "alpha") and not 0 < value <= _LARGEST:
                 raise InputError(f"{option(name)} must be positive and at most {_LARGEST:g}, got {value}")
+            if name == "rank":
+                check_positive(name, value)
+            if name in ("dropout", "momentum") and not 0 <= value < 1:
+                raise InputError(f"{option(name)} must be in [0, 1), got {value}")
             if name in CHOICES:
                 check_choice(option(name), value, CHOICES[name])
         if self.optimizer == "sgd" and self.second_moment is not None:
             raise InputError(f"--second-moment is an option of --optimizer adam, got {self.second_moment!r} with sgd")
         if not 0 <= self.warmup_steps <= self.steps:
             raise InputError(f"--warmup must be in [0, {self.steps}], the number of steps, got {self.warmup}")
-        for name in ("dropout", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{option(name)} must be in [0, 1), got {getattr(self, name)}")
         if self.granularity == "direction" and not isinstance(self.budget, float):
             raise InputError(f"--budget must be a share of the adapters' parameters such as 0.5, got {self.budget}")
+        if self.stratified and self.granularity != "layer":
+            raise InputError(f"--stratified chooses whole layers, --granularity layer, got {self.granularity!r}")
         self._check_sharing()
         if isinstance(self.budget, float):
             count_of(self.budget, 1, "the adapters' parameters" if self.budget_is_parameters else "the layers")

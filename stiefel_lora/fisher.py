@@ -37,7 +37,15 @@ from stiefel_lora._sketches import GradientSketches
 from stiefel_lora._types import Granularity, Labels, Normalize
 from stiefel_lora.errors import InputError, check_choice, check_count, listed
 from stiefel_lora.onednn import onednn_products
-from stiefel_lora.scores import FisherScores, budget_costs, check_budget_rank, divisors
+from stiefel_lora.scores import (
+    FisherScores,
+    budget_costs,
+    check_budget_rank,
+    check_stratified,
+    divisors,
+    highest,
+    strata,
+)
 
 Number = TypeVar("Number", int, float)
 
@@ -55,6 +63,7 @@ def fisher_select(
     budget_params: int | None = None,
     rank: int | None = None,
     normalize: Normalize = "raw",
+    stratified: bool = False,
     layers: str | None = None,
     modules: Sequence[str] | None = None,
     loss_fn: LossFn | None = None,
@@ -73,6 +82,8 @@ def fisher_select(
         budget_params: Instead, a number of trainable parameters at ``rank``, filled greedily by score per parameter.
         rank: Rank of the adapters that ``budget_params`` counts.
         normalize: "raw" (the paper's score), "params" (per weight) or "weight" (relative to the weights' norm).
+        stratified: Choose the highest score in each of as many runs of neighbouring layers as the budget allows, in
+            place of the highest of all, which may all be of one depth; not with ``budget_params``.
         layers: See `fisher_scores`, as for all that follow.
         modules: Names of the linear maps that count, such as those that will be adapted.
         loss_fn: Loss for other models and data.
@@ -98,12 +109,13 @@ def fisher_select(
         budget_params=budget_params,
         rank=rank,
         normalize=normalize,
+        stratified=stratified,
         tol=tol,
         seed=seed,
         progress=progress,
     )
     scores = score(model, batches, options)
-    return scores.select(budget, budget_params=budget_params, rank=rank, normalize=normalize)
+    return scores.select(budget, budget_params=budget_params, rank=rank, normalize=normalize, stratified=stratified)
 
 
 def fisher_scores(
@@ -117,6 +129,7 @@ def fisher_scores(
     granularity: Granularity = "layer",
     max_samples: int | None = None,
     budget: float | int = 0.5,
+    stratified: bool = False,
     tol: float | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -142,6 +155,7 @@ def fisher_scores(
         granularity: "layer", or "module" for a score of each linear map.
         max_samples: Stop after so many samples, on each rank.
         budget: What ``tol`` and the field ``stable`` refer to: the share or number of layers to be chosen.
+        stratified: Whether they are chosen from each depth (see `fisher_select`), for ``tol`` and ``stable`` as well.
         tol: Stop as soon as the chosen set is stable at the confidence 1 - tol: the chances that a chosen one is behind
             another, of all such pairs, add up to no more than this look's share of tol (Student's t of the paired
             differences, at least 8 samples; there is a look whenever the samples are half as many again, and the k-th
@@ -171,6 +185,7 @@ def fisher_scores(
         granularity=granularity,
         max_samples=max_samples,
         budget=budget,
+        stratified=stratified,
         tol=tol,
         seed=seed,
         progress=progress,
@@ -196,6 +211,7 @@ class Scoring:
     budget_params: int | None = None
     rank: int | None = None
     normalize: Normalize = "raw"
+    stratified: bool = False
     tol: float | None = None
     seed: int = 0
     progress: bool = True
@@ -207,6 +223,7 @@ class Scoring:
             raise InputError(
                 "tol= cannot tell when a choice by budget_params is stable; give budget= with it, or no tol="
             )
+        check_stratified(self.stratified, self.granularity, self.budget_params)
         check_choice("labels", self.labels, get_args(Labels))
         check_choice("granularity", self.granularity, get_args(Granularity))
         if self.max_samples is not None:
@@ -231,7 +248,7 @@ def score(
     squared_weight_norm = groups.sums(_square)
     count = count_of(options.budget, len(groups.members))
     divisor = torch.tensor(divisors(options.normalize, parameters, squared_weight_norm), dtype=torch.float64)
-    looks = None if options.tol is None else _Looks(count, options.tol)
+    looks = None if options.tol is None else _Looks(count, options.tol, stratified=options.stratified)
     stop = None if looks is None else lambda samples: looks.is_stable(samples / divisor)
     norms = GradientNorms(model, groups.linears, sketches)
     with failing_together(), undisturbed(model), onednn_products(), norms:
@@ -241,6 +258,10 @@ def score(
     if sketches is not None and is_distributed():
         sketches.add_other_ranks()
     chosen_by = samples / divisor
+    if looks is None:
+        stable = _is_stable(chosen_by, count, _TOL, stratified=options.stratified)
+    else:
+        stable = looks.is_stable(chosen_by, last=True)
     return FisherScores(
         scores=samples.mean(0).tolist(),
         stderr=(samples.std(0) / math.sqrt(len(samples))).tolist() if len(samples) > 1 else [0.0] * len(parameters),
@@ -253,7 +274,7 @@ def score(
         n_samples=len(samples),
         n_skipped=skipped,
         seconds=perf_counter() - start,
-        stable=_is_stable(chosen_by, count, _TOL) if looks is None else looks.is_stable(chosen_by, last=True),
+        stable=stable,
         budget=options.budget,
         confidence=1 - (_TOL if options.tol is None else options.tol),
     )
@@ -389,10 +410,11 @@ class _Looks:
     Args:
         count: How many are chosen.
         tol: The chance that all looks together call a choice stable which is not.
+        stratified: Whether they are chosen from each depth.
     """
 
-    def __init__(self, count: int, tol: float) -> None:
-        self._count, self._tol = count, tol
+    def __init__(self, count: int, tol: float, *, stratified: bool = False) -> None:
+        self._count, self._tol, self._stratified = count, tol, stratified
         self._taken = 0
         self._seen = 0
         self._found = False
@@ -405,20 +427,21 @@ class _Looks:
         if self._found or n < _FEWEST or n == self._seen or (n < 1.5 * self._seen and not last):
             return self._found
         self._taken, self._seen = self._taken + 1, n
-        self._found = _is_stable(samples, self._count, self._tol / (self._taken * (self._taken + 1)))
+        share = self._tol / (self._taken * (self._taken + 1))
+        self._found = _is_stable(samples, self._count, share, stratified=self._stratified)
         return self._found
 
 
-def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
-    """Tell whether the ``count`` highest means are told apart from the rest at the confidence 1 - tol."""
+def _is_stable(samples: Tensor, count: int, tol: float, *, stratified: bool = False) -> bool:
+    """Tell whether the ``count`` means that are chosen are told apart from the rest at the confidence 1 - tol."""
     n, available = samples.shape
     if count == available:
         return True
     if n < _FEWEST:
         return False
     means = samples.mean(0)
-    order = means.argsort(descending=True, stable=True)
-    chosen, rest = order[:count], order[count:]
+    chosen = torch.tensor(highest(means.tolist(), count, stratified=stratified))
+    rest = torch.tensor(sorted(set(range(available)) - set(chosen.tolist())))
     # Paired: samples with large gradients have them in all layers, which says nothing about the layers' order.
     covariance = samples.T.cov()
     variance = covariance.diagonal()
@@ -426,7 +449,11 @@ def _is_stable(samples: Tensor, count: int, tol: float) -> bool:
     error = (spread.clamp_min(0) / n).sqrt()
     lead = means[chosen, None] - means[rest]
     # The chance that any pair is the other way round is at most the sum over all, most of which are next to zero.
-    return bool(_upper_tail(lead / error, n - 1).sum() <= tol)
+    chances = _upper_tail(lead / error, n - 1)
+    if stratified:  # against the rest of the stratum alone
+        stratum = torch.tensor([i for i, run in enumerate(strata(available, count)) for _ in run])
+        chances = chances[stratum[chosen, None] == stratum[rest]]
+    return bool(chances.sum() <= tol)
 
 
 def _upper_tail(t: Tensor, freedom: int) -> Tensor:

@@ -207,6 +207,7 @@ def select_and_start(
     orthonormal: Orthonormal = "A",
     rank_pattern: Mapping[str, int] | None = None,
     normalize: Normalize = "raw",
+    stratified: bool = False,
     layers_path: str | None = None,
     loss_fn: LossFn | None = None,
     max_samples: int | None = None,
@@ -236,6 +237,7 @@ def select_and_start(
         orthonormal: As for `add_adapters`: right singular vectors for "A", left for "B", pairs for "both".
         rank_pattern: As for `add_adapters`.
         normalize: As for `fisher_select`.
+        stratified: As for `fisher_select`.
         layers_path: As for `add_adapters`.
         loss_fn: As for `fisher_scores`.
         max_samples: As for `fisher_scores`.
@@ -268,10 +270,11 @@ def select_and_start(
         max_samples=max_samples,
         budget=budget,
         normalize=normalize,
+        stratified=stratified,
         progress=progress,
     )
     scores = score(model, batches, scoring, sketches)
-    layers = scores.select(budget, normalize=normalize)
+    layers = scores.select(budget, normalize=normalize, stratified=stratified)
     chosen = {linear for i in layers for linear in holders[i].values()}
     ranks = {name: r for name, r in candidates.items() if model.get_submodule(name) in chosen}
     starts: dict[str, Init | None] = {}

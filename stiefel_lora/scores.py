@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -34,7 +34,7 @@ class FisherScores:
         n_skipped: Samples left out because their loss or gradient was not finite.
         seconds: What the scoring took.
         stable: Whether the selection at ``budget`` (under the ``normalize`` of `fisher_select`, else by the raw scores)
-            is separated from the rest beyond ``confidence``.
+            is separated from the rest, or with ``stratified`` from the rest of each run, beyond ``confidence``.
         budget: Budget for which ``stable`` was decided.
         confidence: 1 - tol, for differences of scores that are about normal.
     """
@@ -64,8 +64,7 @@ class FisherScores:
 
     def ranking(self, normalize: Normalize = "raw") -> list[int]:
         """Return all positions, the highest score first; ties go to the lower position."""
-        values = self.normalized(normalize)
-        return sorted(range(len(values)), key=lambda i: (-values[i], i))
+        return highest(self.normalized(normalize), len(self), stratified=False)
 
     def select(
         self,
@@ -74,6 +73,7 @@ class FisherScores:
         budget_params: int | None = None,
         rank: int | None = None,
         normalize: Normalize = "raw",
+        stratified: bool = False,
     ) -> list[int]:
         """Return the sorted indices of the layers to adapt (with "module" granularity: positions in ``names``).
 
@@ -82,14 +82,17 @@ class FisherScores:
             budget_params: Instead, a number of trainable parameters, filled greedily by score per parameter.
             rank: Rank of the adapters that ``budget_params`` counts.
             normalize: Which score to rank by; see `normalized`.
+            stratified: Choose the highest score in each of as many runs of neighbouring layers as the budget allows,
+                of lengths as even as can be, in place of the highest of all, which may all be of one depth.
 
         Raises:
-            InputError: If a budget is out of range.
+            InputError: If a budget is out of range, or ``stratified`` is not for what is chosen.
         """
+        check_stratified(stratified, self.granularity, budget_params)
         if budget_params is not None:
             chosen = self._fill(budget_params, rank, normalize)
         else:
-            chosen = self.ranking(normalize)[: count_of(budget, len(self))]
+            chosen = highest(self.normalized(normalize), count_of(budget, len(self)), stratified=stratified)
         return sorted(self.layers[i] if self.granularity == "layer" else i for i in chosen)
 
     def _fill(self, budget_params: int, rank: int | None, normalize: Normalize) -> list[int]:
@@ -236,10 +239,26 @@ def draw_grid(
     return image, rows
 
 
-def stratified(values: Sequence[float], count: int) -> list[int]:
-    """Return the position of the highest of the values in each of ``count`` runs of neighbours, as even as can be."""
-    edges = [i * len(values) // count for i in range(count + 1)]
-    return [max(range(start, end), key=lambda i: (values[i], -i)) for start, end in pairwise(edges)]
+def strata(available: int, count: int) -> list[range]:
+    """Return the positions in ``count`` runs of neighbours, as even as can be."""
+    return list(starmap(range, pairwise(i * available // count for i in range(count + 1))))
+
+
+def highest(values: Sequence[float], count: int, *, stratified: bool) -> list[int]:
+    """Return the positions of the ``count`` highest values, or of the highest in each of `strata`; ties to the lower.
+
+    They come with the highest value first, or sorted.
+    """
+    if stratified:
+        return [max(stratum, key=lambda i: (values[i], -i)) for stratum in strata(len(values), count)]
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+
+
+def check_stratified(stratified: bool, granularity: str, budget_params: int | None) -> None:
+    """Raise InputError if single linear maps, or a number of parameters, are to be chosen from each depth."""
+    if stratified and (granularity != "layer" or budget_params is not None):
+        given = f"granularity={granularity!r}" if budget_params is None else f"budget_params={budget_params}"
+        raise InputError(f"stratified=True chooses a share or number of whole layers; it does not go with {given}")
 
 
 def divisors(normalize: Normalize, parameters: Sequence[int], squared_weight_norm: Sequence[float]) -> Sequence[float]:

@@ -58,14 +58,14 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
         selected = choose(scores, config)
         by_layer = config.granularity == "layer"
         targets = find_targets(model, selected, targets, None) if by_layer else [scores.names[i] for i in selected]
-    ranks = module_ranks(model, targets, config.rank)
+    ranks = module_ranks(model, targets, config.adapter_rank)
     init = _gradient_start(model, train, config, targets) if config.init == "gradient" else config.init
     return Selection(ranks, scores, selected), init
 
 
 def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
     """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
-    return list(module_ranks(model, find_targets(model, None, config.targets, None), config.rank))
+    return list(module_ranks(model, find_targets(model, None, config.targets, None), config.adapter_rank))
 
 
 def score_layers(
@@ -87,6 +87,7 @@ def score_layers(
             granularity=granularity,
             max_samples=sum(len(batch["input_ids"]) for batch in batches),  # all; the bar counts to it
             budget=config.budget,
+            stratified=config.from_each_depth,
         )
 
 
@@ -95,7 +96,7 @@ def _check_budget(model: nn.Module, modules: Sequence[str], config: FinetuneConf
     if not config.budget_is_parameters:
         count_of(config.budget, len(modules), "linear maps")
         return
-    sizes = [adapter_size(*linear_shape(model.get_submodule(name)), config.rank) for name in modules]
+    sizes = [adapter_size(*linear_shape(model.get_submodule(name)), config.adapter_rank) for name in modules]
     total = sum(sizes)
     check_least(config.budget, share_of(config.budget, total), total, min(sizes), "linear map")
 
@@ -103,9 +104,9 @@ def _check_budget(model: nn.Module, modules: Sequence[str], config: FinetuneConf
 def choose(scores: FisherScores, config: FinetuneConfig) -> list[int]:
     """Return what the budget allows: indices as `FisherScores.select` returns them."""
     if not config.budget_is_parameters:
-        return scores.select(config.budget)
-    size = config.rank * sum(scores.parameters_per_rank)
-    return scores.select(budget_params=share_of(config.budget, size), rank=config.rank)
+        return scores.select(config.budget, stratified=config.from_each_depth)
+    size = config.adapter_rank * sum(scores.parameters_per_rank)
+    return scores.select(budget_params=share_of(config.budget, size), rank=config.adapter_rank)
 
 
 def _gradient_start(
@@ -118,7 +119,7 @@ def _gradient_start(
             model,
             batches,
             layers=None,
-            rank=config.rank,
+            rank=config.adapter_rank,
             target_modules=targets,
             orthonormal=config.orthonormal,
         )
@@ -130,7 +131,7 @@ def _select_directions(model: nn.Module, train: Dataset, config: FinetuneConfig)
         ranks, starts = allocate_ranks(
             model,
             batches,
-            rank=config.rank,
+            rank=config.adapter_rank,
             budget=config.budget,
             target_modules=config.targets,
             orthonormal=config.orthonormal,

@@ -92,14 +92,14 @@ def finetune(
         model,
         layers=None,
         target_modules=list(selection.ranks),
-        rank=config.rank,
+        rank=config.adapter_rank,
         rank_pattern=selection.ranks,
         alpha=config.numerator(selection.ranks.values()),
         dropout=config.dropout,
         rslora=config.by_root,
         orthonormal=config.orthonormal,
         init=init,
-        share_A=config.share_A,
+        share_A=config.shares_A,
     )
     on_start()
     run.start(saved, selection, before)
@@ -237,10 +237,10 @@ class _Run:
         options: dict[str, Any] = {"lr": self.config.highest_lr, "retraction": self.config.retraction}
         self.optimizer = (
             RiemannianAdam(
-                self._groups(), betas=(self.config.momentum, 0.999), second_moment=self.config.moment, **options
+                self._groups(), betas=(self.config.decay, 0.999), second_moment=self.config.moment, **options
             )
             if self.config.optimizer == "adam"
-            else RiemannianSGD(self._groups(), momentum=self.config.momentum, **options)
+            else RiemannianSGD(self._groups(), momentum=self.config.decay, **options)
         )
         # Most gradients of float16 are below its range.
         first = next(self.model.parameters())

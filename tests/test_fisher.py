@@ -1009,27 +1009,25 @@ def test_max_samples_cuts_the_last_batch() -> None:
     assert scores.scores == pytest.approx(expected.scores, rel=1e-6)
 
 
-def _clear_cut(gap: float) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Three parallel branches, the first with ``gap`` times the gradient of the others; noisy samples."""
+def _clear_cut(*sizes: float) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Parallel branches with gradients of these sizes; noisy samples."""
 
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+            self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in sizes])
 
         def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
             outs = [layer(part) for layer, part in zip(self.layers, x.unbind(1), strict=True)]
-            return {"loss": sum(((o * y).sum() for o in outs[1:]), gap * (outs[0] * y).sum()) / len(x)}
+            return {"loss": sum(size * (o * y).sum() for size, o in zip(sizes, outs, strict=True)) / len(x)}
 
     generator = torch.Generator().manual_seed(0)
-    data = [
-        {"x": torch.randn(4, 3, 4, generator=generator), "y": torch.randn(4, 4, generator=generator)} for _ in range(50)
-    ]
-    return Branches(), data
+    shapes = ("x", (4, len(sizes), 4)), ("y", (4, 4))
+    return Branches(), [{name: torch.randn(shape, generator=generator) for name, shape in shapes} for _ in range(50)]
 
 
 def test_early_stopping_takes_few_samples_when_the_choice_is_clear() -> None:
-    model, data = _clear_cut(10.0)
+    model, data = _clear_cut(10, 1, 1)
     scores = fisher_scores(model, data, budget=1, tol=0.05, progress=False)
     assert scores.stable
     assert 8 <= scores.n_samples <= 60
@@ -1038,7 +1036,7 @@ def test_early_stopping_takes_few_samples_when_the_choice_is_clear() -> None:
 
 def test_early_stopping_goes_by_the_scores_that_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of weights ten times as large the relative scores are no longer apart, so all samples are taken."""
-    model, data = _clear_cut(10.0)
+    model, data = _clear_cut(10, 1, 1)
     with torch.no_grad():
         for layer, size in zip(model.layers, (10.0, 1.0, 1.0), strict=True):
             layer.weight.copy_(size * torch.eye(4))
@@ -1054,7 +1052,7 @@ def test_early_stopping_goes_by_the_scores_that_choose(monkeypatch: pytest.Monke
 
 
 def test_early_stopping_takes_all_samples_when_it_is_not() -> None:
-    model, data = _clear_cut(1.0)
+    model, data = _clear_cut(1, 1, 1)
     scores = fisher_scores(model, data, budget=1, tol=1e-4, progress=False)
     assert not scores.stable
     assert scores.n_samples == 200
@@ -1068,6 +1066,34 @@ def test_a_selection_is_stable_when_each_paired_difference_says_so(seed: int) ->
     tol = sum(stats.ttest_rel(a, b, alternative="greater").pvalue for a, b in pairs)
     assert _is_stable(samples, 2, tol * 1.01)
     assert not _is_stable(samples, 2, tol * 0.99)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stratified_selection_is_stable_when_each_paired_difference_within_a_run_says_so(seed: int) -> None:
+    samples = torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    # The highest of positions 0 to 2 and of 3 to 5; which of these two is the higher counts for nothing.
+    samples = samples + torch.tensor([0.0, 1.5, 0.0, 1.0, 1.0, 2.5], dtype=torch.float64)
+    assert samples.mean(0)[:3].argmax() == 1 and samples.mean(0)[3:].argmax() == 2
+    pairs = [(samples[:, i], samples[:, j]) for i, others in ((1, (0, 2)), (5, (3, 4))) for j in others]
+    tol = sum(stats.ttest_rel(a, b, alternative="greater").pvalue for a, b in pairs)
+    assert _is_stable(samples, 2, tol * 1.01, stratified=True)
+    assert not _is_stable(samples, 2, tol * 0.99, stratified=True)
+
+
+def test_a_stratified_selection_takes_few_samples_when_it_is_clear() -> None:
+    """The second layer of the first run is far above the best of the second run."""
+    model, data = _clear_cut(30, 10, 3, 1)
+    assert fisher_select(model, data, budget=2, progress=False) == [0, 1]
+    assert fisher_select(model, data, budget=2, stratified=True, progress=False) == [0, 2]
+    scores = fisher_scores(model, data, budget=2, stratified=True, tol=0.05, progress=False)
+    assert scores.stable
+    assert 8 <= scores.n_samples <= 60
+    # Which of the two in the middle is the higher is another question.
+    model, data = _clear_cut(30, 1, 1, 30)
+    assert not fisher_scores(model, data, budget=3, tol=1e-4, progress=False).stable
+    assert fisher_scores(model, data, budget=2, stratified=True, tol=1e-4, progress=False).stable
+    with pytest.raises(InputError, match="stratified=True chooses .* whole layers; .* granularity='module'"):
+        fisher_scores(model, data, granularity="module", stratified=True, progress=False)
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 7, 8, 63])
@@ -1092,7 +1118,7 @@ def test_many_looks_together_are_wrong_no_more_often_than_tol(tol: float) -> Non
 
 
 def test_a_verdict_is_on_the_scores_that_choose() -> None:
-    model, data = _clear_cut(10.0)
+    model, data = _clear_cut(10, 1, 1)
     with torch.no_grad():
         for layer, size in zip(model.layers, (10.0, 1.0, 1.0), strict=True):
             layer.weight.copy_(size * torch.eye(4))
@@ -1102,7 +1128,7 @@ def test_a_verdict_is_on_the_scores_that_choose() -> None:
 
 def test_early_stopping_is_rarely_wrong() -> None:
     """At tol 0.1 the set differs from that of all samples in at most a few of 20 shuffles of the data."""
-    model, data = _clear_cut(1.3)
+    model, data = _clear_cut(1.3, 1, 1)
     full = fisher_scores(model, data, budget=1, progress=False).select(1)
     assert full == [0]
     wrong = 0

@@ -334,6 +334,27 @@ def test_one_pass_gives_the_layers_and_the_exact_spans(family: str, orthonormal:
     assert add_adapters(model, layers=layers, **where, init=starts) == list(starts)
 
 
+class Branches(nn.Module):
+    """Layers side by side, the gradients of the first two far above those of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"linear": nn.Linear(6, 6)}) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        sizes = zip((9.0, 3.0, 1.0, 0.3), self.layers, strict=True)
+        return {"loss": sum(size * layer["linear"](x).sum() for size, layer in sizes)}
+
+
+@pytest.mark.parametrize(("stratified", "expected"), [(False, [0, 1]), (True, [0, 2])])
+def test_one_pass_may_choose_layers_of_each_depth(stratified: bool, expected: list[int]) -> None:
+    model, batch = Branches(), {"x": torch.randn(3, 4, 6)}
+    options: Any = {"budget": 2, "stratified": stratified, "progress": False}
+    layers, starts = select_and_start(model, [batch], rank=2, target_modules=["linear"], **options)
+    assert layers == fisher_select(model, [batch], **options) == expected
+    assert list(starts) == [f"layers.{i}.linear" for i in expected]
+
+
 def to_double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
 

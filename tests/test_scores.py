@@ -13,7 +13,7 @@ from stiefel_lora._budget import count_of
 from stiefel_lora._files import write_json
 from stiefel_lora.errors import InputError
 from stiefel_lora.report import plot_loss
-from stiefel_lora.scores import FisherScores
+from stiefel_lora.scores import FisherScores, strata
 
 
 def scores(**changes: Any) -> FisherScores:
@@ -54,6 +54,31 @@ def test_budget_as_count_and_share(budget: float | int, chosen: list[int]) -> No
     assert scores().select(budget) == chosen
 
 
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    # Runs of (0, 1) and (2, 3) for two; (0), (1), (2, 3) for three; all for one.
+    [(1, [2]), (2, [0, 2]), (0.5, [0, 2]), (3, [0, 1, 2]), (1.0, [0, 1, 2, 3])],
+)
+def test_a_stratified_budget_takes_the_best_of_each_depth(budget: float | int, chosen: list[int]) -> None:
+    assert scores().select(budget, stratified=True) == chosen
+    assert scores(layers=[1, 3, 4, 7]).select(budget, stratified=True) == [[1, 3, 4, 7][i] for i in chosen]
+
+
+def test_a_stratified_choice_is_of_each_depth_where_the_highest_scores_are_not() -> None:
+    steep = scores(scores=[9.0, 8.0, 1.0, 1.0])
+    assert steep.select(2) == [0, 1]
+    assert steep.select(2, stratified=True) == [0, 2]  # of equal scores the lower
+    assert steep.select(2, stratified=True, normalize="params") == [1, 3]
+
+
+@pytest.mark.parametrize(("available", "count"), [(1, 1), (5, 2), (5, 3), (30, 15), (30, 7), (32, 31)])
+def test_strata_are_even_and_hold_each_position_once(available: int, count: int) -> None:
+    runs = strata(available, count)
+    assert [i for run in runs for i in run] == list(range(available))
+    assert len(runs) == count
+    assert {len(run) for run in runs} <= {available // count, -(-available // count)}
+
+
 def test_normalisation_changes_the_order() -> None:
     assert scores().ranking() == [2, 0, 1, 3]
     assert scores().normalized("params") == pytest.approx([0.01, 0.1, 0.004, 0.05])
@@ -84,6 +109,7 @@ def test_layers_without_linears_keep_their_numbers() -> None:
         ({"budget": -0.1}, "got -0.1"),
         ({"budget_params": 100}, "give rank >= 1, got None"),
         ({"budget_params": 19, "rank": 2}, "must be at least 20, one at rank 2, got 19"),
+        ({"budget_params": 100, "rank": 2, "stratified": True}, "whole layers; it does not go with budget_params=100"),
         ({"normalize": "layer"}, "normalize must be one of 'raw', 'params', 'weight'"),
     ],
 )

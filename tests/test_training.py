@@ -19,7 +19,8 @@ from stiefel_lora.config import CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import load_pretrained
-from stiefel_lora.selection import select
+from stiefel_lora.scores import FisherScores
+from stiefel_lora.selection import choose, select
 from stiefel_lora.training import evaluate, finetune, learning_rate
 from tests.models import FAMILIES
 from tests.tiny import TEXT, save_tiny_model, tiny_run, write_jsonl
@@ -157,16 +158,16 @@ def test_a_damaged_checkpoint_is_named(config: FinetuneConfig, content: Any, tmp
 
 def test_training_lowers_the_loss_and_stays_on_the_manifold(config: FinetuneConfig, tmp_path: Path) -> None:
     metrics = finetune(replace(config, steps=30, dropout=0.0, lr=3e-2), tmp_path)
-    # Of a random model only the inside of two layers is trained; 0.35 were seen.
-    assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.2
-    assert metrics["perplexity_change"] < -0.15
+    # Of a random model only the inside of two layers is trained; 0.17 were seen.
+    assert metrics["held_out"]["after"]["loss"] < metrics["held_out"]["before"]["loss"] - 0.1
+    assert metrics["perplexity_change"] < -0.08
     assert len(metrics["loss_curve"]) == 30
     assert 0 < metrics["greatest_orthogonality_error"] < 5e-6
     assert 1 <= metrics["mean_effective_rank"] <= 4
     assert metrics["selected_layers"] == sorted(metrics["selected_layers"])
     assert len(metrics["selected_layers"]) == 2
     assert metrics["ranks"] == dict.fromkeys(metrics["ranks"], 4)
-    assert len(metrics["ranks"]) == 10
+    assert len(metrics["ranks"]) == 14
     assert metrics["seconds"].keys() >= {"loading", "selection", "training", "optimizer", "evaluation", "total"}
     json.dumps(metrics, allow_nan=False)
 
@@ -192,16 +193,24 @@ def test_single_linear_maps_fill_the_share_of_the_parameters_by_score_per_parame
 
 
 @pytest.mark.parametrize(
-    ("granularity", "row"),
-    [("layer", "layers adapted        4 of 4: 0-3"), ("module", "linear maps adapted   20 of 20")],
+    ("granularity", "more", "row"),
+    [
+        ("layer", ("o_proj", "gate_proj"), "layers adapted        4 of 4: 0-3"),
+        ("module", (), "linear maps adapted   20 of 20"),
+    ],
 )
 def test_a_budget_for_all_scores_nothing(
-    config: FinetuneConfig, granularity: Any, row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: FinetuneConfig,
+    granularity: Any,
+    more: tuple[str, ...],
+    row: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(selection, "fisher_scores", lambda *_, **__: pytest.fail("scored"))
     metrics = finetune(replace(config, granularity=granularity, budget=1.0, steps=1, warmup=0), tmp_path)
     model, _ = load_pretrained(config.model)
-    targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    targets = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj", *more)
     assert list(metrics["ranks"]) == [name for name, _ in model.named_modules() if name.endswith(targets)]
     assert metrics["fisher"] is None
     assert metrics["selected_layers"] == [0, 1, 2, 3]
@@ -238,6 +247,36 @@ def test_single_directions_may_start_elsewhere(config: FinetuneConfig, tmp_path:
     leading = torch.linalg.svd(model.get_submodule(name).weight).Vh[:rank]
     cosines = torch.linalg.svdvals(leading @ adapters(tmp_path)[f"{name}.lora_A"])
     torch.testing.assert_close(cosines, torch.ones(rank), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 2]),
+        ({"stratified": False}, [0, 1]),
+        ({"granularity": "module"}, [0, 1]),
+        ({"granularity": "module", "stratified": False}, [0, 1]),
+    ],
+)
+def test_whole_layers_are_chosen_from_each_depth_by_default(options: dict[str, Any], expected: list[int]) -> None:
+    config = FinetuneConfig(budget=2, **options)
+    falling = FisherScores(
+        scores=[4.0, 3.0, 2.0, 1.0],
+        stderr=[0.1] * 4,
+        names=[f"layers.{i}.linear" for i in range(4)],
+        layers=list(range(4)),
+        parameters=[16] * 4,
+        parameters_per_rank=[8] * 4,
+        squared_weight_norm=[1.0] * 4,
+        granularity=config.granularity,
+        n_samples=8,
+        n_skipped=0,
+        seconds=1.0,
+        stable=True,
+        budget=2,
+        confidence=0.95,
+    )
+    assert choose(falling, config) == choose(falling, config.resolved()) == expected
 
 
 def test_rate_and_start_by_default(config: FinetuneConfig) -> None:
@@ -308,8 +347,9 @@ def test_the_saved_adapter_gives_the_reported_loss(config: FinetuneConfig, tmp_p
     assert evaluate(model, held_out, config, "") == metrics["held_out"]["before"]
     load_adapter(model, tmp_path / "adapter")
     assert evaluate(model, held_out, config, "") == metrics["held_out"]["after"]
-    parameters = [f.numel() for layer in adapter_layers(model).values() for f in layer.factors().values()]
-    assert metrics["trainable_parameters"] == sum(parameters)
+    # A is one for all layers.
+    parameters = {f for layer in adapter_layers(model).values() for f in layer.factors().values()}
+    assert metrics["trainable_parameters"] == sum(f.numel() for f in parameters)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -373,15 +413,36 @@ def test_the_second_moment_is_the_one_asked_for(
 def test_the_momentum_is_the_one_asked_for(
     config: FinetuneConfig, optimizer: Any, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the groups of both kinds of factors, and by default as before there was the option."""
+    """In the groups of both kinds of factors."""
     seen: list[Any] = []
     monkeypatch.setattr(
         training._Run, "train", lambda run, _: seen.extend(group[option] for group in run.optimizer.param_groups)
     )
     monkeypatch.setattr(training._Run, "metrics", lambda run, after: {})
-    for asked in ({}, {"momentum": 0.6}):
+    for asked in ({}, {"share_A": False}, {"momentum": 0.5}):
         finetune(replace(config, optimizer=optimizer, **asked), tmp_path, resume=False)
-    assert [value[0] if option == "betas" else value for value in seen] == [0.9, 0.9, 0.6, 0.6]
+    shared = 0.6 if optimizer == "adam" else 0.9
+    assert [value[0] if option == "betas" else value for value in seen] == [shared, shared, 0.9, 0.9, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (True, 20, 0.6, "all-linear")),
+        ({"budget": 1.0, "granularity": "layer"}, (True, 20, 0.6, "all-linear")),
+        ({"optimizer": "sgd"}, (True, 20, 0.9, "all-linear")),
+        ({"rank": 8, "momentum": 0.8, "target_modules": ["q_proj"]}, (True, 8, 0.8, ("q_proj",))),
+        ({"share_A": False}, (False, 16, 0.9, None)),
+        ({"granularity": "module"}, (False, 16, 0.9, None)),
+        ({"granularity": "module", "share_A": True}, (True, 20, 0.6, "all-linear")),
+        ({"granularity": "direction"}, (False, 16, 0.9, None)),
+        ({"orthonormal": "both"}, (False, 16, 0.9, None)),
+        ({"init": "gradient"}, (False, 16, 0.9, None)),
+    ],
+)
+def test_whole_layers_share_A_by_default(options: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    for config in (FinetuneConfig(**options), FinetuneConfig(**options).resolved()):
+        assert (config.shares_A, config.adapter_rank, config.decay, config.targets) == expected
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
@@ -433,6 +494,7 @@ def test_the_default_warm_up_is_5_steps_but_at_most_a_tenth() -> None:
         ),
         ({"init": "zeros"}, "init must be one of 'random', 'svd', 'gradient'"),
         ({"retraction": None}, "retraction must be one of"),
+        ({"granularity": "module", "stratified": True}, "stratified chooses whole layers, .* got 'module'"),
         ({"granularity": None}, "granularity must be one of 'layer', 'module', 'direction', got None"),
         ({"granularity": "direction", "budget": 8}, "budget must be a share of the adapters' parameters .*, got 8"),
         ({"dtype": "int8"}, "dtype must be one of 'float32', 'bfloat16', 'float16'"),
