@@ -20,6 +20,7 @@ from benchmarks._methods import (
     FASTER,
     FORA,
     FORA_BY_ROW,
+    FORA_SHARED,
     LORA_LINEAR,
     LORA_LINEAR_SHORT,
     LORA_RANKS,
@@ -30,6 +31,7 @@ from benchmarks._methods import (
     LORA_SHORT_FASTER,
     METHODS,
     RANDOM_BY_ROW,
+    RANDOM_SHARED,
     RANKS_BY_ROW,
     RANKS_BY_ROW_FASTER,
     RANKS_SCALED,
@@ -42,6 +44,8 @@ from benchmarks._methods import (
     SHARED_LINEAR_TWICE,
     SHARED_SHORT,
     STARTED,
+    STRATIFIED_BY_ROW,
+    STRATIFIED_SHARED,
 )
 
 Cell = dict[str, Any]
@@ -218,6 +222,27 @@ COMPARISONS = (
         "The constraint helps with a shorter memory and a second moment of each row, on all layers",
         ALL_SHORT,
         LORA_SHORT,
+    ),
+    (
+        "Layers of each depth beat the highest scores of all, with a second moment of each row",
+        STRATIFIED_BY_ROW,
+        FORA_BY_ROW,
+    ),
+    ("Layers of each depth beat random ones, with a second moment of each row", STRATIFIED_BY_ROW, RANDOM_BY_ROW),
+    ("Layers of each depth beat the highest scores of all, with one A", STRATIFIED_SHARED, FORA_SHARED),
+    ("Layers of each depth beat random ones, with one A", STRATIFIED_SHARED, RANDOM_SHARED),
+    ("Layers of each depth beat all layers, with one A and as many parameters", STRATIFIED_SHARED, SHARED_LINEAR_SHORT),
+    ("Layers of each depth with one A beat LoRA, at half the parameters", STRATIFIED_SHARED, "LoRA"),
+    ("Layers of each depth with one A beat DoRA, at half the parameters", STRATIFIED_SHARED, "DoRA"),
+    (
+        "Layers of each depth with one A beat LoRA, both with a shorter memory, at half the parameters",
+        STRATIFIED_SHARED,
+        LORA_SHORT,
+    ),
+    (
+        "Layers of each depth with one A beat DoRA, both with a shorter memory, at half the parameters",
+        STRATIFIED_SHARED,
+        DORA_SHORT,
     ),
     ("The constraint helps one A for all layers", SHARED_LINEAR_SHORT, LORA_SHARED_LINEAR_SHORT),
     ("The constraint helps one A for all layers, at twice B's rate", SHARED_LINEAR_TWICE, LORA_SHARED_LINEAR_TWICE),
