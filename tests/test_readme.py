@@ -18,6 +18,7 @@ from benchmarks._methods import (
     DORA_SHORT,
     FORA,
     FORA_BY_ROW,
+    FORA_SHARED,
     LORA_RANKS,
     LORA_SHARED_LINEAR_FASTER,
     LORA_SHARED_LINEAR_SHORT,
@@ -25,11 +26,13 @@ from benchmarks._methods import (
     LORA_SHORT_FASTER,
     METHODS,
     RANDOM_BY_ROW,
+    RANDOM_SHARED,
     RANKS_BY_ROW,
     RANKS_SCALED,
     SHARED_LINEAR_FASTER,
     SHARED_LINEAR_SHORT,
     SHARED_LINEAR_TWICE,
+    STRATIFIED_SHARED,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +168,9 @@ def leads(name: str, method: str, other: str) -> list[float]:
         (RANKS_BY_ROW, "DoRA", 3, -1, r"([\d.]+) \(([\d.]+)\) behind DoRA"),
         (SHARED_LINEAR_TWICE, LORA_SHORT, 3, 1, r"`--lr-ratio 2`\) it is ([\d.]+) \(([\d.]+)\) ahead of LoRA so"),
         (LORA_SHORT_FASTER, LORA_SHORT, 2, -1, r"LoRA itself loses ([\d.]+) \(([\d.]+), two seeds\) by such a rate"),
+        (STRATIFIED_SHARED, FORA_SHARED, 3, 1, r"in 100 steps, ([\d.]+) \(([\d.]+)\) ahead of the highest scores"),
+        (STRATIFIED_SHARED, RANDOM_SHARED, 3, 1, r"and ([\d.]+) \(([\d.]+)\) ahead of random layers, and"),
+        (STRATIFIED_SHARED, RANDOM_SHARED, 3, 1, r"two neighbours do, by ([\d.]+) \(([\d.]+)\) where they share A"),
         (LORA_SHORT, "LoRA", 3, 1, r"beta1 = 0.6 in place of Adam's 0.9 gains LoRA ([\d.]+) \(([\d.]+)\)"),
         (RANKS_BY_ROW, "LoRA, half the rank", 3, 1, r"and ([\d.]+) \(([\d.]+)\) ahead of LoRA at half the rank, their"),
         (RANKS_BY_ROW, LORA_RANKS, 2, 1, r"with the same ranks is ([\d.]+) \(([\d.]+), two seeds\) behind them"),
@@ -185,6 +191,12 @@ def check_lead(name: str, method: str, other: str, seeds: int, sign: int, patter
 
 
 def test_the_quoted_leads_in_longer_runs_are_what_the_committed_results_say() -> None:
+    pattern = r"and in 300 ([\d.]+) \(([\d.]+), three seeds, p 0.03\) ahead of it and"
+    check_lead("finetune_long", STRATIFIED_SHARED, LORA_SHORT, 3, 1, pattern)
+    pattern = r"ahead of it and ([\d.]+) \(([\d.]+)\) of DoRA\."
+    check_lead("finetune_long", STRATIFIED_SHARED, DORA_SHORT, 3, 1, pattern)
+    gains = leads("finetune_long", STRATIFIED_SHARED, LORA_SHORT)
+    assert scipy.stats.ttest_1samp(gains, 0).pvalue == pytest.approx(0.03, abs=0.005)
     pattern = r"leads LoRA with twice the parameters by ([\d.]+) \(([\d.]+), four seeds, p 0.02\) at beta1 0.6"
     check_lead("finetune_long", SHARED_LINEAR_TWICE, LORA_SHORT, 4, 1, pattern)
     gains = leads("finetune_long", SHARED_LINEAR_TWICE, LORA_SHORT)
@@ -230,6 +242,12 @@ def test_the_quoted_leads_on_answers_are_what_the_committed_results_say() -> Non
     check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, LORA_SHORT, 4, 1, pattern)
     pattern = r"and ([\d.]+) \(([\d.]+)\) ahead, on test samples alone"
     check_lead("finetune_answers_long", SHARED_LINEAR_TWICE, DORA_SHORT, 4, 1, pattern)
+    pattern = r"Layers of each depth that share A are ([\d.]+) \(([\d.]+), four seeds\) ahead of LoRA and"
+    check_lead("finetune_answers_long", STRATIFIED_SHARED, LORA_SHORT, 4, 1, pattern)
+    pattern = r"ahead of LoRA and ([\d.]+) \(([\d.]+)\) of DoRA there, on test samples alone"
+    check_lead("finetune_answers_long", STRATIFIED_SHARED, DORA_SHORT, 4, 1, pattern)
+    (behind,) = quoted_numbers(r"at one rate for both factors, level with it \(([\d.]+) behind")
+    assert leads("finetune_answers_longer", SHARED_LINEAR_SHORT, LORA_SHORT) == [pytest.approx(-behind, abs=6e-5)]
     pattern = r"on answers in words plain LoRA's are ahead by ([\d.]+) \(([\d.]+)\)"
     check_lead("finetune_answers", "LoRA, Fisher half", "LoRA, random half", 3, 1, pattern)
     (behind,) = quoted_numbers(r"FoRA with a second moment of each row is ([\d.]+) behind it \(one seed\)")
