@@ -17,6 +17,8 @@ PICTURES = (SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE)
 # What an adapter's folder holds.
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors")
 
+# Rank by default of adapters that share A: with as many parameters as rank 16 on half as many linear maps that do not.
+SHARED_RANK = 20
 # Of these numbers: products of two, and a first step of Adam with them, stay finite in float32.
 _LARGEST = 1e18
 
@@ -87,7 +89,8 @@ class FinetuneConfig:
         share_A: Let a linear map have one A for all layers, and a B for each; see `add_adapters`. None for where whole
             layers are adapted, A is the orthonormal factor and starts at random.
         target_modules: Names of the linear maps to adapt and score, or "all-linear" alone for all of them; None for all
-            of them where they share A, else for the architecture's default.
+            of them where they share A, but for those too small for the rank by default, else for the architecture's
+            default.
         dropout: Dropout of the adapters' input.
         eval_samples: Held-out samples that are evaluated.
         seed: Seed of the adapters, the order of the data and dropout.
@@ -141,7 +144,13 @@ class FinetuneConfig:
     @property
     def adapter_rank(self) -> int:
         """Rank of the adapters, given or by default."""
-        return self.rank or (20 if self.shares_A else 16)
+        return self.rank or (SHARED_RANK if self.shares_A else 16)
+
+    @property
+    def leaves_out_below(self) -> int:
+        """Least dimension of linear maps to adapt; of those that were not named, such as a router of few experts."""
+        named = self.target_modules is not None or not self.shares_A
+        return 0 if named else min(self.adapter_rank, SHARED_RANK)
 
     @property
     def decay(self) -> float:
@@ -211,7 +220,6 @@ class FinetuneConfig:
             share_A=self.shares_A,
             rank=self.adapter_rank,
             momentum=self.decay,
-            target_modules=self.target_modules or (("all-linear",) if self.shares_A else None),
         )
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """Choose on calibration samples what a run adapts: layers, single linear maps, or single directions of gradients."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from stiefel_lora._budget import check_least, count_of, share_of
 from stiefel_lora._models import linear_shape, split_at_layer
 from stiefel_lora._precision import autocast_like
 from stiefel_lora._progress import progress
-from stiefel_lora._targets import find_targets, module_ranks
+from stiefel_lora._targets import find_targets, last_names, module_ranks
 from stiefel_lora._types import Granularity
 from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.data import Dataset, batch_indices
@@ -19,6 +20,8 @@ from stiefel_lora.fisher import fisher_scores
 from stiefel_lora.initialisation import allocate_ranks, gradient_init
 from stiefel_lora.layer import Init
 from stiefel_lora.scores import FisherScores
+
+logger = logging.getLogger("stiefel_lora")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,14 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
 
 def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
     """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
-    return list(module_ranks(model, find_targets(model, None, config.targets, None), config.adapter_rank))
+    names = find_targets(model, None, config.targets, None)
+    least = config.leaves_out_below
+    large = [name for name in names if min(linear_shape(model.get_submodule(name))) >= least]
+    ranks = module_ranks(model, large or names, config.adapter_rank)
+    if len(ranks) < len(names):
+        small = last_names(name for name in names if name not in ranks)
+        logger.warning("smaller than rank %d, and so left out: %s", config.adapter_rank, small)
+    return list(ranks)
 
 
 def score_layers(

@@ -350,7 +350,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--model", "my model"], f"'my model' is no local folder or file, and no name that the hub has; {HINT}"),
     (["--data", "nowhere.txt"], "there is no data at nowhere.txt"),
     (["--data", "setup.cfg"], "unknown form '.cfg'"),
-    (["--rank", "40"], "rank must be in [1, 16]"),
+    (["--rank", "40"], "rank must be in [1, 32]"),
     (["--rank", "0"], "rank must be at least 1"),
     (["--target-modules", "wq"], "q_proj"),
     (["--budget", "0"], "[1, 4]"),

@@ -20,7 +20,7 @@ from stiefel_lora.data import Dataset, load_data
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import load_pretrained
 from stiefel_lora.scores import FisherScores
-from stiefel_lora.selection import choose, select
+from stiefel_lora.selection import adaptable, choose, select
 from stiefel_lora.training import evaluate, finetune, learning_rate
 from tests.models import FAMILIES
 from tests.tiny import TEXT, save_tiny_model, tiny_run, write_jsonl
@@ -426,6 +426,32 @@ def test_the_momentum_is_the_one_asked_for(
 
 
 @pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({}, ["k_proj", "v_proj"]),
+        ({"rank": 17}, ["k_proj", "v_proj"]),
+        ({"rank": 16}, []),
+        ({"budget": 0.5, "share_A": False, "rank": 16}, ["o_proj", "gate_proj"]),
+    ],
+)
+def test_what_is_too_small_for_the_rank_is_left_out_unless_it_was_named(
+    config: FinetuneConfig, options: dict[str, Any], left_out: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(config, **{"rank": None, **options})
+    model, _ = load_pretrained(config.model)
+    names = adaptable(model, config)
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert {name.rsplit(".", 1)[-1] for name in names} == set(everything) - set(left_out)
+    if options.get("share_A", True):
+        told = [f"smaller than rank {config.adapter_rank}, and so left out: k_proj, v_proj"] if left_out else []
+        assert [record.getMessage() for record in caplog.records] == told
+    with pytest.raises(InputError, match=r"k_proj: rank must be in \[1, 16\]"):
+        adaptable(model, replace(config, rank=20, target_modules=("all-linear",)))
+    with pytest.raises(InputError, match=r"_proj: rank must be in \[1, (16|32)\] .*, got 33"):
+        adaptable(model, replace(config, rank=33))
+
+
+@pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({}, (True, 20, 0.6, "all-linear")),
@@ -509,7 +535,7 @@ def test_values_that_can_never_be_right_are_named(config: FinetuneConfig, change
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 17}, r"k_proj: rank must be in \[1, 16\] .*, got 17"),
+        ({"rank": 33}, r"q_proj: rank must be in \[1, 32\] .*, got 33"),
         ({"target_modules": ("wq",)}, "q_proj"),
         ({"budget": 5}, r"in \[1, 4\].*got 5"),
         ({"budget": 21, "granularity": "module"}, r"in \[1, 20\], the number of linear maps; got 21"),
