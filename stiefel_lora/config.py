@@ -17,7 +17,8 @@ PICTURES = (SCORES_PICTURE, RANKS_PICTURE, LOSS_PICTURE)
 # What an adapter's folder holds.
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors")
 
-# Rank by default of adapters that share A: with as many parameters as rank 16 on half as many linear maps that do not.
+# Rank by default of adapters that share A. On a LLaMA-like model's seven linear maps these then have about as many
+# parameters as adapters of rank 16 on five maps that do not share it.
 SHARED_RANK = 20
 # Of these numbers: products of two, and a first step of Adam with them, stay finite in float32.
 _LARGEST = 1e18
@@ -54,7 +55,7 @@ class FinetuneConfig:
     Attributes:
         model: Folder, .gguf file or hub name; None for the default model.
         data: File or folder; None for the standard library's source.
-        rank: Rank of the adapters; None for 20 where they share A, which takes no more parameters than 16 otherwise.
+        rank: Rank of the adapters; None for 20 where they share A, else 16.
         alpha: Numerator of their scaling; None for twice the rank, or with ``rslora`` and granularity "direction" for
             what scales the update of the mean rank by 2.
         budget: Share of the layers to adapt in (0, 1], or their number. With another granularity: share of the

@@ -67,7 +67,10 @@ def select(model: nn.Module, train: Dataset, config: FinetuneConfig) -> tuple[Se
 
 
 def adaptable(model: nn.Module, config: FinetuneConfig) -> list[str]:
-    """Return the linear maps that could be adapted, or raise InputError before the slow work starts."""
+    """Return the linear maps that could be adapted, or raise InputError before the slow work starts.
+
+    Those too small for the rank, such as a router of few experts, are left out with a warning where none was named.
+    """
     names = find_targets(model, None, config.targets, None)
     least = config.leaves_out_below
     large = [name for name in names if min(linear_shape(model.get_submodule(name))) >= least]
