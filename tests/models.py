@@ -209,3 +209,20 @@ FAMILIES: dict[str, Family] = {
     "sequential": Family(_sequential, plain_batch, "net", ("1", "3")),
     "transformer-encoder": Family(_transformer_encoder, plain_batch, "net.layers", ("linear1", "linear2")),
 }
+
+
+def side_by_side(*sizes: float) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Return layers side by side with gradients of these sizes, and fifty batches of noisy samples."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in sizes])
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            outs = [layer(part) for layer, part in zip(self.layers, x.unbind(1), strict=True)]
+            return {"loss": sum(size * (o * y).sum() for size, o in zip(sizes, outs, strict=True)) / len(x)}
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = ("x", (4, len(sizes), 4)), ("y", (4, 4))
+    return Branches(), [{name: torch.randn(shape, generator=generator) for name, shape in shapes} for _ in range(50)]

@@ -214,8 +214,7 @@ def test_a_matplotlib_that_cannot_be_loaded_is_told_and_none_is_not(
 
 def test_select_prints_the_ranking(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, plot = tmp_path / "scores.json", tmp_path / "scores.png"
-    words = ["select", *base, "--rank", "4", "--calibration-samples", "4", "--budget", "1"]
-    words += ["--output", str(file), "--plot", str(plot)]
+    words = ["select", *base, "--calibration-samples", "4", "--budget", "1", "--output", str(file), "--plot", str(plot)]
     assert main(words) == 0
     out = capsys.readouterr().out
     scores = json.loads(file.read_text())
@@ -732,17 +731,7 @@ def test_a_full_disk_is_one_line(base: list[str], tmp_path: Path) -> None:
 
 
 def test_scores_are_kept_when_nobody_reads_them(base: list[str], tmp_path: Path) -> None:
-    words = [
-        *COMMAND,
-        "select",
-        *base,
-        "--rank",
-        "4",
-        "--calibration-samples",
-        "4",
-        "--output",
-        str(tmp_path / "s.json"),
-    ]
+    words = [*COMMAND, "select", *base, "--calibration-samples", "4", "--output", str(tmp_path / "s.json")]
     reader, writer = os.pipe()
     os.close(reader)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -21,7 +21,7 @@ from stiefel_lora._models import find_linears, undisturbed
 from stiefel_lora._sketches import GradientSketches
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import Scoring, _is_stable, _Looks, _upper_tail, fisher_scores, fisher_select, score
-from tests.models import ENCODER, FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch
+from tests.models import ENCODER, FAMILIES, Loss, causal_batch, class_batch, masked_batch, plain_batch, side_by_side
 from tests.reference import fisher as reference
 
 LLAMA = FAMILIES["llama"]
@@ -1009,25 +1009,8 @@ def test_max_samples_cuts_the_last_batch() -> None:
     assert scores.scores == pytest.approx(expected.scores, rel=1e-6)
 
 
-def _clear_cut(*sizes: float) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Parallel branches with gradients of these sizes; noisy samples."""
-
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in sizes])
-
-        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            outs = [layer(part) for layer, part in zip(self.layers, x.unbind(1), strict=True)]
-            return {"loss": sum(size * (o * y).sum() for size, o in zip(sizes, outs, strict=True)) / len(x)}
-
-    generator = torch.Generator().manual_seed(0)
-    shapes = ("x", (4, len(sizes), 4)), ("y", (4, 4))
-    return Branches(), [{name: torch.randn(shape, generator=generator) for name, shape in shapes} for _ in range(50)]
-
-
 def test_early_stopping_takes_few_samples_when_the_choice_is_clear() -> None:
-    model, data = _clear_cut(10, 1, 1)
+    model, data = side_by_side(10, 1, 1)
     scores = fisher_scores(model, data, budget=1, tol=0.05, progress=False)
     assert scores.stable
     assert 8 <= scores.n_samples <= 60
@@ -1036,7 +1019,7 @@ def test_early_stopping_takes_few_samples_when_the_choice_is_clear() -> None:
 
 def test_early_stopping_goes_by_the_scores_that_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of weights ten times as large the relative scores are no longer apart, so all samples are taken."""
-    model, data = _clear_cut(10, 1, 1)
+    model, data = side_by_side(10, 1, 1)
     with torch.no_grad():
         for layer, size in zip(model.layers, (10.0, 1.0, 1.0), strict=True):
             layer.weight.copy_(size * torch.eye(4))
@@ -1052,7 +1035,7 @@ def test_early_stopping_goes_by_the_scores_that_choose(monkeypatch: pytest.Monke
 
 
 def test_early_stopping_takes_all_samples_when_it_is_not() -> None:
-    model, data = _clear_cut(1, 1, 1)
+    model, data = side_by_side(1, 1, 1)
     scores = fisher_scores(model, data, budget=1, tol=1e-4, progress=False)
     assert not scores.stable
     assert scores.n_samples == 200
@@ -1082,14 +1065,14 @@ def test_a_stratified_selection_is_stable_when_each_paired_difference_within_a_r
 
 def test_a_stratified_selection_takes_few_samples_when_it_is_clear() -> None:
     """The second layer of the first run is far above the best of the second run."""
-    model, data = _clear_cut(30, 10, 3, 1)
+    model, data = side_by_side(30, 10, 3, 1)
     assert fisher_select(model, data, budget=2, progress=False) == [0, 1]
     assert fisher_select(model, data, budget=2, stratified=True, progress=False) == [0, 2]
     scores = fisher_scores(model, data, budget=2, stratified=True, tol=0.05, progress=False)
     assert scores.stable
     assert 8 <= scores.n_samples <= 60
     # Which of the two in the middle is the higher is another question.
-    model, data = _clear_cut(30, 1, 1, 30)
+    model, data = side_by_side(30, 1, 1, 30)
     assert not fisher_scores(model, data, budget=3, tol=1e-4, progress=False).stable
     assert fisher_scores(model, data, budget=2, stratified=True, tol=1e-4, progress=False).stable
     with pytest.raises(InputError, match="stratified=True chooses .* whole layers; .* granularity='module'"):
@@ -1118,7 +1101,7 @@ def test_many_looks_together_are_wrong_no_more_often_than_tol(tol: float) -> Non
 
 
 def test_a_verdict_is_on_the_scores_that_choose() -> None:
-    model, data = _clear_cut(10, 1, 1)
+    model, data = side_by_side(10, 1, 1)
     with torch.no_grad():
         for layer, size in zip(model.layers, (10.0, 1.0, 1.0), strict=True):
             layer.weight.copy_(size * torch.eye(4))
@@ -1128,7 +1111,7 @@ def test_a_verdict_is_on_the_scores_that_choose() -> None:
 
 def test_early_stopping_is_rarely_wrong() -> None:
     """At tol 0.1 the set differs from that of all samples in at most a few of 20 shuffles of the data."""
-    model, data = _clear_cut(1.3, 1, 1)
+    model, data = side_by_side(1.3, 1, 1)
     full = fisher_scores(model, data, budget=1, progress=False).select(1)
     assert full == [0]
     wrong = 0

@@ -19,7 +19,7 @@ from stiefel_lora.adapters import add_adapters, remove_adapters
 from stiefel_lora.errors import InputError
 from stiefel_lora.fisher import Scoring, fisher_select, score
 from stiefel_lora.initialisation import allocate_ranks, gradient_init, select_and_start
-from tests.models import FAMILIES, plain_batch
+from tests.models import FAMILIES, plain_batch, side_by_side
 from tests.ranks import run_on_ranks
 from tests.reference.fisher import singles
 from tests.test_layer import QuantisedLinear
@@ -334,25 +334,13 @@ def test_one_pass_gives_the_layers_and_the_exact_spans(family: str, orthonormal:
     assert add_adapters(model, layers=layers, **where, init=starts) == list(starts)
 
 
-class Branches(nn.Module):
-    """Layers side by side, the gradients of the first two far above those of the others."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict({"linear": nn.Linear(6, 6)}) for _ in range(4)])
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        sizes = zip((9.0, 3.0, 1.0, 0.3), self.layers, strict=True)
-        return {"loss": sum(size * layer["linear"](x).sum() for size, layer in sizes)}
-
-
 @pytest.mark.parametrize(("stratified", "expected"), [(False, [0, 1]), (True, [0, 2])])
 def test_one_pass_may_choose_layers_of_each_depth(stratified: bool, expected: list[int]) -> None:
-    model, batch = Branches(), {"x": torch.randn(3, 4, 6)}
+    model, batches = side_by_side(30, 10, 3, 1)
     options: Any = {"budget": 2, "stratified": stratified, "progress": False}
-    layers, starts = select_and_start(model, [batch], rank=2, target_modules=["linear"], **options)
-    assert layers == fisher_select(model, [batch], **options) == expected
-    assert list(starts) == [f"layers.{i}.linear" for i in expected]
+    layers, starts = select_and_start(model, batches, rank=2, target_modules="all-linear", **options)
+    assert layers == fisher_select(model, batches, **options) == expected
+    assert list(starts) == [f"layers.{i}" for i in expected]
 
 
 def to_double(batch: dict[str, Tensor]) -> dict[str, Tensor]:

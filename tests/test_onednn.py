@@ -336,13 +336,7 @@ def test_fine_tuning_and_generation_compute_with_it(
     calls: Calls, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = FinetuneConfig(
-        model=str(save_tiny_model(tmp_path / "model")),
-        rank=16,
-        steps=3,
-        batch_size=2,
-        seq_len=16,
-        eval_samples=4,
-        budget=1.0,
+        model=str(save_tiny_model(tmp_path / "model")), steps=3, batch_size=2, seq_len=16, eval_samples=4, budget=1.0
     )
     losses = []
     for is_faster in (True, False):

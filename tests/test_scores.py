@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 
 from stiefel_lora._budget import count_of
 from stiefel_lora._files import write_json
+from stiefel_lora.config import FinetuneConfig
 from stiefel_lora.errors import InputError
 from stiefel_lora.report import plot_loss
 from stiefel_lora.scores import FisherScores, strata
+from stiefel_lora.selection import choose
 
 
 def scores(**changes: Any) -> FisherScores:
@@ -69,6 +71,21 @@ def test_a_stratified_choice_is_of_each_depth_where_the_highest_scores_are_not()
     assert steep.select(2) == [0, 1]
     assert steep.select(2, stratified=True) == [0, 2]  # of equal scores the lower
     assert steep.select(2, stratified=True, normalize="params") == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 2]),
+        ({"stratified": False}, [0, 1]),
+        ({"granularity": "module"}, [0, 1]),
+        ({"granularity": "module", "stratified": False}, [0, 1]),
+    ],
+)
+def test_whole_layers_are_chosen_from_each_depth_by_default(options: dict[str, Any], expected: list[int]) -> None:
+    config = FinetuneConfig(budget=2, **options)
+    falling = scores(scores=[4.0, 3.0, 2.0, 1.0], granularity=config.granularity)
+    assert choose(falling, config) == choose(falling, config.resolved()) == expected
 
 
 @pytest.mark.parametrize(("available", "count"), [(1, 1), (5, 2), (5, 3), (30, 15), (30, 7), (32, 31)])

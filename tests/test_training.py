@@ -19,8 +19,7 @@ from stiefel_lora.config import CHECKPOINT_FILE, FinetuneConfig
 from stiefel_lora.data import Dataset, load_data
 from stiefel_lora.errors import InputError
 from stiefel_lora.pretrained import load_pretrained
-from stiefel_lora.scores import FisherScores
-from stiefel_lora.selection import adaptable, choose, select
+from stiefel_lora.selection import adaptable, select
 from stiefel_lora.training import evaluate, finetune, learning_rate
 from tests.models import FAMILIES
 from tests.tiny import TEXT, save_tiny_model, tiny_run, write_jsonl
@@ -247,36 +246,6 @@ def test_single_directions_may_start_elsewhere(config: FinetuneConfig, tmp_path:
     leading = torch.linalg.svd(model.get_submodule(name).weight).Vh[:rank]
     cosines = torch.linalg.svdvals(leading @ adapters(tmp_path)[f"{name}.lora_A"])
     torch.testing.assert_close(cosines, torch.ones(rank), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0, 2]),
-        ({"stratified": False}, [0, 1]),
-        ({"granularity": "module"}, [0, 1]),
-        ({"granularity": "module", "stratified": False}, [0, 1]),
-    ],
-)
-def test_whole_layers_are_chosen_from_each_depth_by_default(options: dict[str, Any], expected: list[int]) -> None:
-    config = FinetuneConfig(budget=2, **options)
-    falling = FisherScores(
-        scores=[4.0, 3.0, 2.0, 1.0],
-        stderr=[0.1] * 4,
-        names=[f"layers.{i}.linear" for i in range(4)],
-        layers=list(range(4)),
-        parameters=[16] * 4,
-        parameters_per_rank=[8] * 4,
-        squared_weight_norm=[1.0] * 4,
-        granularity=config.granularity,
-        n_samples=8,
-        n_skipped=0,
-        seconds=1.0,
-        stable=True,
-        budget=2,
-        confidence=0.95,
-    )
-    assert choose(falling, config) == choose(falling, config.resolved()) == expected
 
 
 def test_rate_and_start_by_default(config: FinetuneConfig) -> None:
